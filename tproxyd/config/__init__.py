@@ -1,0 +1,26 @@
+"""The configuration: files or a mapping become one frozen Config, or one error that lists every problem.
+
+Pure but for reading the files: knows nothing of the kernel, of marks that are in use, or of what a value leads to.
+"""
+
+from tproxyd.config.load import DEFAULT_FILE, config_from_mapping, load_config
+from tproxyd.config.schema import Capture, Config, Drain, Listen, Log, Policy, Relay, Routing, Upstream
+from tproxyd.config.values import Mark, Network, PortRange
+
+__all__ = [
+    "DEFAULT_FILE",
+    "Capture",
+    "Config",
+    "Drain",
+    "Listen",
+    "Log",
+    "Mark",
+    "Network",
+    "Policy",
+    "PortRange",
+    "Relay",
+    "Routing",
+    "Upstream",
+    "config_from_mapping",
+    "load_config",
+]

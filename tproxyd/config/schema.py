@@ -1,0 +1,126 @@
+"""The tables and keys of the configuration, with defaults, readers and meaning. The one place where a key is declared.
+
+`LATER` names the keys of the contract that this version does not have: they are refused by name.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from tproxyd.config import values as read
+from tproxyd.config.values import Mark, Network, PortRange
+
+__all__ = ["LATER", "Capture", "Config", "Drain", "Listen", "Log", "Policy", "Relay", "Routing", "Upstream"]
+
+
+class Capture(msgspec.Struct, frozen=True, kw_only=True):
+    """Which packets are taken. An empty include list means every one; what is excluded wins."""
+
+    mode: Annotated[Literal["tproxy", "off"], read.choice("tproxy", "off", later=("redirect",))] = "tproxy"
+    protocols: Annotated[tuple[str, ...], read.protocols] = ("tcp",)
+    ports: Annotated[tuple[PortRange, ...], read.ports] = ()
+    exclude_ports: Annotated[tuple[PortRange, ...], read.ports] = (PortRange(22, 22),)
+    interfaces: Annotated[tuple[str, ...], read.interfaces] = ()
+    exclude_interfaces: Annotated[tuple[str, ...], read.excluded_interfaces] = ()
+    sources: Annotated[tuple[Network, ...], read.networks] = ()
+    exclude_sources: Annotated[tuple[Network, ...], read.networks] = ()
+    destinations: Annotated[tuple[Network | Literal["local"], ...], read.destinations] = ()
+    exclude_destinations: Annotated[tuple[Network | Literal["local"], ...], read.destinations] = ()
+    when_down: Annotated[Literal["bypass", "refuse"], read.choice("bypass", "refuse")] = "bypass"
+
+
+class Listen(msgspec.Struct, frozen=True, kw_only=True):
+    """The transparent listeners, on 127.0.0.1 and ::1."""
+
+    port: Annotated[int, read.integer(1, 65535)] = 15006
+    backlog: Annotated[int, read.integer(1, 1_000_000)] = 4096
+
+
+class Routing(msgspec.Struct, frozen=True, kw_only=True):
+    """Marks, route table and priorities; `priority` and the two after it are used."""
+
+    mark: Annotated[Mark | Literal["auto"], read.mark] = "auto"
+    upstream_mark: Annotated[Mark | Literal["auto"], read.mark] = "auto"
+    table: Annotated[
+        int, read.integer(1, 0xFFFFFFFF, never=(253, 254, 255), why="253, 254 and 255 are default, main and local")
+    ] = 133
+    priority: Annotated[
+        int, read.integer(1, 32763, why="its three rules stand between local at 0 and main at 32766")
+    ] = 5233
+
+
+class Upstream(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a connection goes and as whom. `connect_timeout` in seconds."""
+
+    target: Annotated[Literal["original"], read.upstream_target] = "original"
+    source: Annotated[Literal["auto", "proxy"], read.upstream_source] = "auto"
+    proxy_protocol: Annotated[Literal["off"], read.choice("off", later=("v1", "v2"))] = "off"
+    connect_timeout: Annotated[float, read.some_seconds] = 5.0
+
+
+class Relay(msgspec.Struct, frozen=True, kw_only=True):
+    """How long a relayed connection may be silent, in seconds."""
+
+    idle_timeout: Annotated[float, read.some_seconds] = 3600.0
+    half_close_timeout: Annotated[float, read.some_seconds] = 60.0
+
+
+class Policy(msgspec.Struct, frozen=True, kw_only=True):
+    """Special destinations that are relayed all the same."""
+
+    allow_special: Annotated[tuple[Network, ...], read.networks] = ()
+
+
+class Drain(msgspec.Struct, frozen=True, kw_only=True):
+    """How long live connections have after SIGTERM, in seconds."""
+
+    timeout: Annotated[float, read.seconds] = 30.0
+
+
+class Log(msgspec.Struct, frozen=True, kw_only=True):
+    """The daemon's messages on stderr (`level`) and the access log on stdout (`format`, `access`)."""
+
+    level: Annotated[Literal["debug", "info", "warning", "error"], read.choice("debug", "info", "warning", "error")] = (
+        "info"
+    )
+    format: Annotated[Literal["auto", "text", "json"], read.choice("auto", "text", "json")] = "auto"
+    access: Annotated[bool, read.flag] = True
+
+
+class Config(msgspec.Struct, frozen=True, kw_only=True):
+    """The whole configuration. Two configs with the same content are equal."""
+
+    capture: Capture = Capture()
+    listen: Listen = Listen()
+    routing: Routing = Routing()
+    upstream: Upstream = Upstream()
+    relay: Relay = Relay()
+    policy: Policy = Policy()
+    drain: Drain = Drain()
+    log: Log = Log()
+
+    @property
+    def captures(self) -> bool:
+        """Whether anything would be captured at all."""
+        return self.capture.mode != "off" and bool(self.capture.ports)
+
+
+LATER: dict[str, tuple[str, ...] | None] = {
+    "relay": ("engine", "workers", "busy_poll"),
+    "policy": ("default", "sniff_timeout", "rule"),
+    "limits": None,
+    "admin": None,
+    "workload": None,
+    "outbound": None,
+}
+"""Keys of later versions by table; None: the whole table."""
+
+
+def keys_of(table: type[msgspec.Struct]) -> dict[str, Any]:
+    """A table's keys and their readers; a reader of Config's keys is the type of that table."""
+    from typing import get_type_hints
+
+    hints = get_type_hints(table, include_extras=True)
+    return {name: hint.__metadata__[0] if hasattr(hint, "__metadata__") else hint for name, hint in hints.items()}
