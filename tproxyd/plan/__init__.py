@@ -1,0 +1,23 @@
+"""Pure: a Config becomes what the kernel should hold.
+
+`make_plan` gives a frozen Plan (ruleset text, ip rules, local routes, sysctls); `render` shows it in the four formats.
+Nothing is opened, read or changed here, and neither trio nor pyroute2 is imported: `tproxyd plan` needs no root.
+The text that is shown is the text that is applied.
+"""
+
+from tproxyd.plan.model import Family, LocalRoute, Marks, Plan, Rule
+from tproxyd.plan.plan import PROTOCOL, SUPPORTED_MARKS, make_plan
+from tproxyd.plan.render import FORMATS, render
+
+__all__ = [
+    "FORMATS",
+    "PROTOCOL",
+    "SUPPORTED_MARKS",
+    "Family",
+    "LocalRoute",
+    "Marks",
+    "Plan",
+    "Rule",
+    "make_plan",
+    "render",
+]

@@ -1,0 +1,74 @@
+"""The data of a plan. Two plans with the same content are equal; nothing here knows how a plan is made or applied."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from tproxyd.config import Mark
+
+__all__ = ["Family", "LocalRoute", "Marks", "Plan", "Rule"]
+
+Family = Literal[4, 6]
+
+
+class Marks(msgspec.Struct, frozen=True):
+    """The two marks. `steering` sends a packet to our sockets; `upstream` tells our own connections over lo apart.
+
+    They must differ: with tcp_fwmark_accept=1 a socket inherits the mark of its SYN, and a listener that answered with
+    the steering mark would have its own SYN-ACK routed back to lo (every client times out).
+    """
+
+    steering: Mark
+    upstream: Mark
+
+
+class Rule(msgspec.Struct, frozen=True, kw_only=True):
+    """One ip rule. Exactly one of `table` and `goto` is set; `goto` is the priority to jump to."""
+
+    family: Family
+    priority: int
+    mark: Mark
+    iif: str | None
+    table: int | None = None
+    goto: int | None = None
+    why: str
+
+    def selector(self) -> str:
+        """The rule as `ip rule add` takes it, without the protocol."""
+        words = [f"priority {self.priority} fwmark {self.mark}"]
+        if self.iif is not None:
+            words.append(f"iif {self.iif}")
+        words.append(f"goto {self.goto}" if self.goto is not None else f"lookup {self.table}")
+        return " ".join(words)
+
+
+class LocalRoute(msgspec.Struct, frozen=True, kw_only=True):
+    """`local default dev lo`: every address is ours, for packets that a rule sends to this table."""
+
+    family: Family
+    table: int
+    why: str
+
+    def selector(self) -> str:
+        """The route as `ip route add` takes it, without the protocol."""
+        return f"local default dev lo table {self.table}"
+
+
+class Plan(msgspec.Struct, frozen=True, kw_only=True):
+    """All that the kernel should hold in one network namespace.
+
+    `tables` maps a table's name to its body in the spelling of `nft -s list table`, so that what is observed can be
+    compared with it. `routes` and `rules` are in the order in which they are added; the tables come last, in one
+    transaction. `listen` is where the transparent listeners have to be, as (address, port).
+    """
+
+    listen: tuple[tuple[str, int], ...]
+    marks: Marks
+    routes: tuple[LocalRoute, ...]
+    rules: tuple[Rule, ...]
+    tables: dict[str, str]
+    sysctls: dict[str, str]
+    ruleset: str
+    capture_off: str

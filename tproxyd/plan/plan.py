@@ -1,0 +1,121 @@
+"""From a Config to a Plan: marks, ip rules and local routes. The ruleset's text is made next door, in ruleset.py."""
+
+from __future__ import annotations
+
+from tproxyd.config import Config, Mark
+from tproxyd.errors import ConfigError
+from tproxyd.plan.model import Family, LocalRoute, Marks, Plan, Rule
+from tproxyd.plan.ruleset import (
+    CAPTURE_CHAIN,
+    GUARD,
+    LISTEN_ADDRESS,
+    STEERING,
+    guard_table,
+    steering_table,
+    transaction,
+)
+
+__all__ = ["PROTOCOL", "SUPPORTED_MARKS", "make_plan"]
+
+PROTOCOL = 133
+"""Stamp on every ip rule and route of ours: makes exact look-up and cleaning up without a config possible.
+
+Free in iproute2's rt_protos (bird 12, zebra 11, dhcp 16, babel 42, openr 99, bgp 186, ...). systemd-networkd spares
+only rules stamped `kernel` (2), and a rule has one stamp; being able to tell what is ours is worth more, and what
+networkd deletes shows as a difference between plan and kernel.
+"""
+
+SUPPORTED_MARKS: tuple[tuple[Mark, Mark], ...] = tuple(
+    (Mark(value=1 << bit, mask=3 << bit), Mark(value=2 << bit, mask=3 << bit)) for bit in (24, 26, 28, 12)
+)
+"""What `auto` takes, in this order: (steering, upstream) as the two values of one two-bit field.
+
+Bits 24-29 lie outside the masks of Tailscale (0xff0000), kube-proxy (0x4000, 0x8000), Cilium (0xf00), Istio (0x539),
+AWS's CNI (0x80) and mwan3 (0x3f00), but inside Calico's default (0xffff0000), for whose hosts bits 12-13 come last.
+"""
+
+
+def make_marks(config: Config) -> Marks:
+    """The two marks of a Config; `auto` takes the first pair of SUPPORTED_MARKS that fits beside the other one.
+
+    Raises ConfigError when one mark is given and no pair of the list fits it.
+    """
+    steering, upstream = config.routing.mark, config.routing.upstream_mark
+    if isinstance(steering, Mark) and isinstance(upstream, Mark):
+        return Marks(steering, upstream)
+    for auto_steering, auto_upstream in SUPPORTED_MARKS:
+        if isinstance(steering, Mark):
+            pair = (steering, auto_upstream)
+        elif isinstance(upstream, Mark):
+            pair = (auto_steering, upstream)
+        else:
+            pair = (auto_steering, auto_upstream)
+        if not pair[0].mask & pair[1].mask or (pair[0].mask == pair[1].mask and pair[0].value != pair[1].value):
+            return Marks(*pair)
+    raise ConfigError(
+        f"`routing.mark` {steering} and `routing.upstream_mark` {upstream}: no automatic mark fits beside the given one, "
+        "because its mask covers all candidates; give both marks, e.g. two values of one mask"
+    )
+
+
+def make_plan(config: Config, *, families: tuple[Family, ...] = (4, 6)) -> Plan:
+    """What the kernel should hold for this Config, in the namespace in which it is applied.
+
+    Pure: the same arguments give the same Plan on every machine. `families` is what that namespace can do: where IPv6 is
+    switched off, nothing of IPv6 is steered (the guard still speaks for both). A Config that captures nothing gives a
+    plan with no table, rule or route. Raises ConfigError when the marks do not fit together.
+    """
+    marks = make_marks(config)
+    table, first = config.routing.table, config.routing.priority
+    families = families if config.captures else ()
+    routes = tuple(
+        LocalRoute(family=family, table=table, why="deliver what the rules below send here to this host")
+        for family in families
+    )
+    rules = tuple(rule for family in families for rule in _rules(family, marks, first, table))
+    tables = {}
+    if config.captures:
+        tables[STEERING] = steering_table(config, marks, families)
+        if config.capture.when_down == "refuse":
+            tables[GUARD] = guard_table(config, marks)
+    return Plan(
+        listen=tuple((LISTEN_ADDRESS[family], config.listen.port) for family in families),
+        marks=marks,
+        routes=routes,
+        rules=rules,
+        tables=tables,
+        sysctls={},  # the layouts of this version work with every setting; nothing has to be changed
+        ruleset=transaction(tables),
+        capture_off=f"flush chain inet {STEERING} {CAPTURE_CHAIN}\n",
+    )
+
+
+def _rules(family: Family, marks: Marks, first: int, table: int) -> tuple[Rule, ...]:
+    # In the order in which they are added: a jump's target comes before the jump.
+    return (
+        Rule(
+            family=family,
+            priority=first + 2,
+            mark=marks.upstream,
+            iif="lo",
+            table=table,
+            why="answers of a local app to an upstream socket that bears the client's address come back to us",
+        ),
+        Rule(
+            family=family,
+            priority=first,
+            mark=marks.steering,
+            iif="lo",
+            goto=first + 2,
+            why="keep reverse-path and output look-ups (both count as iif lo) away from the next rule: "
+            "with src_valid_mark=1 they would see the local route and the packet would be dropped in silence",
+        ),
+        Rule(
+            family=family,
+            priority=first + 1,
+            mark=marks.steering,
+            iif=None,
+            table=table,
+            why="a steered packet is delivered to this host, whatever its destination address",
+        ),
+    )

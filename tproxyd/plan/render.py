@@ -1,0 +1,78 @@
+"""A Plan as text: for people, for nft, for a shell, for programs. The same content in each; nothing is added or left out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import msgspec
+
+from tproxyd.plan.model import Plan
+from tproxyd.plan.plan import PROTOCOL
+
+__all__ = ["FORMATS", "render"]
+
+
+def render(plan: Plan, form: str = "text") -> str:
+    """The plan in one of FORMATS, ending with a newline. `nft` is what `nft -f -` loads; `shell` needs root, sh, ip, nft."""
+    return FORMATS[form](plan)
+
+
+def _text(plan: Plan) -> str:
+    if not plan.tables:
+        return "Nothing would be captured: no table, rule or route.\n"
+    sections = ["# Listeners, transparent, opened before capture goes on"]
+    sections += [f"{_endpoint(address, port)}" for address, port in plan.listen]
+    sections += ["", "# Local routes"]
+    for route in plan.routes:
+        sections.append(f"ip -{route.family} route add {route.selector()} proto {PROTOCOL}    # {route.why}")
+    sections += ["", "# Rules"]
+    for rule in plan.rules:
+        sections.append(f"# {rule.why}")
+        sections.append(f"ip -{rule.family} rule add {rule.selector()} protocol {PROTOCOL}")
+    sections += ["", "# Sysctls"]
+    sections += [f"{name} = {value}" for name, value in plan.sysctls.items()] or ["none has to be changed"]
+    sections += ["", "# Ruleset, in one transaction, last"]
+    return "\n".join(sections) + "\n" + "\n".join(plan.tables.values())
+
+
+def _nft(plan: Plan) -> str:
+    return plan.ruleset
+
+
+def _shell(plan: Plan) -> str:
+    lines = [
+        "#!/bin/sh",
+        "# What `tproxyd apply` does, as commands. Run as root; running it twice changes nothing but the counters.",
+        "set -eu",
+        "",
+        "rule() {  # adds an ip rule unless it is there",
+        '    out=$(ip "$@" 2>&1) || case $out in *"File exists"*) ;; *) echo "$out" >&2; exit 71 ;; esac',
+        "}",
+        "",
+    ]
+    lines += [f"ip -{route.family} route replace {route.selector()} proto {PROTOCOL}" for route in plan.routes]
+    lines += [f"rule -{rule.family} rule add {rule.selector()} protocol {PROTOCOL}" for rule in plan.rules]
+    lines += [f"sysctl -qw {name}={value}" for name, value in plan.sysctls.items()]
+    return "\n".join(lines) + "\n\nnft -f - <<'RULESET'\n" + plan.ruleset + "RULESET\n"
+
+
+def _json(plan: Plan) -> str:
+    content = {
+        "listen": [_endpoint(address, port) for address, port in plan.listen],
+        "marks": {"steering": str(plan.marks.steering), "upstream": str(plan.marks.upstream)},
+        "protocol": PROTOCOL,
+        "routes": [{"family": r.family, "route": r.selector(), "why": r.why} for r in plan.routes],
+        "rules": [{"family": r.family, "rule": r.selector(), "why": r.why} for r in plan.rules],
+        "sysctls": plan.sysctls,
+        "tables": plan.tables,
+        "ruleset": plan.ruleset,
+    }
+    return msgspec.json.format(msgspec.json.encode(content), indent=2).decode() + "\n"
+
+
+def _endpoint(address: str, port: int) -> str:
+    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+
+
+FORMATS: dict[str, Callable[[Plan], str]] = {"text": _text, "nft": _nft, "shell": _shell, "json": _json}
+"""The formats of `tproxyd plan --format`."""
