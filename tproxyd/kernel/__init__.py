@@ -1,0 +1,35 @@
+"""What the kernel holds: looked at, put there, taken away. Blocking calls, no trio; the only room that imports pyroute2.
+
+Everything acts on the network namespace of the calling thread, and only on what is ours: nft tables `inet tproxyd` and
+`inet tproxyd_*`, ip rules and routes with protocol 133. Nothing else is ever changed or removed.
+"""
+
+from tproxyd.kernel.nft import nft_version
+from tproxyd.kernel.state import (
+    Applied,
+    Observed,
+    Step,
+    apply,
+    differences,
+    make_steps,
+    observe,
+    revert,
+    revert_steps,
+    stop_capture,
+    usable_families,
+)
+
+__all__ = [
+    "Applied",
+    "Observed",
+    "Step",
+    "apply",
+    "differences",
+    "make_steps",
+    "nft_version",
+    "observe",
+    "revert",
+    "revert_steps",
+    "stop_capture",
+    "usable_families",
+]

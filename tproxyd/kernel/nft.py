@@ -1,0 +1,98 @@
+"""The nft program: load a text in one transaction, list our tables. Knows nothing of what the text means.
+
+A child process costs about 12 ms a call. The library would be faster, but the text given to nft is the text that a user
+can give to nft, and the errors are the ones that a user can look up.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+
+from tproxyd.errors import CapabilityError, KernelError, MissingError
+
+__all__ = ["check", "is_ours", "list_tables", "load", "nft_version"]
+
+_OURS = re.compile(r"tproxyd(_.*)?")
+_SYSTEM_PATH = "/usr/sbin:/sbin:/usr/local/sbin:/usr/bin:/bin"
+# A hung nft would hang the daemon's start and stop; its largest transactions take well under a second.
+_TIMEOUT = 30.0
+
+
+def is_ours(table: str) -> bool:
+    """Whether a table of family inet with this name belongs to tproxyd."""
+    return _OURS.fullmatch(table) is not None
+
+
+def load(text: str) -> None:
+    """Loads a text as one transaction: all of it or, with an error raised, nothing."""
+    _run("-f", "-", text=text)
+
+
+def check(text: str) -> None:
+    """Raises what `load` would raise, and changes nothing."""
+    _run("-c", "-f", "-", text=text)
+
+
+def list_tables() -> dict[str, str]:
+    """Our tables: name to listing, without counters and handles."""
+    names = [line.split()[2] for line in _run("list", "tables", "inet").splitlines() if line.startswith("table inet ")]
+    return {name: _run("-s", "list", "table", "inet", name) for name in sorted(names) if is_ours(name)}
+
+
+def nft_version() -> str | None:
+    """What `nft --version` says, or None where there is no nft."""
+    try:
+        return _run("--version").strip()
+    except MissingError:
+        return None
+
+
+def _run(*arguments: str, text: str = "") -> str:
+    nft = shutil.which("nft") or shutil.which("nft", path=_SYSTEM_PATH)
+    if nft is None:
+        raise MissingError("the program nft is missing: install it, on Debian with `apt-get install nftables`")
+    try:
+        done = subprocess.run(
+            [nft, *arguments],
+            input=text,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=_TIMEOUT,
+            check=False,
+            env={"PATH": os.environ.get("PATH", _SYSTEM_PATH), "LC_ALL": "C"},  # its messages are read below
+            # A signal to the terminal's process group is the daemon's to handle; half of a teardown is worse than none.
+            start_new_session=True,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise KernelError(
+            f"`nft {' '.join(arguments)}` did not end within {_TIMEOUT:.0f} s: is the system overloaded?"
+        ) from error
+    if done.returncode == 0:
+        return done.stdout
+    raise _translate(arguments, done.stderr)
+
+
+def _translate(arguments: tuple[str, ...], stderr: str) -> KernelError | MissingError | CapabilityError:
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+    first = lines[0] if lines else "no message"
+    shown = f"`nft {' '.join(arguments)}` failed: {first}"
+    if "Operation not permitted" in stderr:
+        return CapabilityError(
+            f"{shown}: changing the ruleset needs CAP_NET_ADMIN in this network namespace; run as root"
+        )
+    # The kernel answers ENOENT for an expression whose module it does not have; nft points at it in the line below.
+    for word, module in (
+        ("tproxy", "nft_tproxy"),
+        ("socket", "nft_socket"),
+        ("fib", "nft_fib_inet"),
+        ("reject", "nft_reject_inet"),
+    ):
+        if "No such file or directory" in first and any(word in line for line in lines[1:2]):
+            return MissingError(
+                f"{shown}: this kernel has no {module}; load it with `modprobe {module}` or use a kernel that has it"
+            )
+    return KernelError(f"{shown}: {lines[1]}" if len(lines) > 1 else shown)

@@ -1,0 +1,195 @@
+"""Observe, compare, change only the difference: all kernel state of one network namespace.
+
+A change is a list of steps, made before the first one is taken. New things come before old ones go, capture comes on last
+and goes off first, so a death between any two steps leaves nothing that steers packets to nowhere. A step that fails takes
+the steps before it back.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import msgspec
+
+from tproxyd.errors import TproxydError
+from tproxyd.kernel import nft, routing
+from tproxyd.kernel.routing import RouteKey, RuleKey
+from tproxyd.plan import Family, Plan
+
+__all__ = [
+    "Applied",
+    "Observed",
+    "Step",
+    "apply",
+    "differences",
+    "make_steps",
+    "observe",
+    "revert",
+    "revert_steps",
+    "stop_capture",
+    "usable_families",
+]
+
+
+class Observed(msgspec.Struct, frozen=True):
+    """What is ours in the kernel: rules and routes with our protocol, tables by name with their listing."""
+
+    rules: tuple[RuleKey, ...]
+    routes: tuple[RouteKey, ...]
+    tables: dict[str, str]
+
+
+class Applied(msgspec.Struct, frozen=True):
+    """What `apply` did, a line a change, and how this machine's nft lists the plan's tables.
+
+    The plan is spelled as nft 1.0.6 lists it. Where another version spells it otherwise, the listing taken right after the
+    load is what later listings are compared with.
+    """
+
+    changes: tuple[str, ...]
+    spelling: dict[str, str]
+
+
+class Step(msgspec.Struct, frozen=True):
+    """One change of the kernel's state: what it does in words, the call, and the call that takes it back (if any)."""
+
+    what: str
+    do: Callable[[], None]
+    undo: Callable[[], None] | None = None
+
+
+def usable_families() -> tuple[Family, ...]:
+    """(4, 6), or (4,) in a namespace whose kernel or lo has IPv6 switched off: it takes no local route there."""
+    try:
+        socket.socket(socket.AF_INET6, socket.SOCK_STREAM).close()
+        off = Path("/proc/sys/net/ipv6/conf/lo/disable_ipv6").read_text(encoding="ascii").strip() != "0"
+    except OSError:
+        off = True
+    return (4,) if off else (4, 6)
+
+
+def observe() -> Observed:
+    """What is ours in this namespace, now. Raises MissingError, CapabilityError or KernelError."""
+    return Observed(routing.dump_rules(), routing.dump_routes(), nft.list_tables())
+
+
+def differences(plan: Plan, observed: Observed, *, spelling: dict[str, str] | None = None) -> list[str]:
+    """What would have to change, a line each; empty when the kernel holds what is planned.
+
+    `spelling` is from `apply`, for an nft that does not list tables in the plan's words.
+    """
+    return [step.what for step in make_steps(plan, observed, spelling=spelling)]
+
+
+def apply(plan: Plan) -> Applied:
+    """Makes the kernel hold the plan; done a second time, it changes nothing.
+
+    Raises MissingError, CapabilityError or KernelError, with everything as it was before.
+    """
+    steps = make_steps(plan, observe())
+    if steps:
+        nft.check(plan.ruleset)  # before the first step: most of what can fail, fails here
+    _take(steps)
+    listed = nft.list_tables()
+    return Applied(tuple(step.what for step in steps), {name: listed.get(name, "") for name in plan.tables})
+
+
+def revert() -> list[str]:
+    """Removes all that is ours in this namespace, whatever config put it there, and gives what was removed."""
+    steps = revert_steps(observe())
+    _take(steps)
+    return [step.what for step in steps]
+
+
+def stop_capture(plan: Plan) -> None:
+    """No new connection is taken from here on; those that live go on. The guard, if there is one, refuses new ones."""
+    nft.load(plan.capture_off)
+
+
+def make_steps(plan: Plan, observed: Observed, *, spelling: dict[str, str] | None = None) -> list[Step]:
+    """From what is to what should be: add routes, add rules, exchange the tables at once, remove what is left over."""
+    routes = [routing.route_key(route) for route in plan.routes]
+    rules = [routing.rule_key(rule) for rule in plan.rules]
+    steps = [
+        Step(
+            f"add local route of IPv{key[0]} to table {key[1]}",
+            partial(routing.add_route, key),
+            partial(routing.delete_route, key),
+        )
+        for key in routes
+        if key not in observed.routes
+    ]
+    steps += [
+        Step(
+            f"add ip rule {routing.describe_rule(key)}",
+            partial(routing.add_rule, key),
+            partial(routing.delete_rule, key),
+        )
+        for key in rules
+        if key not in observed.rules
+    ]
+    changed = [
+        name
+        for name, body in (spelling or plan.tables).items()
+        if not body or _words(body) != _words(observed.tables.get(name, ""))
+    ]
+    left_over = [name for name in observed.tables if name not in plan.tables]
+    if changed or left_over:
+        drop = "".join(f"table inet {name}\ndelete table inet {name}\n" for name in left_over)
+        what = [f"load table inet {name}" for name in changed] + [f"delete table inet {name}" for name in left_over]
+        steps.append(Step(", ".join(what), partial(nft.load, drop + plan.ruleset)))
+    steps += [_delete_rule(key) for key in observed.rules if key not in rules]
+    steps += [_delete_route(key) for key in observed.routes if key not in routes]
+    return steps
+
+
+def revert_steps(observed: Observed) -> list[Step]:
+    """Steering goes first, then what it needs, the guard last: until then new connections get what `when_down` says."""
+    guards = [name for name in observed.tables if name.endswith("_guard")]
+    steering = [name for name in observed.tables if name not in guards]
+    steps = [_delete_table(name) for name in steering]
+    steps += [_delete_rule(key) for key in observed.rules]
+    steps += [_delete_route(key) for key in observed.routes]
+    return steps + [_delete_table(name) for name in guards]
+
+
+def _take(steps: list[Step]) -> None:
+    done: list[Step] = []
+    try:
+        for step in steps:
+            step.do()
+            done.append(step)
+    except TproxydError:
+        for step in reversed(done):
+            if step.undo is not None:
+                step.undo()
+        raise
+
+
+def _delete_table(name: str) -> Step:
+    # `table` first: fine if somebody else was quicker.
+    return Step(f"delete table inet {name}", partial(nft.load, f"table inet {name}\ndelete table inet {name}\n"))
+
+
+def _delete_rule(key: RuleKey) -> Step:
+    return Step(
+        f"delete ip rule {routing.describe_rule(key)}",
+        partial(routing.delete_rule, key),
+        partial(routing.add_rule, key),
+    )
+
+
+def _delete_route(key: RouteKey) -> Step:
+    return Step(
+        f"delete local route of IPv{key[0]} from table {key[1]}",
+        partial(routing.delete_route, key),
+        partial(routing.add_route, key),
+    )
+
+
+def _words(table: str) -> list[str]:
+    # The plan is spelled as nft lists it; only where nft breaks lines is left to nft.
+    return table.split()
