@@ -1,0 +1,50 @@
+"""The record of one connection: filled while it lives, handed over once, at its end."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+__all__ = ["Outcome", "Record"]
+
+Outcome = Literal[
+    "closed",
+    "self_call",
+    "upstream_refused",
+    "upstream_unreachable",
+    "upstream_timeout",
+    "upstream_reset",
+    "client_reset",
+    "idle_timeout",
+    "half_close_timeout",
+    "drained",
+    "no_ports",
+    "error",
+]
+"""How a connection ended. `error` is the only one that points at a fault of tproxyd."""
+
+
+class Record(msgspec.Struct, kw_only=True):
+    """One connection, in the fields and the order of the access log.
+
+    Addresses are `ip:port` or `[ip6]:port`. `ts` is the end of the connection, RFC 3339 in UTC with milliseconds, and
+    `duration_ms` the time from accept to that end. What is not known is None. `rule` None means the default policy.
+    """
+
+    ts: str = ""
+    id: str
+    workload: str = "host"
+    direction: Literal["inbound", "outbound"] = "inbound"
+    protocol: Literal["tcp", "udp"] = "tcp"
+    source: str | None = None
+    original_destination: str | None = None
+    upstream: str | None = None
+    upstream_source: str | None = None
+    rule: str | None = None
+    sni: str | None = None
+    alpn: str | None = None
+    bytes_from_client: int = 0
+    bytes_from_upstream: int = 0
+    duration_ms: float = 0.0
+    outcome: Outcome = "error"
