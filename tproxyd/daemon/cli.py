@@ -1,0 +1,138 @@
+"""The command `tproxyd`: reads the command line, imports what the verb needs, turns errors into sentences and exit codes.
+
+`check`, `plan` and `--help` import neither trio nor pyroute2; they answer in a fraction of the time that those take to load.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from tproxyd.errors import TproxydError, UsageError
+
+__all__ = ["entry", "main"]
+
+# Promised for later versions: refused by name, not mistaken for a typing error.
+_LATER_VERBS = ("confirm", "connections", "doctor", "drain", "explain", "handover", "reload", "status", "top")
+_LATER_OPTIONS = ("--after-exit", "--against", "--confirm", "--diff", "--name")
+
+
+def entry() -> NoReturn:
+    """The console script: runs `main` on the command line and ends the process with its code."""
+    sys.exit(main(sys.argv[1:]))
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs one command and gives its exit code (sysexits.h). Errors are one sentence each on stderr, never a traceback."""
+    try:
+        return _dispatch(_parse(arguments))
+    except TproxydError as error:
+        for line in str(error).splitlines():
+            print(f"tproxyd: {line}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130  # 128 + SIGINT, as a shell reports it
+    except BrokenPipeError:
+        # The reader of our output left (`tproxyd plan | head`): keep Python from complaining about it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return os.EX_OK
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see `{self.prog} --help`")
+
+
+class _Version(argparse.Action):
+    def __call__(self, *_: object) -> NoReturn:
+        from tproxyd import __version__
+        from tproxyd.kernel.nft import nft_version
+
+        print(
+            f"tproxyd {__version__}, Linux {platform.release()}, {nft_version() or 'no nft'}, Python {platform.python_version()}"
+        )
+        sys.exit(os.EX_OK)
+
+
+def _make_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="tproxyd",
+        description="Takes inbound TCP connections away from their destination with nft TPROXY, without conntrack.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="versions of tproxyd, kernel, nft and Python")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+
+    def add(name: str, what: str, *, config: bool = True) -> argparse.ArgumentParser:
+        verb = verbs.add_parser(name, help=what, description=what[0].upper() + what[1:] + ".", allow_abbrev=False)
+        if config:
+            verb.add_argument(
+                "-c",
+                "--config",
+                type=Path,
+                metavar="FILE",
+                help="this file alone (default: /etc/tproxyd/tproxyd.toml, then conf.d/*.toml beside it)",
+            )
+        return verb
+
+    run = add("run", "intercept connections until SIGTERM")
+    run.add_argument(
+        "--port",
+        action="append",
+        default=[],
+        metavar="N[-M]",
+        help="capture this port or range (without -c: no file is read)",
+    )
+    add("check", "validate the configuration; needs no root")
+    plan = add("plan", "print everything that would be applied; needs no root")
+    plan.add_argument("--format", choices=("text", "nft", "shell", "json"), default="text", help="default: text")
+    add("apply", "put the kernel state there for any transparent listener on the port")
+    add("revert", "remove all kernel state that is tproxyd's, and nothing else", config=False)
+    return parser
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    verb = next((word for word in arguments if not word.startswith("-")), None)
+    if verb in _LATER_VERBS:
+        raise UsageError(f"`tproxyd {verb}` is not in this version of tproxyd; see `tproxyd --help` for what is")
+    later = next((word for word in arguments if word.split("=")[0] in _LATER_OPTIONS), None)
+    if later is not None:
+        raise UsageError(
+            f"the option {later.split('=')[0]} is not in this version of tproxyd; see `tproxyd {verb} --help`"
+        )
+    return _make_parser().parse_args(arguments)
+
+
+def _dispatch(options: argparse.Namespace) -> int:
+    if options.verb == "revert":
+        from tproxyd.daemon import state
+
+        return state.revert()
+
+    from tproxyd.config import load_config
+
+    config = load_config(options.config, ports=options.port if options.verb == "run" else ())
+    match options.verb:
+        case "check":
+            from tproxyd.plan import make_plan
+
+            make_plan(config)  # whether the marks fit together is found out there
+            print("the configuration is good" if config.captures else "the configuration is good, but captures nothing")
+        case "plan":
+            from tproxyd.plan import make_plan, render
+
+            sys.stdout.write(render(make_plan(config), options.format))
+        case "apply":
+            from tproxyd.daemon import state
+
+            return state.apply(config)
+        case "run":
+            from tproxyd.daemon import run
+
+            return run.run(config)
+    return os.EX_OK
