@@ -163,7 +163,7 @@ def _capture_chain(config: Config) -> str:
         leave("iifname != @interfaces", "not a captured interface")
     if capture.exclude_interfaces:
         leave("iifname @exclude_interfaces", "excluded interface")
-    leave("fib daddr type != { unicast, local }", "broadcast, multicast, anycast: not for a relay")
+    leave("fib daddr type { broadcast, anycast, multicast }", "not for a relay")
     for name, networks, negated, why in (
         ("sources", capture.sources, True, "not a captured source"),
         ("exclude_sources", capture.exclude_sources, False, "excluded source"),
