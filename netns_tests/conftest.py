@@ -1,0 +1,44 @@
+"""What holds for every test here: away from the host's network, and nothing left behind.
+
+Tests under unit/ are pure and need no root. Every other test runs in a process that has moved into an empty network
+namespace before anything else happened, so not even a mistake in a test can reach the host's network.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tproxyd.testing.isolation import isolate_this_process, missing_capabilities
+from tproxyd.testing.plugin import DEFAULT_COUNT_DIVISOR
+
+pytest_plugins = [
+    "tproxyd.testing.plugin"
+]  # where tproxyd is not installed; else its entry point came first, which is fine
+
+_UNIT = Path(__file__).parent / "unit"
+_NEEDS_ROOT = "make nstest needs root: type `sudo make nstest`"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.option.count_divisor is None:
+        config.option.count_divisor = DEFAULT_COUNT_DIVISOR
+    if not missing_capabilities() and not all(_is_unit(Path(argument.partition("::")[0])) for argument in config.args):
+        isolate_this_process()
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    needs_root = any(not _is_unit(item.path) for item in session.items)
+    if needs_root and not session.config.option.collectonly and missing_capabilities():
+        pytest.exit(_NEEDS_ROOT, returncode=pytest.ExitCode.TESTS_FAILED)
+
+
+@pytest.fixture(autouse=True)
+def _leaves_nothing_behind(request: pytest.FixtureRequest) -> None:
+    if not _is_unit(request.node.path):
+        request.getfixturevalue("no_leaks")
+
+
+def _is_unit(path: Path) -> bool:
+    return path.resolve().is_relative_to(_UNIT)
