@@ -1,0 +1,60 @@
+# What is typed in a checkout of tproxyd. Each target works as the first one after `git clone`: it makes .venv, and as root
+# installs the Debian packages that are missing. Nothing here touches the host's network.
+
+export PYTHON ?= python3
+PREPARE := packaging/prepare
+AS_OWNER := $(PREPARE) --as-owner
+BIN := .venv/bin
+PYTEST := $(BIN)/python -m pytest -p no:cacheprovider
+PEERS := nft ip curl openssl iperf3
+# As root in somebody's checkout nothing may be written that they cannot remove.
+export PYTHONDONTWRITEBYTECODE := 1
+
+# Expanded before the first line of a recipe runs: one sentence, and nothing has happened yet.
+need-root = $(if $(filter 0,$(shell id -u)),,$(error make $@ needs root: type `sudo make $@`))
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help demo nstest nstest-long test check format lock clean
+
+help:  ## what can be typed here
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F'\t' '{ printf "make %-13s %s\n", $$1, $$2 }'
+
+demo:  ## the main job at work, in throwaway network namespaces (root)
+	$(need-root)
+	@$(PREPARE) nft curl openssl
+	@$(BIN)/python -m tproxyd.testing.demo
+
+nstest:  ## every test, in throwaway network namespaces; counted runs divided by 10 (root)
+	$(need-root)
+	@$(PREPARE) $(PEERS)
+	$(PYTEST)
+
+nstest-long:  ## the same with full counts (root)
+	$(need-root)
+	@$(PREPARE) $(PEERS)
+	$(PYTEST) --count-divisor 1
+
+test:  ## the tests that need no root
+	@$(PREPARE)
+	$(PYTEST) netns_tests/unit
+
+check:  ## format, lint, types, layers
+	@$(PREPARE)
+	$(AS_OWNER) $(BIN)/ruff format --check
+	$(AS_OWNER) $(BIN)/ruff check
+	$(AS_OWNER) $(BIN)/mypy
+	$(PYTEST) -q netns_tests/unit/test_layers.py
+
+format:  ## rewrites the code as `make check` wants it
+	@$(PREPARE)
+	$(AS_OWNER) $(BIN)/ruff check --fix
+	$(AS_OWNER) $(BIN)/ruff format
+
+lock:  ## requirements-dev.lock anew, from pyproject.toml
+	@$(PREPARE)
+	$(AS_OWNER) $(BIN)/uv pip compile -q --upgrade --universal --generate-hashes --no-emit-index-url --no-emit-find-links \
+	    --python-version 3.11 --custom-compile-command "make lock" --group dev -o requirements-dev.lock pyproject.toml
+
+clean:  ## removes what the other targets made
+	rm -rf .venv .mypy_cache .ruff_cache .hypothesis dist
