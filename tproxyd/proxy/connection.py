@@ -46,6 +46,9 @@ _CONNECT_OUTCOMES: dict[int, Outcome] = {
 }
 
 
+_SAY_EVERY = 5.0  # seconds
+
+
 class Service:
     """What all connections of one namespace share. Whoever makes it closes `locality`.
 
@@ -69,6 +72,7 @@ class Service:
         self.active = 0
         self._idle = trio.Event()
         self._idle.set()
+        self._said: dict[object, float] = {}
         # Unique across restarts without a file: random start, then counted.
         self._ids = itertools.count(secrets.randbits(63))
 
@@ -82,11 +86,28 @@ class Service:
             self._idle = trio.Event()
         self.active += 1
 
-    def leave(self) -> None:
-        """One connection less."""
+    def leave(self, record: Record) -> None:
+        """One connection less, and its record handed over. What `on_record` raises is logged and costs nobody else."""
         self.active -= 1
         if not self.active:
             self._idle.set()
+        try:
+            self.on_record(record)
+        except Exception as error:  # the embedding program's, whatever it is
+            self.complain(error, "on_record failed for connection %s", record.id)
+
+    def complain(self, error: Exception, message: str, *args: object) -> None:
+        """Logs what must not be passed over, with the error behind it; of errors of one kind one line in five seconds.
+
+        Whatever one client can cause, many clients can cause a thousand times a second. A surprise comes with its traceback.
+        """
+        kind = (message, type(error), getattr(error, "errno", None))
+        now = time.monotonic()
+        if now - self._said.get(kind, -_SAY_EVERY) < _SAY_EVERY:
+            return
+        self._said[kind] = now
+        expected = isinstance(error, OSError)
+        _log.error(message + ": %s", *args, error, exc_info=None if expected else error)
 
     async def wait_idle(self) -> None:
         """Returns as soon as no connection lives."""
@@ -121,28 +142,23 @@ async def serve_connection(service: Service, accepted: socket.socket) -> None:
         orderly = True
     except EndedError as end:
         record.outcome = end.outcome
-    except trio.Cancelled:
-        record.outcome = "drained"
-        raise
     except OSError as error:
         if error.errno in (errno.ENOTCONN, errno.ECONNRESET):
             record.outcome = "client_reset"  # left before it was looked at
         else:
-            _log.warning(
-                "connection %s from %s to %s: %s", record.id, record.source, record.original_destination, error
-            )
-    except Exception:  # the one place for a surprise: it costs this connection only, and is told with its traceback
-        _log.exception(
-            "connection %s from %s to %s failed; this is a bug", record.id, record.source, record.original_destination
-        )
+            service.complain(error, "connection %s to %s", record.id, record.original_destination)
+    except Exception as error:  # the one place for a surprise: it costs this connection only
+        service.complain(error, "connection %s to %s failed; this is a bug", record.id, record.original_destination)
+    except BaseException:  # Cancelled; from within the relay's nursery it may come as a group
+        record.outcome = "drained"
+        raise
     finally:
         for side in (downstream, upstream):
             if side is not None:
                 close(side, orderly=orderly)
         record.duration_ms = round((time.monotonic() - begin) * 1000, 3)
         record.ts = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-        service.leave()
-        service.on_record(record)
+        service.leave(record)
 
 
 def is_self_call(service: Service, destination: Address, *, local: bool) -> bool:
@@ -174,7 +190,7 @@ async def dial(service: Service, client: Address, destination: Address, *, local
         outcome: Outcome = "upstream_timeout"
     except OSError as error:
         if error.errno not in _CONNECT_OUTCOMES:
-            _log.warning("cannot connect to %s: %s", format_address(destination), error)
+            service.complain(error, "cannot connect to %s", format_address(destination))
         outcome = _CONNECT_OUTCOMES.get(error.errno or 0, "error")
     except BaseException:
         if upstream is not None:

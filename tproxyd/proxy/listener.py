@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import logging
 import socket
 
 import trio
@@ -12,16 +11,12 @@ from tproxyd.proxy.connection import Service, serve_connection
 
 __all__ = ["serve_listener"]
 
-_log = logging.getLogger(__name__)
-
 _OUT_OF = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _PAUSE = 0.1  # seconds; the queue waits, connections that end give files back
-_SAY_EVERY = 5.0  # seconds between two log lines about it
 
 
 async def serve_listener(service: Service, listener: socket.socket, nursery: trio.Nursery) -> None:
     """Accepts until cancelled; each connection becomes a task of `nursery`. Does not close the listener."""
-    said = -_SAY_EVERY
     while True:
         try:
             accepted, _ = listener.accept()
@@ -33,11 +28,7 @@ async def serve_listener(service: Service, listener: socket.socket, nursery: tri
                 # Linux hands errors of a connection that died in the queue to accept(); the next one may be fine.
                 await trio.lowlevel.checkpoint()
                 continue
-            if trio.current_time() - said >= _SAY_EVERY:
-                said = trio.current_time()
-                _log.error(
-                    "cannot accept connections: %s; raise the limit of open files (ulimit -n, LimitNOFILE)", error
-                )
+            service.complain(error, "cannot accept connections; raise the limit of open files (ulimit -n, LimitNOFILE)")
             await trio.sleep(_PAUSE)
             continue
         accepted.setblocking(False)
