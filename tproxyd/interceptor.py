@@ -6,6 +6,7 @@ connections, then everything else. Cancelled or broken anywhere, the kernel is l
 
 from __future__ import annotations
 
+import errno
 import logging
 import socket
 from collections.abc import AsyncIterator, Callable
@@ -19,7 +20,8 @@ from tproxyd.datapath import Record
 from tproxyd.errors import ConfigError, KernelError
 from tproxyd.net.capabilities import require_capabilities
 from tproxyd.net.locality import Locality
-from tproxyd.net.sockets import open_listener
+from tproxyd.net.ports import port_holder
+from tproxyd.net.sockets import format_address, open_listener
 from tproxyd.plan import Plan, make_plan
 from tproxyd.proxy import Service, serve_listener
 
@@ -106,9 +108,11 @@ def _listen(address: str, port: int, backlog: int) -> socket.socket:
     try:
         return open_listener(address, port, backlog=backlog)
     except OSError as error:
-        shown = f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        holder = port_holder(port, family=family) if error.errno == errno.EADDRINUSE else None
         raise KernelError(
-            f"cannot listen on {shown}: {error.strerror}; choose another listen.port or stop what uses it"
+            f"cannot listen on {format_address((address, port))}: {error.strerror}{f', by {holder}' if holder else ''}; "
+            "choose another listen.port or stop what uses it"
         ) from error
 
 

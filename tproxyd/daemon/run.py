@@ -16,6 +16,7 @@ from tproxyd.daemon.logs import AccessLog, set_up_logging
 from tproxyd.datapath import Record
 from tproxyd.errors import TproxydError
 from tproxyd.interceptor import Interceptor, open_interceptor
+from tproxyd.net.sockets import format_address
 
 __all__ = ["run"]
 
@@ -93,9 +94,7 @@ async def _drain(config: Config, interceptor: Interceptor, stop: _Stop) -> None:
 
 
 def _say_ready(interceptor: Interceptor) -> None:
-    listen = ",".join(
-        f"[{address}]:{port}" if ":" in address else f"{address}:{port}" for address, port in interceptor.listen
-    )
+    listen = ",".join(format_address(address) for address in interceptor.listen)
     # At any log level, on one line, and whole: others wait for it.
     os.write(sys.stderr.fileno(), f"tproxyd: ready pid={os.getpid()} listen={listen}\n".encode())
 
