@@ -17,7 +17,7 @@ import msgspec
 from tproxyd.errors import TproxydError
 from tproxyd.kernel import nft, routing
 from tproxyd.kernel.routing import RouteKey, RuleKey
-from tproxyd.plan import Family, Plan
+from tproxyd.plan import Family, Plan, remove_tables
 
 __all__ = [
     "Applied",
@@ -138,9 +138,10 @@ def make_steps(plan: Plan, observed: Observed, *, spelling: dict[str, str] | Non
     ]
     left_over = [name for name in observed.tables if name not in plan.tables]
     if changed or left_over:
-        drop = "".join(f"table inet {name}\ndelete table inet {name}\n" for name in left_over)
         what = [f"load table inet {name}" for name in changed] + [f"delete table inet {name}" for name in left_over]
-        steps.append(Step(", ".join(what), partial(nft.load, drop + plan.ruleset)))
+        load = remove_tables(left_over) + plan.ruleset
+        undo = remove_tables(plan.tables) + "\n".join(observed.tables.values())
+        steps.append(Step(", ".join(what), partial(nft.load, load), partial(nft.load, undo)))
     steps += [_delete_rule(key) for key in observed.rules if key not in rules]
     steps += [_delete_route(key) for key in observed.routes if key not in routes]
     return steps
@@ -170,8 +171,7 @@ def _take(steps: list[Step]) -> None:
 
 
 def _delete_table(name: str) -> Step:
-    # `table` first: fine if somebody else was quicker.
-    return Step(f"delete table inet {name}", partial(nft.load, f"table inet {name}\ndelete table inet {name}\n"))
+    return Step(f"delete table inet {name}", partial(nft.load, remove_tables([name])))
 
 
 def _delete_rule(key: RuleKey) -> Step:

@@ -8,6 +8,7 @@ The text that is shown is the text that is applied.
 from tproxyd.plan.model import Family, LocalRoute, Marks, Plan, Rule
 from tproxyd.plan.plan import PROTOCOL, SUPPORTED_MARKS, make_plan
 from tproxyd.plan.render import FORMATS, render
+from tproxyd.plan.ruleset import remove_tables
 
 __all__ = [
     "FORMATS",
@@ -19,5 +20,6 @@ __all__ = [
     "Plan",
     "Rule",
     "make_plan",
+    "remove_tables",
     "render",
 ]

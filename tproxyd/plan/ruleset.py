@@ -28,7 +28,16 @@ from tproxyd.config import Config, Mark, Network, PortRange
 from tproxyd.plan.model import Family, Marks
 from tproxyd.policy import SPECIAL_NETWORKS
 
-__all__ = ["CAPTURE_CHAIN", "GUARD", "LISTEN_ADDRESS", "STEERING", "guard_table", "steering_table", "transaction"]
+__all__ = [
+    "CAPTURE_CHAIN",
+    "GUARD",
+    "LISTEN_ADDRESS",
+    "STEERING",
+    "guard_table",
+    "remove_tables",
+    "steering_table",
+    "transaction",
+]
 
 STEERING = "tproxyd"
 GUARD = "tproxyd_guard"
@@ -47,12 +56,13 @@ _ACK_ONLY = "tcp flags ack / fin,syn,rst,ack"
 
 
 def transaction(tables: Mapping[str, str]) -> str:
-    """One file for `nft -f`: replaces all tables at once, and removes a guard that is no longer wanted.
+    """One file for `nft -f`: replaces all tables at once, and removes a guard that is no longer wanted."""
+    return remove_tables((STEERING, GUARD)) + "\n" + "\n".join(tables.values())
 
-    `table` before `delete table` makes the deletion succeed whether or not the table was there.
-    """
-    parts = [f"table inet {name}\ndelete table inet {name}\n" for name in (STEERING, GUARD)]
-    return "".join(parts) + "\n" + "\n".join(tables.values())
+
+def remove_tables(names: Iterable[str]) -> str:
+    """What removes these tables, there or not: `table` first, because `delete table` fails where there is none."""
+    return "".join(f"table inet {name}\ndelete table inet {name}\n" for name in names)
 
 
 def steering_table(config: Config, marks: Marks, families: Iterable[Family]) -> str:
