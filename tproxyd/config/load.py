@@ -62,12 +62,15 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         # Non-blocking, so that a FIFO without a writer is refused below instead of waited for.
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
-        with open(fd, "rb") as file:
-            status = os.fstat(fd)
-            if not stat.S_ISREG(status.st_mode):
-                kind = "a directory" if stat.S_ISDIR(status.st_mode) else "no regular file"
+        try:
+            mode = os.fstat(fd).st_mode
+            if not stat.S_ISREG(mode):
+                kind = "a directory" if stat.S_ISDIR(mode) else "no regular file"
                 raise refuse(f"is {kind}; name a TOML file")
-            data = file.read(_LARGEST + 1)
+            with open(fd, "rb", closefd=False) as file:
+                data = file.read(_LARGEST + 1)
+        finally:
+            os.close(fd)
     except FileNotFoundError:
         raise refuse(
             "there is no such file; name another with -c, or capture ports without a file: --port 8080"
