@@ -7,11 +7,16 @@ namespace before anything else happened, so not even a mistake in a test can rea
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from tproxyd.testing.isolation import isolate_this_process, missing_capabilities
 from tproxyd.testing.plugin import DEFAULT_COUNT_DIVISOR
+
+if TYPE_CHECKING:
+    from netns_tests.way import Way
+    from tproxyd.testing import Lab
 
 pytest_plugins = [
     "tproxyd.testing.plugin"
@@ -38,6 +43,25 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 def _leaves_nothing_behind(request: pytest.FixtureRequest) -> None:
     if not _is_unit(request.node.path):
         request.getfixturevalue("no_leaks")
+
+
+@pytest.fixture(params=["gateway v4", "gateway v6", "sidecar v4", "sidecar v6"])
+def way(request: pytest.FixtureRequest, gateway_lab: Lab, sidecar_lab: Lab, tmp_path: Path) -> Way:
+    """Both layouts in both families. Behind the gateway the app is a foreign destination, which no interface has."""
+
+    def file(text: str) -> Path:
+        path = tmp_path / "tproxyd.toml"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    from netns_tests.way import Way  # late: the unit tests need no lab, and no trio
+
+    layout, family = request.param.split()
+    if layout == "gateway":
+        address = "203.0.113.9" if family == "v4" else "2001:db8:f::9"
+        return Way(request.param, gateway_lab["client"], gateway_lab["gateway"], gateway_lab["server"], address, file)
+    host = sidecar_lab["host"]
+    return Way(request.param, sidecar_lab["client"], host, host, getattr(host, family), file)
 
 
 def _is_unit(path: Path) -> bool:

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import trio
 
+from netns_tests.way import Way
 from tproxyd.net.sockets import format_address
 from tproxyd.testing import (
     ROUTED,
@@ -32,26 +33,6 @@ from tproxyd.testing.daemon import open_daemon
 
 CONFIG = '[capture]\nports = ["8080", "8443", "5201"]\n'
 BODY = 100_000_000
-LAYOUTS = ["gateway v4", "gateway v6", "sidecar v4", "sidecar v6"]
-
-
-class Way:
-    """The way of a test's traffic: where the client is, where the daemon runs, where the app lives, and its address."""
-
-    def __init__(self, client: Node, proxy: Node, app: Node, address: str) -> None:
-        self.client, self.proxy, self.app, self.address = client, proxy, app, address
-        self.in_url = f"[{address}]" if ":" in address else address
-        self.bind = "::" if ":" in address else "0.0.0.0"
-
-
-@pytest.fixture(params=LAYOUTS)
-def way(request: pytest.FixtureRequest, gateway_lab: Lab, sidecar_lab: Lab) -> Way:
-    layout, family = request.param.split()
-    if layout == "gateway":
-        address = "203.0.113.9" if family == "v4" else "2001:db8:f::9"
-        return Way(gateway_lab["client"], gateway_lab["gateway"], gateway_lab["server"], address)
-    host = sidecar_lab["host"]
-    return Way(sidecar_lab["client"], host, host, getattr(host, family))
 
 
 def sha256(path: Path) -> str:

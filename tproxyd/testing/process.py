@@ -100,6 +100,7 @@ class LabProcess:
                         if text in line and (line.endswith("\n") or output.ended.is_set()):
                             return line.rstrip("\n")
                 if all(output.ended.is_set() for output in self._outputs):
+                    await self.wait()  # so that its code can be told; it closes its outputs a moment before it ends
                     break
                 await _wait_for_any(changed)
         state = f"runs (pid {self.pid})" if self.returncode is None else f"ended with {self.returncode}"

@@ -1,0 +1,339 @@
+"""The command as a user types it: exit codes, one sentence an error, what is loaded, the two logs."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import trio
+
+from netns_tests.way import Way
+from tproxyd.net.sockets import format_address
+from tproxyd.testing import Finished, Lab, LabError, Node, serve_echo, serve_identity
+from tproxyd.testing.daemon import TPROXYD, open_daemon
+
+TWO_LINES = '[capture]\nports = ["8080", "9000-9099"]\n'
+FIVE_MISTAKES = """
+[capture]
+prots = ["8080"]
+ports = ["9099-9000"]
+when_down = "reject"
+[routing]
+mark = "0x4000000/0x3000000"
+[upstrem]
+target = "original"
+"""
+
+
+def one_sentence(done: Finished, code: int) -> str:
+    """What it said on stderr: one line, no traceback, nothing on stdout."""
+    assert (done.returncode, done.stdout) == (code, ""), done.stderr
+    assert re.fullmatch(r"tproxyd: [^\n]+\n", done.stderr), done.stderr
+    return done.stderr
+
+
+async def test_check_reports_five_mistakes_at_once_within_150_ms(sidecar_lab: Lab, tmp_path: Path) -> None:
+    file = tmp_path / "five.toml"
+    file.write_text(FIVE_MISTAKES)
+    took = []
+    for _ in range(5):
+        began = time.perf_counter()
+        done = await sidecar_lab["host"].run(*TPROXYD, "check", "-c", str(file), check=False)
+        took.append(time.perf_counter() - began)
+    assert done.returncode == 78
+    assert done.stdout == ""
+    assert done.stderr.splitlines() == [
+        f"tproxyd: {file}: `capture.prots` is not a key of the configuration; did you mean `capture.ports`?",
+        f'tproxyd: {file}: `capture.ports[0]` = "9099-9000" is an inverted range; write "9000-9099"',
+        f'tproxyd: {file}: `capture.when_down` = "reject" is none of its values; use "bypass" or "refuse"',
+        f'tproxyd: {file}: `routing.mark` = "0x4000000/0x3000000" has bits outside its mask (0x4000000); '
+        "widen the mask or drop them",
+        f"tproxyd: {file}: `upstrem` is not a key of the configuration; did you mean `upstream`?",
+    ]
+    median = statistics.median(took)
+    print(f"check: median {median * 1000:.0f} ms of {[f'{one * 1000:.0f}' for one in took]}")
+    assert median < 0.15
+
+
+@pytest.mark.parametrize("verb", ["check", "plan"])
+def test_check_and_plan_load_neither_trio_nor_pyroute2(tmp_path: Path, verb: str) -> None:
+    file = tmp_path / "good.toml"
+    file.write_text(TWO_LINES)
+    code = (
+        "import sys\nfrom tproxyd.daemon.cli import main\n"
+        f"assert main([{verb!r}, '-c', {str(file)!r}]) == 0\n"
+        "print('loaded:', sorted({name.partition('.')[0] for name in sys.modules} & {'trio', 'pyroute2', 'asyncio'}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "loaded: []"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "sentence"),
+    [
+        ((), 64, "required: VERB"),
+        (("frobnicate",), 64, "invalid choice: 'frobnicate'"),
+        (("status",), 64, "`tproxyd status` is not in this version"),
+        (("plan", "--diff"), 64, "the option --diff is not in this version"),
+        (("apply", "--confirm=60"), 64, "the option --confirm is not in this version"),
+        (("plan", "--format", "yaml"), 64, "invalid choice: 'yaml'"),
+        (("run", "--port", "70000"), 64, "--port 70000 is out of range"),
+        (("run", "--port", "9-8"), 64, '--port 9-8 is an inverted range; write "8-9"'),
+        (("run", "--port", "80", "--port", "80-90"), 64, 'overlaps "80"'),
+        (("run", "-c", "/no/such/file"), 78, "/no/such/file: there is no such file"),
+        (("check", "-c", "/"), 78, "/: is a directory"),
+        (("plan", "-c", "/dev/null"), 78, "/dev/null: is no regular file"),
+        (("run", "-c", "EMPTY"), 78, "nothing to capture"),
+        (("apply", "-c", "EMPTY"), 78, "nothing to capture"),
+    ],
+)
+async def test_a_mistake_on_the_command_line_is_one_sentence(
+    sidecar_lab: Lab, tmp_path: Path, arguments: tuple[str, ...], code: int, sentence: str
+) -> None:
+    empty = tmp_path / "empty.toml"
+    empty.write_text("")
+    before = await sidecar_lab["host"].dump()
+    words = [str(empty) if word == "EMPTY" else word for word in arguments]
+    done = await sidecar_lab["host"].run(*TPROXYD, *words, check=False)
+    assert sentence in one_sentence(done, code)
+    assert await sidecar_lab["host"].dump() == before
+
+
+async def test_help_shows_what_is_built_and_nothing_else(sidecar_lab: Lab) -> None:
+    done = await sidecar_lab["host"].run(*TPROXYD, "--help")
+    assert re.findall(r"^    ([a-z]+) ", done.stdout, re.MULTILINE) == ["run", "check", "plan", "apply", "revert"]
+    version = (await sidecar_lab["host"].run(*TPROXYD, "--version")).stdout
+    assert re.fullmatch(
+        rf"tproxyd [0-9.]+, Linux {re.escape(os.uname().release)}, nftables v[^,]+, Python [0-9.]+\n", version
+    )
+
+
+async def without(node: Node, capability: str, *arguments: str) -> Finished:
+    """Runs tproxyd as root without one capability."""
+    return await node.run(
+        "setpriv", "--bounding-set", f"-{capability}", "--inh-caps", f"-{capability}", *TPROXYD, *arguments, check=False
+    )
+
+
+@pytest.mark.parametrize("way", ["sidecar v4"], indirect=True)
+@pytest.mark.parametrize(
+    ("capability", "verb"), [("net_admin", "run"), ("net_raw", "run"), ("net_admin", "apply"), ("net_admin", "revert")]
+)
+async def test_55_without_a_capability_it_is_named_with_the_line_of_the_unit(
+    way: Way, capability: str, verb: str
+) -> None:
+    await way.proxy.run("nft", "add table inet foreign")
+    before = await way.proxy.dump()
+    file = () if verb == "revert" else ("-c", str(way.file(TWO_LINES)))
+    sentence = one_sentence(await without(way.proxy, capability, verb, *file), 77)
+    name = f"CAP_{capability.upper()}"
+    assert f"needs {name}" in sentence
+    assert f"AmbientCapabilities={name}" in sentence
+    assert await way.proxy.dump() == before
+
+
+@pytest.mark.parametrize("way", ["sidecar v4"], indirect=True)
+@pytest.mark.parametrize("verb", ["run", "apply", "revert"])
+async def test_54_without_nft_the_package_is_named(way: Way, verb: str) -> None:
+    before = await way.proxy.dump()
+    nft = (await way.proxy.run("sh", "-c", "command -v nft")).stdout.strip()
+    # In a mount namespace of its own, where the program is not one.
+    hide = f"mount --bind /dev/null {nft} && exec {' '.join(TPROXYD)} {verb}"
+    if verb != "revert":
+        hide += f" -c {way.file(TWO_LINES)}"
+    sentence = one_sentence(await way.proxy.run("unshare", "--mount", "sh", "-c", hide, check=False), 69)
+    assert "nft is missing" in sentence
+    assert "apt-get install nftables" in sentence
+    assert await way.proxy.dump() == before
+
+
+async def test_zero_config_captures_the_ports_and_says_ready_at_any_level(way: Way, nursery: trio.Nursery) -> None:
+    await nursery.start(serve_identity, way.app, 9001)
+    async with way.proxy.process(*TPROXYD, "run", "--port", "8080", "--port", "9000-9001", collect=True) as daemon:
+        ready = await daemon.wait_for_output("ready")
+        assert ready == f"tproxyd: ready pid={daemon.pid} listen=127.0.0.1:15006,[::1]:15006"
+        async with await way.client.connect(way.address, 9001) as stream:
+            own = format_address(stream.socket.getsockname())
+            await stream.receive_some()
+        assert '"outcome":' in await daemon.wait_for_output(own)
+        daemon.send_signal(signal.SIGTERM)
+        assert await daemon.wait() == 0
+    config = TWO_LINES + '[log]\nlevel = "error"\n[listen]\nport = 15999\n'
+    async with open_daemon(way.proxy, config) as silent:
+        assert silent.ready.endswith("listen=127.0.0.1:15999,[::1]:15999")
+        assert await silent.stop() == 0
+        assert silent.process.stderr_text == silent.ready + "\n"
+
+
+KEYS = [
+    "ts",
+    "id",
+    "workload",
+    "direction",
+    "protocol",
+    "source",
+    "original_destination",
+    "upstream",
+    "upstream_source",
+    "rule",
+    "sni",
+    "alpn",
+    "bytes_from_client",
+    "bytes_from_upstream",
+    "duration_ms",
+    "outcome",
+]
+
+
+async def one_echo(way: Way, text: bytes) -> str:
+    async with await way.client.connect(way.address, 8080) as stream:
+        own = format_address(stream.socket.getsockname())
+        await stream.send_all(text)
+        await stream.send_eof()
+        assert await stream.receive_some() == text
+        assert await stream.receive_some() == b""
+    return own
+
+
+async def test_the_access_log_has_the_contracts_fields(way: Way, nursery: trio.Nursery) -> None:
+    await nursery.start(serve_echo, way.app, 8080)
+    async with open_daemon(way.proxy, TWO_LINES) as daemon:
+        record = await daemon.record(await one_echo(way, b"hello"))
+        assert list(record) == KEYS
+        assert re.fullmatch(r"2\d{3}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", record["ts"])
+        assert (record["rule"], record["sni"], record["alpn"]) == (None, None, None)
+        assert (record["bytes_from_client"], record["bytes_from_upstream"]) == (5, 5)
+        ids = {(await daemon.record(await one_echo(way, b"x")))["id"] for _ in range(3)} | {record["id"]}
+        assert len(ids) == 4
+        assert await daemon.stop() == 0
+    # Nothing but records on stdout, nothing of a record on stderr.
+    assert [list(json.loads(line)) for line in daemon.process.stdout_text.splitlines()] == [KEYS] * 4
+    assert "hello" not in daemon.process.stderr_text
+    assert '"outcome"' not in daemon.process.stderr_text
+
+
+async def test_the_access_log_as_text_and_switched_off(way: Way, nursery: trio.Nursery) -> None:
+    await nursery.start(serve_echo, way.app, 8080)
+    async with open_daemon(way.proxy, TWO_LINES + '[log]\nformat = "text"\n') as daemon:
+        own = await one_echo(way, b"hello")
+        line = await daemon.process.wait_for_output(own)
+        assert f" inbound tcp {own} -> {format_address((way.address, 8080))} upstream " in line
+        assert re.search(r" rule - sent 5 received 5 in [0-9.]+ ms: closed$", line)
+        assert await daemon.stop() == 0
+    async with open_daemon(way.proxy, TWO_LINES + "[log]\naccess = false\n") as daemon:
+        await one_echo(way, b"hello")
+        assert await daemon.stop() == 0
+        assert daemon.process.stdout_text == ""
+
+
+@pytest.mark.parametrize("way", ["gateway v4"], indirect=True)
+async def test_57_a_blocked_access_log_holds_no_connection_up_and_drops_are_counted(
+    way: Way, nursery: trio.Nursery
+) -> None:
+    """Nobody reads stdout: first the pipe fills, then the queue; every connection is served all the same."""
+    await nursery.start(serve_echo, way.app, 8080)
+    async with way.proxy.process(
+        *TPROXYD, "run", "--port", "8080", stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as daemon:
+        assert daemon.stderr is not None
+        said = b""
+        while b"ready" not in said:
+            said += await daemon.stderr.receive_some()
+        # The pipe as small as it gets, so that a few lines fill it.
+        read_end = daemon.stdout
+        assert read_end is not None
+        fcntl.fcntl(read_end.fileno(), fcntl.F_SETPIPE_SZ, 4096)
+        for _ in range(60):
+            with trio.fail_after(2):
+                await one_echo(way, b"x")
+        daemon.send_signal(signal.SIGTERM)
+        with trio.fail_after(5):
+            assert await daemon.wait() == 0
+        while chunk := await daemon.stderr.receive_some():
+            said += chunk
+        (dropped,) = re.findall(rb"(\d+) lines of the access log were dropped", said)
+        lines = b""
+        while chunk := await read_end.receive_some():
+            lines += chunk
+        # Whole lines only, and none unaccounted for.
+        assert lines.endswith(b"\n")
+        assert lines.count(b"\n") + int(dropped) == 60
+
+
+@pytest.mark.parametrize("way", ["gateway v4"], indirect=True)
+async def test_59_a_full_disk_under_the_access_log_holds_no_connection_up(way: Way, nursery: trio.Nursery) -> None:
+    await nursery.start(serve_echo, way.app, 8080)
+    full = os.open("/dev/full", os.O_WRONLY)
+    try:
+        async with way.proxy.process(*TPROXYD, "run", "--port", "8080", stdout=full, stderr=subprocess.PIPE) as daemon:
+            assert daemon.stderr is not None
+            said = b""
+            while b"ready" not in said:
+                said += await daemon.stderr.receive_some()
+            for _ in range(5):
+                await one_echo(way, b"x")
+            daemon.send_signal(signal.SIGTERM)
+            assert await daemon.wait() == 0
+            while chunk := await daemon.stderr.receive_some():
+                said += chunk
+    finally:
+        os.close(full)
+    assert b"5 lines of the access log were dropped" in said
+
+
+@pytest.mark.parametrize("way", ["gateway v4"], indirect=True)
+async def test_21_out_of_files_it_serves_on_and_says_so_sparingly(way: Way, nursery: trio.Nursery) -> None:
+    await nursery.start(serve_echo, way.app, 8080)
+    limit = "ulimit -n 30; exec " + " ".join(TPROXYD) + f" run -c {way.file(TWO_LINES)}"
+    async with way.proxy.process("sh", "-c", limit, collect=True) as daemon:
+        await daemon.wait_for_output("ready")
+        streams = []
+        for _ in range(60):
+            streams.append(await way.client.connect(way.address, 8080))
+        began, used = time.perf_counter(), cpu_seconds(daemon.pid)
+        await trio.sleep(1)
+        share = (cpu_seconds(daemon.pid) - used) / (time.perf_counter() - began)
+        print(f"CPU while out of files: {share:.1%}")
+        assert share < 0.2
+        for stream in streams:
+            await stream.aclose()
+        # Those that ended give their files back: the next one is served.
+        with trio.fail_after(5):
+            while True:
+                try:
+                    await one_echo(way, b"x")
+                    break
+                except (trio.BrokenResourceError, AssertionError):
+                    await trio.sleep(0.05)
+        complaints = [line for line in daemon.stderr_text.splitlines() if "Too many open files" in line]
+        assert 1 <= len(complaints) <= 4
+        assert "Traceback" not in daemon.stderr_text
+        daemon.send_signal(signal.SIGTERM)
+        assert await daemon.wait() == 0
+
+
+def cpu_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+async def test_sighup_says_that_reload_is_not_there_and_goes_on(sidecar_lab: Lab) -> None:
+    async with open_daemon(sidecar_lab["host"], TWO_LINES) as daemon:
+        daemon.process.send_signal(signal.SIGHUP)
+        await daemon.process.wait_for_output("reload is not in this version")
+        assert await daemon.stop() == 0
+
+
+async def test_a_daemon_that_does_not_start_shows_its_own_words(sidecar_lab: Lab) -> None:
+    with pytest.raises(LabError, match=r"(?s)ended with 78.*`capture\.prots`"):
+        async with open_daemon(sidecar_lab["host"], FIVE_MISTAKES):
+            pass
