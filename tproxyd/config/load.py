@@ -1,18 +1,24 @@
-"""Reads files, merges them, and turns the result into a Config: all of it or one ConfigError with every problem."""
+"""Reads files, merges them, and turns the result into a Config: all of it or one ConfigError with every problem.
+
+Every key remembers the file that it came from, so that a problem names the file to edit. A file that cannot be read does
+not keep the problems of the others back; only what holds between keys waits until all of them are known and good.
+"""
 
 from __future__ import annotations
 
 import os
 import stat
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from tproxyd.config.schema import LATER, Config, keys_of
-from tproxyd.config.values import InvalidError, Mark, PortRange, port_range, ports, shown, toml_kind
+from tproxyd.config.schema import LATER, Capture, Config, keys_of
+from tproxyd.config.values import ALL_PORTS, InvalidError, Mark, PortRange, wildcard_over
+from tproxyd.config.values import ports as read_ports
+from tproxyd.config.wording import printable, short, shown, toml_kind
 from tproxyd.errors import ConfigError, UsageError
 
 __all__ = ["DEFAULT_FILE", "config_from_mapping", "load_config"]
@@ -22,6 +28,9 @@ DEFAULT_FILE = Path("/etc/tproxyd/tproxyd.toml")
 
 _LARGEST = 8 * 1024 * 1024  # bytes; 10,000 networks take a few hundred kilobytes
 
+_Keys = tuple[Any, ...]
+"""Where something stands: (table,) or (table, key). No dotted text, because a key may have dots of its own."""
+
 
 def load_config(path: Path | None = None, *, ports: Sequence[str] = (), default: Path = DEFAULT_FILE) -> Config:
     """The configuration as the command line asks for it.
@@ -30,34 +39,45 @@ def load_config(path: Path | None = None, *, ports: Sequence[str] = (), default:
     "9000-9099") and no path, no file. Ports are added to those of the file. Raises ConfigError, and UsageError for a port.
     """
     added = _read_ports(ports)
+    unread: list[str] = []
+    files = [] if ports else [default]
     if path is not None:
         files = [path]
-    elif ports:
-        files = []
-    else:
-        files = [default, *sorted((default.parent / "conf.d").glob("*.toml"), key=lambda file: os.fsencode(file.name))]
-    merged: dict[str, Any] = {}
-    origins: dict[str, str] = {}
-    problems: list[str] = []
+    elif files:
+        try:
+            files += _drop_ins(default.parent / "conf.d")
+        except ConfigError as error:
+            unread += error.problems
+    tree = _Tree(origin=str(files[0]) if files else "command line")
     for file in files:
         try:
-            _merge(merged, origins, _read(file), str(file))
+            tree.merge(_read(file), origin=str(file))
         except ConfigError as error:
-            problems += error.problems
-    if problems:
-        raise ConfigError(*problems)
-    config = _make(merged, origins, str(files[0]) if files else "command line")
-    return _with_ports(config, added) if added else config
+            unread += error.problems
+    return _make(tree, added=added, unread=unread)
 
 
 def config_from_mapping(mapping: Mapping[str, Any], *, origin: str = "config") -> Config:
     """A Config from what TOML would give. `origin` names it in messages. Raises ConfigError with every problem."""
-    return _make(mapping, {}, origin)
+    return _make(_Tree(mapping, origin=origin))
+
+
+def _drop_ins(directory: Path) -> list[Path]:
+    """Its *.toml in byte order; as with a shell's asterisk, not those with a dot in front (an editor's locks)."""
+    try:
+        # Not Path.glob: it passes over a directory that it must not read, and the daemon would run on half a config.
+        names = os.listdir(directory)
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{printable(str(directory))}: {_unreadable(error)}") from None
+    names = [name for name in names if name.endswith(".toml") and not name.startswith(".")]
+    return [directory / name for name in sorted(names, key=os.fsencode)]
 
 
 def _read(path: Path) -> dict[str, Any]:
     def refuse(cause: str) -> ConfigError:
-        return ConfigError(f"{shown(str(path))[1:-1]}: {cause}")
+        return ConfigError(f"{printable(str(path))}: {cause}")
 
     try:
         # Non-blocking, so that a FIFO without a writer is refused below instead of waited for.
@@ -75,10 +95,8 @@ def _read(path: Path) -> dict[str, Any]:
         raise refuse(
             "there is no such file; name another with -c, or capture ports without a file: --port 8080"
         ) from None
-    except PermissionError:
-        raise refuse("cannot be read by this user; run as its owner or change its mode") from None
     except (OSError, ValueError) as error:
-        raise refuse(f"cannot be read: {getattr(error, 'strerror', None) or error}; name another with -c") from None
+        raise refuse(_unreadable(error)) from None
     if len(data) > _LARGEST:
         raise refuse(f"is larger than {_LARGEST // 1024 // 1024} MiB; is this the right file?")
     try:
@@ -87,148 +105,197 @@ def _read(path: Path) -> dict[str, Any]:
         line = data.count(b"\n", 0, error.start) + 1
         raise refuse(f"is not UTF-8 (byte {error.start}, line {line}); save it as UTF-8") from None
     except tomllib.TOMLDecodeError as error:
-        raise refuse(f"is not TOML: {_printable(str(error))}; mend that place") from None
-    except (RecursionError, ValueError) as error:
-        cause = "nested too deeply" if isinstance(error, RecursionError) else _printable(str(error))
-        raise refuse(f"is not usable TOML: {cause}; simplify it") from None
+        raise refuse(f"is not TOML: {printable(str(error)[:200])}; mend that place") from None
+    except RecursionError:
+        raise refuse("is not usable TOML: nested too deeply; simplify it") from None
+    except ValueError:  # of int() alone, and its words are for a Python programmer
+        raise refuse("is not usable TOML: it has a number of thousands of digits; shorten it") from None
 
 
-def _merge(into: dict[str, Any], origins: dict[str, str], new: Mapping[str, Any], origin: str) -> None:
-    """Tables merge by key, lists replace; remembers which file each key came from."""
-    for key, value in new.items():
-        origins[key] = origin
-        if isinstance(value, dict) and isinstance(into.get(key), dict):
-            into[key] = into[key] | value
-        else:
-            into[key] = value
-        if isinstance(value, dict):
-            origins.update({f"{key}.{inner}": origin for inner in value})
+def _unreadable(error: OSError | ValueError) -> str:
+    if isinstance(error, PermissionError):
+        return "cannot be read by this user; run as its owner or change its mode"
+    return f"cannot be read: {getattr(error, 'strerror', None) or error}; name another with -c"
 
 
-def _make(mapping: Mapping[str, Any], origins: Mapping[str, str], origin: str) -> Config:
-    problems: list[str] = []
+class _Tree:
+    """Tables of one origin, or of several files merged, and where each key was written."""
 
-    def say(path: str, sentence: str) -> None:
-        table_and_key = ".".join(path.split("[")[0].split(".")[:2])
-        problems.append(f"{origins.get(table_and_key, origins.get(path.split('.')[0], origin))}: {sentence}")
+    def __init__(self, tables: Mapping[Any, Any] | None = None, *, origin: str) -> None:
+        self.tables: dict[Any, Any] = dict(tables or {})
+        self._origin = origin
+        self._origins: dict[_Keys, str] = {}
+
+    def merge(self, new: Mapping[str, Any], *, origin: str) -> None:
+        """Tables merge by key, lists replace."""
+        for name, content in new.items():
+            self._origins[name,] = origin
+            if not isinstance(content, dict):
+                self.tables[name] = content
+                continue
+            before = self.tables.get(name)
+            self.tables[name] = before | content if isinstance(before, dict) else content
+            self._origins.update({(name, key): origin for key in content})
+
+    def origin(self, places: Sequence[_Keys]) -> str:
+        """The printable name of where the last of these was written; a default was written nowhere."""
+        written = [self._origins[keys] for keys in places if keys in self._origins]
+        return printable(written[-1] if written else self._origin)
+
+
+def _make(tree: _Tree, *, added: tuple[PortRange, ...] = (), unread: Sequence[str] = ()) -> Config:
+    problems = list(unread)
+    bad: set[_Keys] = set()
+
+    def say(sentence: str, *places: _Keys) -> None:
+        problems.append(f"{tree.origin(places)}: {sentence}")
+        bad.update(places)
+
+    def good(places: Sequence[_Keys]) -> bool:
+        return not unread and not any(keys in bad or keys[:1] in bad for keys in places)
 
     tables: dict[str, Any] = {}
     kinds = keys_of(Config)
-    for name, content in mapping.items():
+    for name, content in tree.tables.items():
         if name in LATER and LATER[name] is None:
-            say(str(name), f"`{name}` is not in this version of tproxyd; remove it")
+            say(f"`{name}` is not in this version of tproxyd; remove it", (name,))
         elif name not in kinds:
-            say(str(name), _unknown(str(name)))
+            say(_unknown(name), (name,))
         elif not isinstance(content, Mapping):
-            say(name, f"`{name}` is {toml_kind(content)}; it is a table: write [{name}] on a line of its own")
+            say(f"`{name}` is {toml_kind(content)}; it is a table: write [{name}] on a line of its own", (name,))
         else:
             tables[name] = _make_table(name, kinds[name], content, say)
-    if not problems:
-        config = Config(**tables)
-        for path, sentence in _check_together(config):
-            say(path, sentence)
+    config = Config(**tables)  # where a key is bad, its default stands in; nothing below looks at those
+    if added and good(_PORTS):
+        config = msgspec.structs.replace(config, capture=_with_ports(config.capture, added))
+        for sentence in _check_added(config.capture, added):
+            say(sentence, ("capture", "exclude_ports"))
+    for places, check in _TOGETHER:
+        if good(places):
+            for sentence in check(*(getattr(getattr(config, table), key) for table, key in places)):
+                say(sentence, *places)
     if problems:
         raise ConfigError(*problems)
     return config
 
 
-def _make_table(name: str, kind: type[msgspec.Struct], content: Mapping[str, Any], say: Any) -> msgspec.Struct:
+def _make_table(
+    name: str, kind: type[msgspec.Struct], content: Mapping[Any, Any], say: Callable[[str, _Keys], None]
+) -> msgspec.Struct:
     readers = keys_of(kind)
     fields: dict[str, Any] = {}
     for key, value in content.items():
-        path = f"{name}.{key}"
         if key in (LATER.get(name) or ()):
-            say(path, f"`{path}` is not in this version of tproxyd; remove it")
+            say(f"`{name}.{key}` is not in this version of tproxyd; remove it", (name, key))
         elif key not in readers:
-            say(path, _unknown(path))
+            say(_unknown(name, key), (name, key))
         else:
             try:
                 fields[key] = readers[key](value)
             except InvalidError as invalid:
-                for where, inner, cause in invalid.problems:
-                    say(path, f"`{path}{where}` = {shown(value if inner is ... else inner)} {cause}")
+                for sentence in invalid.sentences(f"{name}.{key}", value):
+                    say(sentence, (name, key))
     return kind(**fields)
 
 
-def _check_together(config: Config) -> list[tuple[str, str]]:
-    problems: list[tuple[str, str]] = []
-    capture, routing = config.capture, config.routing
-    one, other = routing.mark, routing.upstream_mark
-    if isinstance(one, Mark) and isinstance(other, Mark):
-        if one == other:
-            problems.append(
-                (
-                    "routing.upstream_mark",
-                    f"`routing.upstream_mark` = {other} equals `routing.mark`; they tell packets apart: make them differ",
-                )
-            )
-        elif one.mask & other.mask and one.mask != other.mask:
-            problems.append(
-                (
-                    "routing.upstream_mark",
-                    f"`routing.upstream_mark` = {other} overlaps the mask of `routing.mark` = {one}, so setting one would change the other; "
-                    "use two values of one mask, or masks without a common bit",
-                )
-            )
-    if config.captures and _covered(capture.ports, capture.exclude_ports):
-        problems.append(
-            (
-                "capture.exclude_ports",
-                "`capture.exclude_ports` excludes every port of `capture.ports`: nothing would be captured",
-            )
+def _check_marks(mark: Mark | str, upstream_mark: Mark | str) -> Iterator[str]:
+    if not (isinstance(mark, Mark) and isinstance(upstream_mark, Mark)):
+        return
+    if mark == upstream_mark:
+        yield (
+            f"`routing.upstream_mark` = {upstream_mark} equals `routing.mark`; they tell packets apart: make them differ"
         )
-    problems += [
-        (
-            "capture.exclude_interfaces",
-            f'`capture.exclude_interfaces` has "{name}", which is in `capture.interfaces` too; remove it from one',
+    elif mark.mask & upstream_mark.mask and mark.mask != upstream_mark.mask:
+        yield (
+            f"`routing.upstream_mark` = {upstream_mark} overlaps the mask of `routing.mark` = {mark}, so setting one would "
+            "change the other; use two values of one mask, or masks without a common bit"
         )
-        for name in capture.exclude_interfaces
-        if name in capture.interfaces
-    ]
-    return problems
 
 
-def _covered(wanted: Sequence[PortRange], excluded: Sequence[PortRange]) -> bool:
-    gone = {port for one in excluded for port in range(one.first, one.last + 1)}
-    return all(port in gone for one in wanted for port in range(one.first, one.last + 1))
+def _check_ports(mode: str, ports: Sequence[PortRange], exclude_ports: Sequence[PortRange]) -> Iterator[str]:
+    if mode != "off" and ports and _all_in(ports, exclude_ports):
+        yield (
+            f"{_excluded(exclude_ports)} excludes every port of `capture.ports`: nothing would be captured; "
+            "set exclude_ports to those that you mean, or to []"
+        )
 
 
-def _unknown(path: str) -> str:
+def _check_interfaces(interfaces: Sequence[str], exclude_interfaces: Sequence[str]) -> Iterator[str]:
+    # An exclusion inside an included wildcard takes something away from it; the other way round nothing is left.
+    excluded = dict.fromkeys(exclude_interfaces)
+    for name in interfaces:
+        wildcard = wildcard_over(name, excluded)
+        if name in excluded:
+            yield f"`capture.exclude_interfaces` has {shown(name)}, which is in `capture.interfaces` too; remove it from one"
+        elif wildcard is not None:
+            yield (
+                f"`capture.exclude_interfaces` has {shown(wildcard)}, which takes in {shown(name)} of `capture.interfaces`: "
+                "nothing would be captured there; narrow the one or remove the other"
+            )
+
+
+_PORTS = (("capture", "mode"), ("capture", "ports"), ("capture", "exclude_ports"))
+_TOGETHER: tuple[tuple[Sequence[tuple[str, str]], Callable[..., Iterator[str]]], ...] = (
+    ((("routing", "mark"), ("routing", "upstream_mark")), _check_marks),
+    (_PORTS, _check_ports),
+    ((("capture", "interfaces"), ("capture", "exclude_interfaces")), _check_interfaces),
+)
+"""What must fit together: keys, and what finds the problems of their values."""
+
+
+def _all_in(some: Sequence[PortRange], others: Sequence[PortRange]) -> bool:
+    numbers = {port for one in others for port in range(one.first, one.last + 1)}
+    return all(numbers.issuperset(range(one.first, one.last + 1)) for one in some)
+
+
+def _excluded(ports: Sequence[PortRange]) -> str:
+    """The key and its value, and that it is the default: who wrote none does not know of it."""
+    default = " (the default)" if ports == Capture().exclude_ports else ""
+    return f"`capture.exclude_ports` = {shown('all' if ports == ALL_PORTS else [str(one) for one in ports])}{default}"
+
+
+def _unknown(*keys: Any) -> str:
     import difflib  # only for a message; costs a few milliseconds
 
+    def nearest(word: str, words: Mapping[str, str], cutoff: float) -> str | None:
+        return next((words[match] for match in difflib.get_close_matches(word, words, 1, cutoff)), None)
+
+    shown_keys = [key if isinstance(key, str) else shown(key) for key in keys]
+    name, key = short(".".join(shown_keys)), short(shown_keys[-1])
     known = list(keys_of(Config))
-    known += [f"{table}.{key}" for table, kind in keys_of(Config).items() for key in keys_of(kind)]
-    key = path.rpartition(".")[2]
-    # First the nearest full name, then a key that stands in another table, as `ports` at the top level.
-    near = difflib.get_close_matches(path, known, 1, 0.75) or [name for name in known if name.rpartition(".")[2] == key]
-    near = near or difflib.get_close_matches(path, known, 1, 0.5)
-    if not near:
-        by_key = {name.rpartition(".")[2]: name for name in known}
-        near = [by_key[match] for match in difflib.get_close_matches(key, by_key, 1, 0.6)]
-    name = shown(path)[1:-1]
-    return f"`{name}` is not a key of the configuration; " + (f"did you mean `{near[0]}`?" if near else "remove it")
+    known += [f"{table}.{inner}" for table, kind in keys_of(Config).items() for inner in keys_of(kind)]
+    by_name = {one: one for one in known}
+    by_key = {one.rpartition(".")[2]: one for one in reversed(known)}  # of two tables with such a key, the first
+    # The nearest full name, then the nearest key of another table, as `ports` at the top level; then with less likeness.
+    near = nearest(name, by_name, 0.75) or nearest(key, by_key, 0.75) or nearest(name, by_name, 0.5)
+    near = near or nearest(key, by_key, 0.6)
+    return f"`{name}` is not a key of the configuration; " + (f"did you mean `{near}`?" if near else "remove it")
 
 
 def _read_ports(values: Sequence[str]) -> tuple[PortRange, ...]:
-    ranges: list[PortRange] = []
-    for value in values:
-        try:
-            ranges.append(port_range(value))
-            ports([str(one) for one in ranges])  # overlaps
-        except InvalidError as invalid:
-            raise UsageError(f"--port {shown(value)[1:-1]} {invalid.problems[0][2]}") from None
-    return tuple(ranges)
-
-
-def _with_ports(config: Config, added: tuple[PortRange, ...]) -> Config:
-    both = (*config.capture.ports, *added)
     try:
-        ports([str(one) for one in both])
+        return read_ports(list(values))
     except InvalidError as invalid:
-        _, value, cause = invalid.problems[0]
-        raise UsageError(f"--port and `capture.ports` together: {shown(value)[1:-1]} {cause}") from None
-    return msgspec.structs.replace(config, capture=msgspec.structs.replace(config.capture, ports=both))
+        problems = [f"--port {short(values[index])} {cause}" for index, cause in invalid.items.items()]
+        raise UsageError("\n".join(problems)) from None
 
 
-def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() else "?" for c in text[:200])
+def _with_ports(capture: Capture, added: tuple[PortRange, ...]) -> Capture:
+    both = (*capture.ports, *added)
+    try:
+        read_ports([str(one) for one in both])
+    except InvalidError as invalid:
+        index, cause = next(iter(invalid.items.items()))
+        raise UsageError(f"--port and `capture.ports` together: {both[index]} {cause}") from None
+    return msgspec.structs.replace(capture, ports=both)
+
+
+def _check_added(capture: Capture, added: Sequence[PortRange]) -> Iterator[str]:
+    # In a list of a file an excluded port among others may be meant: another file excludes it on this host. Nobody types
+    # one on the command line for that.
+    for one in added:
+        if capture.mode != "off" and _all_in([one], capture.exclude_ports):
+            yield (
+                f"--port {one} would capture nothing, because of {_excluded(capture.exclude_ports)}; "
+                "leave it out, or name with -c a file whose [capture] says exclude_ports = []"
+            )

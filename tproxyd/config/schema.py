@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -29,6 +31,12 @@ class Capture(msgspec.Struct, frozen=True, kw_only=True):
     destinations: Annotated[tuple[Network | Literal["local"], ...], read.destinations] = ()
     exclude_destinations: Annotated[tuple[Network | Literal["local"], ...], read.destinations] = ()
     when_down: Annotated[Literal["bypass", "refuse"], read.choice("bypass", "refuse")] = "bypass"
+
+    def takes_port(self, port: int) -> bool:
+        """Whether a connection to this port may be captured."""
+        return any(one.first <= port <= one.last for one in self.ports) and not any(
+            one.first <= port <= one.last for one in self.exclude_ports
+        )
 
 
 class Listen(msgspec.Struct, frozen=True, kw_only=True):
@@ -70,7 +78,7 @@ class Relay(msgspec.Struct, frozen=True, kw_only=True):
 class Policy(msgspec.Struct, frozen=True, kw_only=True):
     """Special destinations that are relayed all the same."""
 
-    allow_special: Annotated[tuple[Network, ...], read.networks] = ()
+    allow_special: Annotated[tuple[Network, ...], read.special_networks] = ()
 
 
 class Drain(msgspec.Struct, frozen=True, kw_only=True):
@@ -118,7 +126,8 @@ LATER: dict[str, tuple[str, ...] | None] = {
 """Keys of later versions by table; None: the whole table."""
 
 
-def keys_of(table: type[msgspec.Struct]) -> dict[str, Any]:
+@functools.cache
+def keys_of(table: type[msgspec.Struct]) -> Mapping[str, Any]:
     """A table's keys and their readers; a reader of Config's keys is the type of that table."""
     from typing import get_type_hints
 

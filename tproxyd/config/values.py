@@ -6,15 +6,17 @@ stands. Later spellings of the contract that this version does not have are told
 
 from __future__ import annotations
 
-import itertools
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 from typing import Any, TypeVar
 
 import msgspec
 
+from tproxyd.config.wording import shown, toml_kind
+
 __all__ = [
+    "ALL_PORTS",
     "InvalidError",
     "Mark",
     "Network",
@@ -22,17 +24,20 @@ __all__ = [
     "Reader",
     "choice",
     "destinations",
+    "excluded_interfaces",
     "flag",
     "integer",
     "interfaces",
     "mark",
     "networks",
-    "port_range",
     "ports",
     "protocols",
     "seconds",
-    "shown",
-    "toml_kind",
+    "some_seconds",
+    "special_networks",
+    "upstream_source",
+    "upstream_target",
+    "wildcard_over",
 ]
 
 T = TypeVar("T")
@@ -40,25 +45,25 @@ Reader = Callable[[Any], Any]
 Network = IPv4Network | IPv6Network
 
 _LATER = "is not in this version of tproxyd"
-_SHOWN = 60  # characters of a value in a message
 _LONGEST = 30 * 86400  # seconds; a longer time-out is a slip of the unit
 _UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 _MAPPED = IPv6Network("::ffff:0:0/96")
+_INTERFACES = 'interface names, such as ["eth0", "eth*"]'
 
 
 class InvalidError(Exception):
-    """Problems of one value: where inside it (`[2]`, or nothing), the value there, and cause with way out."""
+    """What is wrong with a value, and the way out; or, in `items`, what is wrong with some items of a list, by index."""
 
-    def __init__(self, cause: str, *, value: Any = ..., where: str = "") -> None:
+    def __init__(self, cause: str = "", *, items: Mapping[int, str] | None = None) -> None:
         super().__init__(cause)
-        self.problems: list[tuple[str, Any, str]] = [(where, value, cause)]
+        self.cause = cause
+        self.items = items or {}
 
-    @classmethod
-    def gather(cls, problems: Sequence[tuple[str, Any, str]]) -> InvalidError:
-        """One InvalidError of many problems; there must be at least one."""
-        invalid = cls("")
-        invalid.problems = list(problems)
-        return invalid
+    def sentences(self, name: str, value: Any) -> list[str]:
+        """One sentence a problem; `name` is where the value stands."""
+        if not self.items:
+            return [f"`{name}` = {shown(value)} {self.cause}"]
+        return [f"`{name}[{index}]` = {shown(value[index])} {cause}" for index, cause in self.items.items()]
 
 
 class PortRange(msgspec.Struct, frozen=True, order=True):
@@ -71,6 +76,10 @@ class PortRange(msgspec.Struct, frozen=True, order=True):
         return str(self.first) if self.first == self.last else f"{self.first}-{self.last}"
 
 
+ALL_PORTS = (PortRange(1, 65535),)
+"""What the word "all" stands for."""
+
+
 class Mark(msgspec.Struct, frozen=True, kw_only=True):
     """A packet mark: `value` in the bits of `mask`. The other bits belong to others and are never changed."""
 
@@ -79,39 +88,6 @@ class Mark(msgspec.Struct, frozen=True, kw_only=True):
 
     def __str__(self) -> str:
         return f"{self.value:#x}/{self.mask:#x}"
-
-
-def shown(value: Any) -> str:
-    """A value as it may stand in a message: as TOML spells it, short, and without control characters."""
-    match value:
-        case bool():
-            text = "true" if value else "false"
-        case str():
-            text = (
-                '"'
-                + "".join(c if c.isprintable() and c not in '"\\' else ascii(c)[1:-1] for c in value[: _SHOWN + 1])
-                + '"'
-            )
-        case int() if abs(value) >= 10**_SHOWN:
-            return "a huge number"
-        case dict():
-            return "a table"
-        case _:
-            text = "".join(c if c.isprintable() else "?" for c in str(value)[: _SHOWN + 1])
-    return text if len(text) <= _SHOWN else text[:_SHOWN] + "..."
-
-
-def toml_kind(value: Any) -> str:
-    """The value's type in TOML's words."""
-    kinds = (
-        (bool, "a boolean"),
-        (str, "a string"),
-        (int, "an integer"),
-        (float, "a float"),
-        (list, "an array"),
-        (dict, "a table"),
-    )
-    return next((kind for python, kind in kinds if isinstance(value, python)), "a date or time")
 
 
 def choice(*allowed: str, later: Sequence[str] = ()) -> Reader:
@@ -130,7 +106,7 @@ def choice(*allowed: str, later: Sequence[str] = ()) -> Reader:
 
 def upstream_source(value: Any) -> str:
     """ "auto" or "proxy"; the client's address as a must, or addresses, come later."""
-    if isinstance(value, list) or (isinstance(value, str) and (value == "client" or _is_address(value))):
+    if isinstance(value, list | tuple) or (isinstance(value, str) and (value == "client" or _is_address(value))):
         raise InvalidError(f'{_LATER}; use "auto" or "proxy"')
     return str(choice("auto", "proxy")(value))
 
@@ -221,20 +197,23 @@ def port_range(value: Any) -> PortRange:
 
 def ports(value: Any) -> tuple[PortRange, ...]:
     """A list of ports and ranges, or "all". Overlaps are a mistake: one of the two is not what was meant."""
-    if value == "all":
-        return (PortRange(1, 65535),)
-    read = _list(value, port_range, 'ports and ranges, such as ["8080", "9000-9099"], or the word "all"')
-    in_order = sorted(enumerate(read), key=lambda item: item[1])
-    for (_, before), (index, after) in itertools.pairwise(in_order):
-        if after.first <= before.last:
-            raise InvalidError(
-                f'overlaps "{before}" in the same list; merge the two', value=str(after), where=f"[{index}]"
-            )
-    return tuple(read)
+    if isinstance(value, str) and value == "all":
+        return ALL_PORTS
+    return _list(
+        value, port_range, 'ports and ranges, such as ["8080", "9000-9099"], or the word "all"', fit=_overlapping
+    )
 
 
 def network(value: Any) -> Network:
     """A network or a bare address, IPv4 or IPv6."""
+    read = special_network(value)
+    if read.version == 6 and read.subnet_of(_MAPPED):
+        raise InvalidError("is IPv4 mapped into IPv6, which no packet bears; write the IPv4 network itself")
+    return read
+
+
+def special_network(value: Any) -> Network:
+    """A network that may be IPv4 mapped into IPv6: no packet should bear such an address, but one can be sent."""
     text = _string(value, 'a network, such as "192.0.2.0/24"')
     if "%" in text:
         raise InvalidError("has a scope, which a network cannot have; write it without the % part")
@@ -248,37 +227,37 @@ def network(value: Any) -> Network:
         raise InvalidError(f'has a mask in place of a prefix length; write "{read}"')
     if "/" in text and ip_address(text.partition("/")[0]) != read.network_address:
         raise InvalidError(f'has bits set behind its prefix; write "{read}"')
-    if read.version == 6 and read.subnet_of(_MAPPED):
-        raise InvalidError("is IPv4 mapped into IPv6, which no packet bears; write the IPv4 network itself")
     return read
 
 
 def networks(value: Any) -> tuple[Network, ...]:
     """A list of networks."""
-    return tuple(_unique(_list(value, network, 'networks, such as ["192.0.2.0/24"]')))
+    return _list(value, network, 'networks, such as ["192.0.2.0/24"]')
+
+
+def special_networks(value: Any) -> tuple[Network, ...]:
+    """A list of networks that are refused unless they stand here, those of mapped IPv4 among them."""
+    return _list(value, special_network, 'networks, such as ["192.0.2.0/24"]')
 
 
 def destinations(value: Any) -> tuple[Network | str, ...]:
     """A list of networks and the word "local"."""
-    return tuple(
-        _unique(
-            _list(
-                value,
-                lambda v: v if v == "local" else network(v),
-                'networks, or "local", such as ["local", "192.0.2.0/24"]',
-            )
-        )
-    )
+
+    def read(item: Any) -> Network | str:
+        return "local" if isinstance(item, str) and item == "local" else network(item)
+
+    return _list(value, read, 'networks, or "local", such as ["local", "192.0.2.0/24"]')
 
 
 def interface(value: Any) -> str:
     """An interface's name, or the beginning of names and an asterisk."""
     text = _string(value, 'an interface name, such as "eth0" or "eth*"')
     if not 1 <= len(text.encode("utf-8", "surrogatepass")) <= 15:
-        raise InvalidError("is no interface name: those have 1 to 15 bytes")
+        raise InvalidError("is no interface name: those have 1 to 15 bytes; write one that `ip link` shows")
     if text in (".", "..") or not text.isascii() or not re.fullmatch(r"[!#-.0-9;-\[\]-~]+", text):
         raise InvalidError(
-            "is no interface name: spaces, quotes, slashes, colons, backslashes and non-ASCII characters cannot be in one"
+            "is no interface name: spaces, quotes, slashes, colons, backslashes and non-ASCII characters cannot be in one; "
+            "write one that `ip link` shows"
         )
     if "*" in text[:-1] or text == "*":
         raise InvalidError(
@@ -287,31 +266,38 @@ def interface(value: Any) -> str:
     return text
 
 
+def wildcard_over(name: str, names: Iterable[str]) -> str | None:
+    """The widest wildcard among `names`, a set or a dict, that takes in `name` and more; "eth*" takes in "eth", too."""
+    widest_first = (name[:end] + "*" for end in range(1, len(name.removesuffix("*")) + 1))
+    return next((wildcard for wildcard in widest_first if wildcard in names and wildcard != name), None)
+
+
 def interfaces(value: Any) -> tuple[str, ...]:
     """A list of interfaces to capture on."""
-    read = _unique(_list(value, interface, 'interface names, such as ["eth0", "eth*"]'))
-    for index, name in enumerate(read):
+
+    def read(item: Any) -> str:
+        name = interface(item)
         if name == "lo":
             raise InvalidError(
                 "cannot be captured: it carries what this host sends to itself, and an app that calls itself must reach itself; "
-                "remove it",
-                value=name,
-                where=f"[{index}]",
+                "remove it"
             )
-    return tuple(read)
+        return name
+
+    return _list(value, read, _INTERFACES, fit=_taken_in)
 
 
 def excluded_interfaces(value: Any) -> tuple[str, ...]:
     """A list of interfaces not to capture on; lo is never captured, naming it is harmless."""
-    return tuple(_unique(_list(value, interface, 'interface names, such as ["eth0", "eth*"]')))
+    return _list(value, interface, _INTERFACES, fit=_taken_in)
 
 
 def protocols(value: Any) -> tuple[str, ...]:
     """["tcp"]; udp comes later."""
-    read = _unique(_list(value, choice("tcp", later=("udp",)), '["tcp"]'))
+    read: tuple[str, ...] = _list(value, choice("tcp", later=("udp",)), '["tcp"]')
     if not read:
         raise InvalidError('is empty; write ["tcp"], or switch capture off with mode = "off"')
-    return tuple(read)
+    return read
 
 
 def _string(value: Any, example: str = "a string") -> str:
@@ -320,28 +306,54 @@ def _string(value: Any, example: str = "a string") -> str:
     return value
 
 
-def _list(value: Any, read: Callable[[Any], T], example: str) -> list[T]:
+def _repeated(good: Mapping[int, Any]) -> dict[int, str]:
+    first: dict[Any, int] = {}
+    return {
+        index: "stands in the list twice; remove one"
+        for index, item in good.items()
+        if first.setdefault(item, index) != index
+    }
+
+
+def _overlapping(good: Mapping[int, PortRange]) -> dict[int, str]:
+    problems: dict[int, str] = {}
+    widest: PortRange | None = None  # that which reaches furthest of those before; not always the one just before
+    for index, item in sorted(good.items(), key=lambda pair: pair[1]):
+        if widest is not None and item.first <= widest.last:
+            problems[index] = f'overlaps "{widest}" in the same list; merge the two'
+        if widest is None or item.last > widest.last:
+            widest = item
+    return problems
+
+
+def _taken_in(good: Mapping[int, str]) -> dict[int, str]:
+    # nft refuses a set whose elements overlap ("conflicting intervals"), and a wildcard is an interval of names.
+    names = set(good.values())
+    wider = {index: wildcard_over(name, names) for index, name in good.items()}
+    return _repeated(good) | {
+        index: f'is taken in by "{wildcard}" in the same list; remove one of the two'
+        for index, wildcard in wider.items()
+        if wildcard is not None
+    }
+
+
+def _list(
+    value: Any, read: Callable[[Any], T], example: str, *, fit: Callable[[Mapping[int, T]], dict[int, str]] = _repeated
+) -> tuple[T, ...]:
+    """Reads every item; `fit` finds, by index, those of the good ones that cannot stand beside the others."""
     if not isinstance(value, list | tuple):
         raise InvalidError(f"is {toml_kind(value)}; write an array of {example}")
-    values: list[T] = []
-    problems: list[tuple[str, Any, str]] = []
+    good: dict[int, T] = {}
+    problems: dict[int, str] = {}
     for index, item in enumerate(value):
         try:
-            values.append(read(item))
+            good[index] = read(item)
         except InvalidError as invalid:
-            problems += [(f"[{index}]{where}", item if v is ... else v, cause) for where, v, cause in invalid.problems]
+            problems[index] = invalid.cause
+    problems |= fit(good)
     if problems:
-        raise InvalidError.gather(problems)
-    return values
-
-
-def _unique(values: list[T]) -> list[T]:
-    seen: set[T] = set()
-    for index, value in enumerate(values):
-        if value in seen:
-            raise InvalidError("stands in the list twice; remove one", value=str(value), where=f"[{index}]")
-        seen.add(value)
-    return values
+        raise InvalidError(items=dict(sorted(problems.items())))
+    return tuple(good.values())
 
 
 def _is_address(text: str) -> bool:
