@@ -29,7 +29,7 @@ from tproxyd.testing import (
     serve_sink,
     serve_source,
 )
-from tproxyd.testing.daemon import open_daemon
+from tproxyd.testing.daemon import cpu_seconds, open_daemon
 
 CONFIG = '[capture]\nports = ["8080", "8443", "5201"]\n'
 BODY = 100_000_000
@@ -215,6 +215,44 @@ async def test_32_half_close_by_the_app_with_data_after_the_fin(way: Way, nurser
     assert got.hexdigest() == digest_of(size)
     assert [(t.received, t.sha256) for t in transfers] == [(size, digest_of(size))]
     assert record["outcome"] == "closed"
+
+
+async def test_29_no_reset_is_seen_where_nobody_sent_one(way: Way, nursery: trio.Nursery) -> None:
+    """Both have sent their FIN, and the client reads late: that the app's socket is closed is no reset, bytes are still to come."""
+    size = 2_000_000
+    await nursery.start(_source(way, size, []))
+    async with open_daemon(way.proxy, CONFIG) as daemon:
+        for pause in (0.1, 0.5):
+            async with await way.client.connect(way.address, 8080) as stream:
+                own = format_address(stream.socket.getsockname())
+                await stream.send_eof()
+                await trio.sleep(pause)
+                got = hashlib.sha256()
+                async for chunk in stream:
+                    got.update(chunk)
+            assert got.hexdigest() == digest_of(size)
+            assert (await daemon.record(own))["outcome"] == "closed"
+
+
+async def test_an_urgent_byte_stays_in_its_place(way: Way, nursery: trio.Nursery) -> None:
+    received = bytearray()
+    complete = trio.Event()
+
+    async def app(stream: trio.SocketStream) -> None:
+        stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
+        async for chunk in stream:
+            received.extend(chunk)
+        complete.set()
+
+    nursery.start_soon(trio.serve_listeners, app, [way.app.listen(way.bind, 8080)])
+    async with open_daemon(way.proxy, CONFIG), await way.client.connect(way.address, 8080) as stream:
+        await stream.send_all(b"abc")
+        await stream.socket.send(b"d", socket.MSG_OOB)
+        await stream.send_all(b"efg")
+        await stream.send_eof()
+        with trio.fail_after(5):
+            await complete.wait()
+    assert received == b"abcdefg"
 
 
 def _source(way: Way, size: int, transfers: list[Transfer]):  # type: ignore[no-untyped-def]
@@ -405,6 +443,37 @@ async def test_33_slow_reader_does_not_grow_the_proxy(way: Way, nursery: trio.Nu
         for stream in streams:
             reset_on_close(stream)
             await stream.aclose()
+
+
+@pytest.mark.parametrize("way", ["gateway v4"], indirect=True)
+async def test_33_stalled_connections_cost_no_time(way: Way, nursery: trio.Nursery) -> None:
+    """Nothing is polled for them: 300 downloads that nobody reads."""
+
+    async def answer(stream: trio.SocketStream) -> None:
+        with pytest.raises(trio.BrokenResourceError):
+            while True:
+                await stream.send_all(b"x" * 65536)
+        await stream.aclose()
+
+    for node in (way.client, way.proxy, way.app):  # small buffers, so that they are full soon
+        node.set_sysctl("net.ipv4.tcp_wmem", "4096 16384 32768")
+        node.set_sysctl("net.ipv4.tcp_rmem", "4096 16384 32768")
+    nursery.start_soon(trio.serve_listeners, answer, [way.app.listen(way.bind, 8080)])
+    async with open_daemon(way.proxy, CONFIG) as daemon:
+        streams = [await way.client.connect(way.address, 8080) for _ in range(300)]
+        await trio.sleep(1)
+        used = cpu_seconds(daemon.process.pid)
+        await trio.sleep(2)
+        share = (cpu_seconds(daemon.process.pid) - used) / 2
+        print(f"CPU with 300 stalled connections: {share:.1%}")
+        assert share < 0.1
+        for stream in streams:
+            reset_on_close(stream)
+            await stream.aclose()
+        with trio.fail_after(5):  # and still every reset is heard
+            while len(daemon.records()) < 300:
+                await trio.sleep(0.01)  # the log's length is no event
+    assert {record["outcome"] for record in daemon.records()} == {"client_reset"}
 
 
 def resident_kib(pid: int) -> int:

@@ -1,13 +1,14 @@
-"""One way that a test's traffic takes; the fixture `way` gives all four of them."""
+"""What the tests here share: the way that a test's traffic takes (the fixture `way` gives all four), and how times are told."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tproxyd.testing import Node
 
-__all__ = ["Way"]
+__all__ = ["Way", "median_ms"]
 
 
 class Way:
@@ -25,3 +26,10 @@ class Way:
 
     def __str__(self) -> str:
         return self.name
+
+
+def median_ms(what: str, seconds: Sequence[float]) -> float:
+    """Prints all values, and gives their median in milliseconds."""
+    median = statistics.median(seconds) * 1000
+    print(f"{what}: median {median:.1f} ms of {[f'{value * 1000:.1f}' for value in seconds]}")
+    return median

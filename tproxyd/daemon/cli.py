@@ -24,7 +24,16 @@ _LATER_OPTIONS = ("--after-exit", "--against", "--confirm", "--diff", "--name")
 
 def entry() -> NoReturn:
     """The console script: runs `main` on the command line and ends the process with its code."""
+    _open_standard_files()
     sys.exit(main(sys.argv[1:]))
+
+
+def _open_standard_files() -> None:
+    """Puts /dev/null where the caller has closed stdin, stdout or stderr (`>&-`): the next file opened would take that place."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            # The lowest free number: in this order, the very one that is missing.
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode, encoding="utf-8"))
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -124,9 +133,10 @@ def _dispatch(options: argparse.Namespace) -> int:
             make_plan(config)  # whether the marks fit together is found out there
             print("the configuration is good" if config.captures else "the configuration is good, but captures nothing")
         case "plan":
+            from tproxyd.kernel import look_around
             from tproxyd.plan import make_plan, render
 
-            sys.stdout.write(render(make_plan(config), options.format))
+            sys.stdout.write(render(make_plan(config, surroundings=look_around()), options.format))
         case "apply":
             from tproxyd.daemon import state
 

@@ -1,7 +1,7 @@
 """The two logs: what the daemon has to say on stderr, and one line a connection on stdout.
 
-The access log never holds a connection up: lines go through a bounded queue to a thread that writes. When whoever reads
-stdout stops reading, lines are dropped and counted, whole lines only.
+Neither ever holds the data path up: lines go through a bounded queue to a thread that writes. When whoever reads stops reading,
+lines are dropped and counted, whole lines only.
 """
 
 from __future__ import annotations
@@ -9,90 +9,120 @@ from __future__ import annotations
 import logging
 import os
 import queue
-import sys
+import select
 import threading
-from typing import Literal
+from collections.abc import Callable, Iterator
+from typing import Generic, TypeVar
 
 import msgspec
 
 from tproxyd.config import Config
 from tproxyd.datapath import Record
 
-__all__ = ["AccessLog", "set_up_logging"]
+__all__ = ["LineWriter", "access_format", "set_up_logging"]
+
+T = TypeVar("T")
 
 _QUEUE = 8192  # lines; at 300 bytes a line some 2 MiB, and a second of full load
-_BATCH = 256  # lines a write: fewer system calls under load, none late when there is little
+# Bytes a write: a pipe takes up to PIPE_BUF (linux/limits.h) in one piece or not at all, so no line is ever cut.
+_BATCH = 4096
+_TURN = 256  # lines taken from the queue at once: fewer system calls under load, none late when there is little
 _FLUSH = 1.0  # seconds given to the last lines at the end of the process
 
 
-def set_up_logging(config: Config) -> None:
-    """Sends the daemon's own messages to stderr, as `tproxyd: level: message`."""
-    logging.basicConfig(
-        stream=sys.stderr,
-        level=config.log.level.upper(),
-        format="tproxyd: %(levelname)s: %(message)s",
-        force=True,
-    )
-    for level in (logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR, logging.CRITICAL):
-        logging.addLevelName(level, logging.getLevelName(level).lower())
+class LineWriter(Generic[T]):
+    """Writes lines to a file descriptor from a thread of its own; `encode` makes the line of what is given to `write`.
 
+    Close it to have the last lines written. `dropped` counts the lines that were not written, and is final after that.
+    """
 
-class AccessLog:
-    """Writes records to a file descriptor from a thread of its own. Close it to have the last lines written."""
-
-    def __init__(self, config: Config, *, fd: int) -> None:
-        form: Literal["text", "json"] | str = config.log.format
-        if form == "auto":
-            form = "text" if os.isatty(fd) else "json"
-        self._format = _text_line if form == "text" else _json_line
+    def __init__(self, fd: int, encode: Callable[[T], bytes]) -> None:
         self._fd = fd
-        self._lines: queue.Queue[Record | None] = queue.Queue(_QUEUE)
+        self._encode = encode
+        self._lines: queue.Queue[T | None] = queue.Queue(_QUEUE)
+        self._taken = self._written = 0
         self.dropped = 0
         # A daemon thread: a reader that never reads again must not keep the process from ending.
-        self._thread = threading.Thread(target=self._write, name="access-log", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=f"lines to {fd}", daemon=True)
         self._thread.start()
 
-    def write(self, record: Record) -> None:
-        """Queues one record. Never blocks: with a full queue the record is dropped and counted."""
+    def write(self, line: T) -> None:
+        """Queues one line. Never blocks: with a full queue it is dropped and counted."""
         try:
-            self._lines.put_nowait(record)
+            self._lines.put_nowait(line)
+            self._taken += 1
         except queue.Full:
             self.dropped += 1
 
     def close(self) -> None:
-        """Waits up to a second for the queued lines; counts those that nobody took as dropped."""
+        """Waits up to two seconds for the queued lines; what nobody took by then counts as dropped."""
         try:
             self._lines.put(None, timeout=_FLUSH)
             self._thread.join(_FLUSH)
         except queue.Full:
             pass
-        if self._thread.is_alive():
-            self.dropped += self._lines.qsize()
+        self.dropped += self._taken - self._written
 
-    def _write(self) -> None:
+    def _run(self) -> None:
         running = True
         while running:
-            records = [self._lines.get()]
-            while len(records) < _BATCH and not self._lines.empty():
-                records.append(self._lines.get_nowait())
-            running = None not in records
-            lines = [self._format(record) for record in records if record is not None]
-            if not self._write_all(b"".join(lines)):
-                self.dropped += len(lines)
+            lines = [self._lines.get()]
+            while len(lines) < _TURN and not self._lines.empty():
+                lines.append(self._lines.get_nowait())
+            running = None not in lines
+            for batch in _batches([self._encode(line) for line in lines if line is not None]):
+                if self._write_whole(b"".join(batch)):
+                    self._written += len(batch)
 
-    def _write_all(self, data: bytes) -> bool:
+    def _write_whole(self, data: bytes) -> bool:
         view = memoryview(data)
         while view:
             try:
                 view = view[os.write(self._fd, view) :]
             except BlockingIOError:
                 # Somebody else has made the open file non-blocking (a shared terminal or pipe): wait as a blocking write would.
-                import select
-
                 select.select([], [self._fd], [], 1.0)
             except OSError:
-                return False  # the reader is gone: there is no place for these lines any more
+                return False  # a full disk, or the reader is gone: there is no place for these lines
         return True
+
+
+def _batches(lines: list[bytes]) -> Iterator[list[bytes]]:
+    """The same lines in the same order, as many at a time as may be written at once."""
+    batch: list[bytes] = []
+    size = 0
+    for line in lines:
+        if batch and size + len(line) > _BATCH:
+            yield batch
+            batch, size = [], 0
+        batch.append(line)
+        size += len(line)
+    if batch:
+        yield batch
+
+
+def access_format(config: Config, fd: int) -> Callable[[Record], bytes]:
+    """How a record becomes a line of the access log that goes to `fd`, by `log.format`."""
+    text = os.isatty(fd) if config.log.format == "auto" else config.log.format == "text"
+    return _text_line if text else _json_line
+
+
+def set_up_logging(config: Config, stderr: LineWriter[str]) -> None:
+    """Sends the daemon's own messages to stderr, as `tproxyd: level: message`."""
+    for level in (logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR, logging.CRITICAL):
+        logging.addLevelName(level, logging.getLevelName(level).lower())
+    handler = _Handler(stderr)
+    handler.setFormatter(logging.Formatter("tproxyd: %(levelname)s: %(message)s"))
+    logging.basicConfig(handlers=[handler], level=config.log.level.upper(), force=True)
+
+
+class _Handler(logging.Handler):
+    def __init__(self, stderr: LineWriter[str]) -> None:
+        super().__init__()
+        self._stderr = stderr
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._stderr.write(self.format(record))
 
 
 def _json_line(record: Record) -> bytes:

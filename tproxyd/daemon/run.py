@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import signal
 import sys
 from collections.abc import AsyncIterator
@@ -12,7 +13,7 @@ import trio
 
 from tproxyd.config import Config
 from tproxyd.daemon.lock import namespace_lock
-from tproxyd.daemon.logs import AccessLog, set_up_logging
+from tproxyd.daemon.logs import LineWriter, access_format, set_up_logging
 from tproxyd.datapath import Record
 from tproxyd.errors import TproxydError
 from tproxyd.interceptor import Interceptor, open_interceptor
@@ -27,11 +28,14 @@ _STOP = (signal.SIGTERM, signal.SIGINT)
 
 def run(config: Config) -> int:
     """Serves until SIGTERM or SIGINT and drains; a second one ends it at once. 0 after a clean stop. Raises TproxydError."""
-    set_up_logging(config)
-    access_log = AccessLog(config, fd=sys.stdout.fileno()) if config.log.access else None
+    stderr: LineWriter[str] = LineWriter(sys.stderr.fileno(), lambda line: f"{line}\n".encode())
+    set_up_logging(config, stderr)
+    _allow_all_files()
+    stdout = sys.stdout.fileno()
+    access_log = LineWriter(stdout, access_format(config, stdout)) if config.log.access else None
     try:
         with namespace_lock("start"):
-            trio.run(_serve, config, access_log)
+            trio.run(_serve, config, stderr, access_log)
     except BaseExceptionGroup as group:
         error = _only(group)
         if error is None:
@@ -42,10 +46,11 @@ def run(config: Config) -> int:
             access_log.close()
             if access_log.dropped:
                 _log.warning("%d lines of the access log were dropped, because nobody read stdout", access_log.dropped)
+        stderr.close()
     return os.EX_OK
 
 
-async def _serve(config: Config, access_log: AccessLog | None) -> None:
+async def _serve(config: Config, stderr: LineWriter[str], access_log: LineWriter[Record] | None) -> None:
     on_record = access_log.write if access_log is not None else _forget
     stop = _Stop()
     with trio.open_signal_receiver(*_STOP, signal.SIGHUP) as signals:
@@ -53,7 +58,9 @@ async def _serve(config: Config, access_log: AccessLog | None) -> None:
             nursery.start_soon(_listen_to_signals, signals, stop)
             # A signal that comes while this starts is answered as soon as it has: that takes a fraction of a second.
             async with open_interceptor(config, on_record=on_record) as interceptor:
-                _say_ready(interceptor)
+                # At any log level, and on one line: others wait for it.
+                listen = ",".join(format_address(address) for address in interceptor.listen)
+                stderr.write(f"tproxyd: ready pid={os.getpid()} listen={listen}")
                 await stop.drain.wait()
                 await _drain(config, interceptor, stop)
             nursery.cancel_scope.cancel()
@@ -93,10 +100,10 @@ async def _drain(config: Config, interceptor: Interceptor, stop: _Stop) -> None:
         _log.warning("%d connections are reset: they did not end in time", interceptor.connections)
 
 
-def _say_ready(interceptor: Interceptor) -> None:
-    listen = ",".join(format_address(address) for address in interceptor.listen)
-    # At any log level, on one line, and whole: others wait for it.
-    os.write(sys.stderr.fileno(), f"tproxyd: ready pid={os.getpid()} listen={listen}\n".encode())
+def _allow_all_files() -> None:
+    """Raises the soft limit of open files to the hard one: it is low for programs that use select(), and this one does not."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _only(group: BaseExceptionGroup[BaseException]) -> TproxydError | None:

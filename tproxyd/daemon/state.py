@@ -22,7 +22,7 @@ def apply(config: Config) -> int:
             'nothing to capture: `capture.ports` is empty or `capture.mode` is "off"; name ports, e.g. ports = ["8080"]'
         )
     require_capabilities("changing the ruleset and the policy routing", ("CAP_NET_ADMIN",))
-    plan = make_plan(config, families=kernel.usable_families())
+    plan = make_plan(config, surroundings=kernel.look_around())
     try:
         with namespace_lock("apply"):
             changes = kernel.apply(plan).changes

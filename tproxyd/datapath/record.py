@@ -10,6 +10,7 @@ __all__ = ["Outcome", "Record"]
 
 Outcome = Literal[
     "closed",
+    "refused_by_policy",
     "self_call",
     "upstream_refused",
     "upstream_unreachable",

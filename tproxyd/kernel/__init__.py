@@ -16,8 +16,8 @@ from tproxyd.kernel.state import (
     revert,
     revert_steps,
     stop_capture,
-    usable_families,
 )
+from tproxyd.kernel.surroundings import look_around
 
 __all__ = [
     "Applied",
@@ -25,11 +25,11 @@ __all__ = [
     "Step",
     "apply",
     "differences",
+    "look_around",
     "make_steps",
     "nft_version",
     "observe",
     "revert",
     "revert_steps",
     "stop_capture",
-    "usable_families",
 ]

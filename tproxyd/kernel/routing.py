@@ -87,7 +87,7 @@ def dump_routes() -> tuple[RouteKey, ...]:
 
 
 def add_rule(key: RuleKey) -> None:
-    """Adds one rule. Raises KernelError if an equal one of somebody else is there."""
+    """Adds one rule; an equal one with another protocol, somebody else's, is another rule to the kernel."""
     with _netlink(f"add ip rule {describe_rule(key)}") as netlink:
         netlink.rule("add", protocol=PROTOCOL, **_rule_arguments(key))
 
@@ -99,7 +99,7 @@ def delete_rule(key: RuleKey) -> None:
 
 
 def add_route(key: RouteKey) -> None:
-    """Adds one local default route. Raises KernelError if the table has one of somebody else."""
+    """Adds one local default route. Raises KernelError if the table has an equal one of somebody else."""
     with _netlink(f"add the IPv{key[0]} local route to table {key[1]}") as netlink:
         netlink.route("add", **_route_arguments(key))
 
@@ -179,4 +179,8 @@ def _netlink(step: str, *, gone: bool = False) -> Iterator[Any]:
             ) from error
         raise KernelError(
             f"cannot {step}: the kernel says {error.args[1] if len(error.args) > 1 else error}"
+        ) from error
+    except OSError as error:
+        raise KernelError(
+            f"cannot {step}: {error.strerror or error}; is the machine out of files or memory?"
         ) from error

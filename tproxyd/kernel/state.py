@@ -7,17 +7,16 @@ the steps before it back.
 
 from __future__ import annotations
 
-import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
-from pathlib import Path
 
 import msgspec
 
-from tproxyd.errors import TproxydError
+from tproxyd.errors import CapabilityError, KernelError, TproxydError
 from tproxyd.kernel import nft, routing
 from tproxyd.kernel.routing import RouteKey, RuleKey
-from tproxyd.plan import Family, Plan, remove_tables
+from tproxyd.plan import Plan, remove_tables
 
 __all__ = [
     "Applied",
@@ -30,7 +29,6 @@ __all__ = [
     "revert",
     "revert_steps",
     "stop_capture",
-    "usable_families",
 ]
 
 
@@ -43,11 +41,7 @@ class Observed(msgspec.Struct, frozen=True):
 
 
 class Applied(msgspec.Struct, frozen=True):
-    """What `apply` did, a line a change, and how this machine's nft lists the plan's tables.
-
-    The plan is spelled as nft 1.0.6 lists it. Where another version spells it otherwise, the listing taken right after the
-    load is what later listings are compared with.
-    """
+    """What `apply` did, a line a change, and how this machine's nft lists the plan's tables, for later comparisons."""
 
     changes: tuple[str, ...]
     spelling: dict[str, str]
@@ -61,16 +55,6 @@ class Step(msgspec.Struct, frozen=True):
     undo: Callable[[], None] | None = None
 
 
-def usable_families() -> tuple[Family, ...]:
-    """(4, 6), or (4,) in a namespace whose kernel or lo has IPv6 switched off: it takes no local route there."""
-    try:
-        socket.socket(socket.AF_INET6, socket.SOCK_STREAM).close()
-        off = Path("/proc/sys/net/ipv6/conf/lo/disable_ipv6").read_text(encoding="ascii").strip() != "0"
-    except OSError:
-        off = True
-    return (4,) if off else (4, 6)
-
-
 def observe() -> Observed:
     """What is ours in this namespace, now. Raises MissingError, CapabilityError or KernelError."""
     return Observed(routing.dump_rules(), routing.dump_routes(), nft.list_tables())
@@ -79,28 +63,45 @@ def observe() -> Observed:
 def differences(plan: Plan, observed: Observed, *, spelling: dict[str, str] | None = None) -> list[str]:
     """What would have to change, a line each; empty when the kernel holds what is planned.
 
-    `spelling` is from `apply`, for an nft that does not list tables in the plan's words.
+    `spelling` is from `apply`; without it nft is asked, if it does not list the tables in the plan's own words.
     """
     return [step.what for step in make_steps(plan, observed, spelling=spelling)]
 
 
 def apply(plan: Plan) -> Applied:
-    """Makes the kernel hold the plan; done a second time, it changes nothing.
+    """Makes the kernel hold the plan, and looks whether it does; done a second time, it changes nothing.
 
     Raises MissingError, CapabilityError or KernelError, with everything as it was before.
     """
     steps = make_steps(plan, observe())
     if steps:
         nft.check(plan.ruleset)  # before the first step: most of what can fail, fails here
-    _take(steps)
-    listed = nft.list_tables()
-    return Applied(tuple(step.what for step in steps), {name: listed.get(name, "") for name in plan.tables})
+    with _taken(steps):
+        observed = observe()
+        spelling = {name: observed.tables.get(name, "") for name in plan.tables}
+        wrong = differences(plan, observed, spelling=spelling)
+        if wrong:
+            raise KernelError(
+                f"the kernel does not hold what was just put there ({'; '.join(wrong)}): another program changes the same "
+                "state; find it with `nft monitor` and `ip monitor`"
+            )
+    return Applied(tuple(step.what for step in steps), spelling)
 
 
 def revert() -> list[str]:
-    """Removes all that is ours in this namespace, whatever config put it there, and gives what was removed."""
+    """Removes all that is ours in this namespace, whatever config put it there, and gives what was removed.
+
+    A step that fails does not keep the others from being taken; the first error is raised at the end.
+    """
     steps = revert_steps(observe())
-    _take(steps)
+    errors: list[TproxydError] = []
+    for step in steps:
+        try:
+            step.do()
+        except TproxydError as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
     return [step.what for step in steps]
 
 
@@ -131,11 +132,7 @@ def make_steps(plan: Plan, observed: Observed, *, spelling: dict[str, str] | Non
         for key in rules
         if key not in observed.rules
     ]
-    changed = [
-        name
-        for name, body in (spelling or plan.tables).items()
-        if not body or _words(body) != _words(observed.tables.get(name, ""))
-    ]
+    changed = _changed_tables(plan, observed, spelling)
     left_over = [name for name in observed.tables if name not in plan.tables]
     if changed or left_over:
         what = [f"load table inet {name}" for name in changed] + [f"delete table inet {name}" for name in left_over]
@@ -145,6 +142,18 @@ def make_steps(plan: Plan, observed: Observed, *, spelling: dict[str, str] | Non
     steps += [_delete_rule(key) for key in observed.rules if key not in rules]
     steps += [_delete_route(key) for key in observed.routes if key not in routes]
     return steps
+
+
+def _changed_tables(plan: Plan, observed: Observed, spelling: dict[str, str] | None) -> list[str]:
+    def differ(wanted: dict[str, str]) -> list[str]:
+        # Where nft breaks lines is left to nft.
+        return [name for name in plan.tables if wanted.get(name, "").split() != observed.tables.get(name, "").split()]
+
+    changed = differ(spelling or plan.tables)
+    if spelling is None and any(name in observed.tables for name in changed):
+        with suppress(CapabilityError):  # not knowing better, the table is loaded once more, which hurts nobody
+            changed = differ(nft.spelled(plan.ruleset))
+    return changed
 
 
 def revert_steps(observed: Observed) -> list[Step]:
@@ -157,17 +166,16 @@ def revert_steps(observed: Observed) -> list[Step]:
     return steps + [_delete_table(name) for name in guards]
 
 
-def _take(steps: list[Step]) -> None:
-    done: list[Step] = []
-    try:
+@contextmanager
+def _taken(steps: list[Step]) -> Iterator[None]:
+    """Takes the steps, and takes them back if one of them or the block fails."""
+    with ExitStack() as undo:
         for step in steps:
             step.do()
-            done.append(step)
-    except TproxydError:
-        for step in reversed(done):
             if step.undo is not None:
-                step.undo()
-        raise
+                undo.callback(step.undo)
+        yield
+        undo.pop_all()
 
 
 def _delete_table(name: str) -> Step:
@@ -188,8 +196,3 @@ def _delete_route(key: RouteKey) -> Step:
         partial(routing.delete_route, key),
         partial(routing.add_route, key),
     )
-
-
-def _words(table: str) -> list[str]:
-    # The plan is spelled as nft lists it; only where nft breaks lines is left to nft.
-    return table.split()

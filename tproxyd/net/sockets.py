@@ -11,13 +11,11 @@ import fcntl
 import socket
 import struct
 import termios
-from typing import Protocol
 
 __all__ = [
     "Address",
     "abort",
     "format_address",
-    "is_closed_by_reset",
     "open_listener",
     "open_upstream",
     "original_destination",
@@ -28,17 +26,11 @@ Address = tuple[str, int] | tuple[str, int, int, int]
 """An IPv4 or IPv6 address as the socket module gives it."""
 
 
-class _Socket(Protocol):
-    # What a socket of the standard library and one of trio have in common.
-    def fileno(self) -> int: ...
-    def getsockopt(self, level: int, option: int, length: int) -> bytes: ...
-
-
 # Missing from Python's socket module (linux/in.h, linux/in6.h).
 _IP_TRANSPARENT = getattr(socket, "IP_TRANSPARENT", 19)
 _IPV6_TRANSPARENT = 75
 
-_TCP_CLOSE = 7  # first byte of struct tcp_info (linux/tcp.h): no connection any more
+_IP_BIND_ADDRESS_NO_PORT = getattr(socket, "IP_BIND_ADDRESS_NO_PORT", 24)
 
 
 def open_listener(address: str, port: int, *, backlog: int) -> socket.socket:
@@ -57,6 +49,8 @@ def open_listener(address: str, port: int, *, backlog: int) -> socket.socket:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         # Before bind: also allows ::1 while IPv6 is switched off on lo.
         _set_transparent(sock)
+        # Accepted sockets inherit it: an urgent byte stays where it stands in the stream instead of getting lost.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
         sock.bind((address, port))
         sock.listen(backlog)
     except BaseException:
@@ -74,8 +68,8 @@ def original_destination(sock: socket.socket) -> Address:
 def open_upstream(family: int, *, source: Address | None = None) -> socket.socket:
     """A non-blocking TCP socket for one upstream connection, not yet connected. The caller closes it.
 
-    With `source` it is bound to that address, which may be foreign (the client's own). Raises OSError: EADDRINUSE or
-    EADDRNOTAVAIL if that address and port cannot be had.
+    With `source` it is bound to that address, which may be foreign (the client's own); port 0 leaves the port to the kernel.
+    Raises OSError: EADDRINUSE if that address and port cannot be had.
     """
     sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     try:
@@ -83,6 +77,10 @@ def open_upstream(family: int, *, source: Address | None = None) -> socket.socke
         _set_transparent(sock)
         # Small writes are the client's own choice; holding them back would add up to 40 ms to each exchange.
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)  # as on the client's side
+        if source is not None and source[1] == 0:
+            # The port is chosen at connect, free for this destination; chosen at bind it would have to be free for all.
+            sock.setsockopt(socket.IPPROTO_IP, _IP_BIND_ADDRESS_NO_PORT, 1)
         if source is not None:
             # The client's port may be in TIME_WAIT here, from its connection before, or in use towards another destination.
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -100,14 +98,9 @@ def abort(sock: socket.socket) -> None:
     sock.close()
 
 
-def unsent_bytes(sock: _Socket) -> int:
+def unsent_bytes(sock: socket.socket) -> int:
     """Bytes that the peer has not acknowledged yet (SIOCOUTQ)."""
     return int(struct.unpack("i", fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, b"\0\0\0\0"))[0])
-
-
-def is_closed_by_reset(sock: _Socket) -> bool:
-    """Whether the connection is dead although nobody has read the error yet: the peer reset it, or it timed out."""
-    return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == _TCP_CLOSE
 
 
 def format_address(address: Address) -> str:

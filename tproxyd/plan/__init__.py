@@ -5,7 +5,7 @@ Nothing is opened, read or changed here, and neither trio nor pyroute2 is import
 The text that is shown is the text that is applied.
 """
 
-from tproxyd.plan.model import Family, LocalRoute, Marks, Plan, Rule
+from tproxyd.plan.model import Family, LocalRoute, Marks, Plan, Rule, Surroundings
 from tproxyd.plan.plan import PROTOCOL, SUPPORTED_MARKS, make_plan
 from tproxyd.plan.render import FORMATS, render
 from tproxyd.plan.ruleset import remove_tables
@@ -19,6 +19,7 @@ __all__ = [
     "Marks",
     "Plan",
     "Rule",
+    "Surroundings",
     "make_plan",
     "remove_tables",
     "render",

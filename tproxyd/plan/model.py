@@ -8,7 +8,7 @@ import msgspec
 
 from tproxyd.config import Mark
 
-__all__ = ["Family", "LocalRoute", "Marks", "Plan", "Rule"]
+__all__ = ["Family", "LocalRoute", "Marks", "Plan", "Rule", "Surroundings"]
 
 Family = Literal[4, 6]
 
@@ -22,6 +22,17 @@ class Marks(msgspec.Struct, frozen=True):
 
     steering: Mark
     upstream: Mark
+
+
+class Surroundings(msgspec.Struct, frozen=True, kw_only=True):
+    """What a plan depends on besides the config: what the namespace can do in which it is applied.
+
+    `families`: where IPv6 is switched off, nothing of IPv6 is steered. `bridge_netfilter`: br_netfilter shows what arrives on
+    bridges to the ruleset before its time, and it cannot be captured.
+    """
+
+    families: tuple[Family, ...] = (4, 6)
+    bridge_netfilter: bool = False
 
 
 class Rule(msgspec.Struct, frozen=True, kw_only=True):

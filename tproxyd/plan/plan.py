@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tproxyd.config import Config, Mark
 from tproxyd.errors import ConfigError
-from tproxyd.plan.model import Family, LocalRoute, Marks, Plan, Rule
+from tproxyd.plan.model import Family, LocalRoute, Marks, Plan, Rule, Surroundings
 from tproxyd.plan.ruleset import (
     CAPTURE_CHAIN,
     GUARD,
@@ -35,13 +35,22 @@ AWS's CNI (0x80) and mwan3 (0x3f00), but inside Calico's default (0xffff0000), f
 """
 
 
+_USUAL = Surroundings()
+
+
 def make_marks(config: Config) -> Marks:
     """The two marks of a Config; `auto` takes the first pair of SUPPORTED_MARKS that fits beside the other one.
 
-    Raises ConfigError when one mark is given and no pair of the list fits it.
+    Raises ConfigError when the two given marks do not fit together, or no pair of the list fits the one that is given.
     """
     steering, upstream = config.routing.mark, config.routing.upstream_mark
     if isinstance(steering, Mark) and isinstance(upstream, Mark):
+        if not _fit(
+            steering, upstream
+        ):  # a file with such marks is refused when it is read, a Config made by hand is not
+            raise ConfigError(
+                f"`routing.mark` {steering} and `routing.upstream_mark` {upstream} do not tell packets apart"
+            )
         return Marks(steering, upstream)
     for auto_steering, auto_upstream in SUPPORTED_MARKS:
         if isinstance(steering, Mark):
@@ -50,7 +59,7 @@ def make_marks(config: Config) -> Marks:
             pair = (auto_steering, upstream)
         else:
             pair = (auto_steering, auto_upstream)
-        if not pair[0].mask & pair[1].mask or (pair[0].mask == pair[1].mask and pair[0].value != pair[1].value):
+        if _fit(*pair):
             return Marks(*pair)
     raise ConfigError(
         f"`routing.mark` {steering} and `routing.upstream_mark` {upstream}: no automatic mark fits beside the given one, "
@@ -58,16 +67,20 @@ def make_marks(config: Config) -> Marks:
     )
 
 
-def make_plan(config: Config, *, families: tuple[Family, ...] = (4, 6)) -> Plan:
-    """What the kernel should hold for this Config, in the namespace in which it is applied.
+def _fit(one: Mark, other: Mark) -> bool:
+    return not one.mask & other.mask or (one.mask == other.mask and one.value != other.value)
 
-    Pure: the same arguments give the same Plan on every machine. `families` is what that namespace can do: where IPv6 is
-    switched off, nothing of IPv6 is steered (the guard still speaks for both). A Config that captures nothing gives a
-    plan with no table, rule or route. Raises ConfigError when the marks do not fit together.
+
+def make_plan(config: Config, *, surroundings: Surroundings = _USUAL) -> Plan:
+    """What the kernel should hold for this Config, in a namespace with these surroundings.
+
+    Pure: the same arguments give the same Plan on every machine; `kernel.look_around` gives the surroundings of this one.
+    A Config that captures nothing gives a plan with no table, rule or route. Raises ConfigError when the marks do not fit
+    together.
     """
     marks = make_marks(config)
     table, first = config.routing.table, config.routing.priority
-    families = families if config.captures else ()
+    families = surroundings.families if config.captures else ()
     routes = tuple(
         LocalRoute(family=family, table=table, why="deliver what the rules below send here to this host")
         for family in families
@@ -75,7 +88,7 @@ def make_plan(config: Config, *, families: tuple[Family, ...] = (4, 6)) -> Plan:
     rules = tuple(rule for family in families for rule in _rules(family, marks, first, table))
     tables = {}
     if config.captures:
-        tables[STEERING] = steering_table(config, marks, families)
+        tables[STEERING] = steering_table(config, marks, surroundings)
         if config.capture.when_down == "refuse":
             tables[GUARD] = guard_table(config, marks)
     return Plan(
@@ -86,7 +99,15 @@ def make_plan(config: Config, *, families: tuple[Family, ...] = (4, 6)) -> Plan:
         tables=tables,
         sysctls={},  # the layouts of this version work with every setting; nothing has to be changed
         ruleset=transaction(tables),
-        capture_off=f"flush chain inet {STEERING} {CAPTURE_CHAIN}\n",
+        # With `add` before it, `flush` succeeds where somebody has flushed the whole ruleset: capture is off there already.
+        capture_off="".join(
+            f"{step} inet {STEERING}{chain}\n"
+            for step, chain in (
+                ("add table", ""),
+                ("add chain", f" {CAPTURE_CHAIN}"),
+                ("flush chain", f" {CAPTURE_CHAIN}"),
+            )
+        ),
     )
 
 

@@ -40,20 +40,29 @@ def _nft(plan: Plan) -> str:
 
 
 def _shell(plan: Plan) -> str:
-    lines = [
-        "#!/bin/sh",
-        "# What `tproxyd apply` does, as commands. Run as root; running it twice changes nothing but the counters.",
-        "set -eu",
-        "",
-        "rule() {  # adds an ip rule unless it is there",
-        '    out=$(ip "$@" 2>&1) || case $out in *"File exists"*) ;; *) echo "$out" >&2; exit 71 ;; esac',
-        "}",
-        "",
-    ]
-    lines += [f"ip -{route.family} route replace {route.selector()} proto {PROTOCOL}" for route in plan.routes]
-    lines += [f"rule -{rule.family} rule add {rule.selector()} protocol {PROTOCOL}" for rule in plan.rules]
+    lines = [f"ip -{route.family} route add {route.selector()} proto {PROTOCOL}" for route in plan.routes]
+    lines += [f"ip -{rule.family} rule add {rule.selector()} protocol {PROTOCOL}" for rule in plan.rules]
     lines += [f"sysctl -qw {name}={value}" for name, value in plan.sysctls.items()]
-    return "\n".join(lines) + "\n\nnft -f - <<'RULESET'\n" + plan.ruleset + "RULESET\n"
+    return _SHELL_BEGIN + "\n".join(lines) + "\n\nnft -f - <<'RULESET'\n" + plan.ruleset + "RULESET\n"
+
+
+_SHELL_BEGIN = f"""#!/bin/sh
+# Makes the kernel hold what `tproxyd apply` makes it hold. Run as root. Unlike apply it removes and adds again what is there
+# already, so packets of live connections may get lost, and be sent again, while it runs.
+set -eu
+
+# What is tproxyd's already, whichever configuration put it there: rules and routes by their protocol, tables by their name.
+for family in -4 -6; do
+    ip $family rule flush protocol {PROTOCOL} 2>/dev/null || :  # a kernel without this family has none
+    ip $family route show table all proto {PROTOCOL} 2>/dev/null | while read -r route; do
+        ip $family route del $route
+    done
+done
+nft list tables inet | while read -r _ _ name; do
+    case $name in tproxyd_*) nft delete table inet "$name" ;; esac
+done
+
+"""
 
 
 def _json(plan: Plan) -> str:

@@ -1,21 +1,21 @@
-"""The nft ruleset as text, in the spelling in which `nft -s list table` prints it back.
+"""The nft ruleset as text, in the spelling in which `nft -s list table` of version 1.0.6 prints it back.
 
-One spelling for all uses: shown by `tproxyd plan`, checked by `nft -c`, loaded by `nft -f`, compared with what the kernel
+One text for all uses: shown by `tproxyd plan`, checked by `nft -c`, loaded by `nft -f`, compared with what the kernel
 lists. Every rule says in its comment why it is there. What this module does not know: whether a kernel takes it.
 
-How a packet goes through the steering table (all of it before conntrack, at priority raw, so that a packet which is ours
-is never tracked and a packet which is not ours keeps its tracking, also after the daemon died):
+How a packet goes through the steering table, before conntrack and NAT, at priority raw, so that a packet which is ours is never
+tracked and a packet which is not ours keeps its tracking, also after the daemon died:
 
-  intercept   a packet of one of our connections -> mark, notrack, done     (socket look-up; TIME_WAIT and half-made
-              anything else, if it opens a connection -> capture            connections included, SYN excluded)
+  intercept   opens a connection -> capture; belongs to one of ours (socket look-up; TIME_WAIT and half-made ones included) ->
+              mark, notrack, done; neither -> goes on
   capture     does the config select it? no -> return;  yes -> take
-  take        special address -> reset;  else tproxy + mark + notrack. With no listener behind it the tproxy statement
-              breaks off its rule: no mark, no notrack, and the packet goes on as if we were not there.
+  take        tproxy + mark + notrack; for a special address tproxy + reset. With no listener behind it the tproxy statement
+              breaks off its rule: no mark, no notrack, no reset, and the packet goes on as if we were not there.
 
-Only a SYN can be captured, so connections that existed before, through the host or to it, are never touched. The exception
-is an ACK to a local address without a connection: it may be the answer to a SYN cookie, and the tproxy statement
-leaves established connections of others alone. Forwarded traffic has no such test (the connection lives elsewhere),
-therefore a captured connection to a foreign address cannot be made by a SYN cookie.
+Only a SYN is captured there, so connections that existed before, through the host or to it, are never touched. What else can
+begin a connection is the answer to a SYN cookie, an ACK that belongs to no socket. It is looked for after NAT (`cookie`), because
+before NAT a packet of somebody's masqueraded connection looks the same. Forwarded traffic cannot be told apart at all (its
+sockets are elsewhere), therefore a captured connection to a foreign address cannot be made by a SYN cookie.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from ipaddress import IPv4Network, IPv6Network, collapse_addresses
 
 from tproxyd.config import Config, Mark, Network, PortRange
-from tproxyd.plan.model import Family, Marks
+from tproxyd.plan.model import Family, Marks, Surroundings
 from tproxyd.policy import SPECIAL_NETWORKS
 
 __all__ = [
@@ -44,7 +44,8 @@ GUARD = "tproxyd_guard"
 CAPTURE_CHAIN = "capture"
 
 LISTEN_ADDRESS: dict[Family, str] = {4: "127.0.0.1", 6: "::1"}
-"""Loopback, so that the listener's port cannot be reached from the network; the statement names the very address."""
+"""Loopback, so that the network cannot reach the listener's port (but for IPv4 where route_localnet is on); the statement names
+the very address."""
 
 _TPROXY: dict[Family, str] = {
     4: f"meta nfproto ipv4 meta l4proto tcp tproxy ip to {LISTEN_ADDRESS[4]}",
@@ -65,77 +66,87 @@ def remove_tables(names: Iterable[str]) -> str:
     return "".join(f"table inet {name}\ndelete table inet {name}\n" for name in names)
 
 
-def steering_table(config: Config, marks: Marks, families: Iterable[Family]) -> str:
+def steering_table(config: Config, marks: Marks, surroundings: Surroundings) -> str:
     """The table that captures, delivers and keeps conntrack away."""
+    families = surroundings.families
     set_mark = f"meta mark set {_set_mark(marks.steering)}"
-    port = config.listen.port
-    special = _special_sets(config)
-    take = [
-        *(
-            f"{_OPENS} {match} counter reject with tcp reset"
-            f' comment "loopback, link-local, metadata, multicast or mapped: never relayed (policy.allow_special)"'
-            for match in _special_matches(special)
-        ),
-        *(
-            f"{_TPROXY[family]}:{port} {set_mark} counter notrack accept"
-            f' comment "new connection: to our listener; no listener: this rule breaks off here"'
-            for family in families
-        ),
+    tproxy = {family: f"{_TPROXY[family]}:{config.listen.port}" for family in families}
+    special = _special_sets(config, families)
+    bridge = [
+        'meta iifkind "bridge" accept comment "br_netfilter shows this too early and then loses the socket: '
+        'not captured while net.bridge.bridge-nf-call-* is 1"'
     ]
+    foreign_ports = _foreign_ports(config)
     chains = [
         _chain(
             "intercept",
             "type filter hook prerouting priority raw; policy accept;",
             'iifname "lo" accept comment "what this host sends to itself is never captured"',
-            f"meta l4proto {{ icmp, ipv6-icmp }} socket transparent 1 {set_mark} notrack accept"
-            ' comment "ICMP error about a connection of ours (path MTU, unreachable): the kernel must see it here"',
-            'meta l4proto != tcp accept comment "only TCP is captured"',
+            *(bridge if surroundings.bridge_netfilter else []),
+            'meta l4proto != { icmp, tcp, ipv6-icmp } accept comment "only TCP is captured"',
+            *(
+                f'{ports} accept comment "no captured port on either side: no connection of ours"'
+                for ports in foreign_ports
+            ),
             f'{_OPENS} goto {CAPTURE_CHAIN} comment "opens a connection; before any socket match, which would find '
             'TIME_WAIT sockets"',
-            'socket wildcard 1 goto stranger comment "a listener on every address is not a connection of ours"',
+            'socket wildcard 1 accept comment "a listener on every address is not a connection of ours"',
             f"socket transparent 1 {set_mark} notrack accept"
-            ' comment "connection of ours, either side: deliver here, whatever its destination"',
-            'goto stranger comment "no connection of ours"',
+            ' comment "connection of ours, either side, or an ICMP error about one: deliver here, whatever its destination"',
         ),
         _chain(
-            "stranger",
-            None,
+            "cookie",
+            "type filter hook prerouting priority dstnat + 5; policy accept;",
+            'iifname "lo" accept comment "what this host sends to itself is never captured"',
+            f'{_match_mark(marks.steering)} accept comment "belongs to a connection of ours"',
             f"{_ACK_ONLY} fib daddr type local goto {CAPTURE_CHAIN}"
             ' comment "may answer a SYN cookie of our listener; established connections of others pass tproxy"',
         ),
         _capture_chain(config),
-        _chain("take", None, *take),
+        _chain(
+            "take",
+            None,
+            *(
+                f"{_OPENS} {match} {tproxy[family]} counter reject with tcp reset"
+                ' comment "loopback, link-local, metadata, multicast or mapped: never relayed (policy.allow_special)"'
+                for family, match in _special_matches(special).items()
+                if family in families
+            ),
+            *(
+                f"{tproxy[family]} {set_mark} counter notrack accept"
+                ' comment "new connection: to our listener; no listener: this rule breaks off here"'
+                for family in families
+            ),
+        ),
         _chain(
             "untrack",
             "type filter hook output priority raw; policy accept;",
+            'meta l4proto != tcp accept comment "only TCP is captured"',
+            *(
+                f'{ports} accept comment "no captured port on either side: no connection of ours"'
+                for ports in foreign_ports
+            ),
+            *(
+                f'oifname "lo" socket transparent 1 {flags} update @legs{suffix} '
+                f'{{ {ip} saddr . tcp sport . {ip} daddr . tcp dport timeout {timeout} }} comment "{why}"'
+                for ip, suffix in (("ip", "4"), ("ip6", "6"))
+                for flags, timeout, why in (
+                    ("tcp flags ! fin,rst", "2m", "our connection to a local app: remembered for the app's answers"),
+                    ("tcp flags fin,rst", "5s", "our connection to a local app ends: soon forgotten"),
+                )
+            ),
             'socket transparent 1 notrack accept comment "sent by a socket of ours: no conntrack entry"',
             f"{_match_mark(marks.upstream)} notrack accept"
-            ' comment "a connection of ours to a local app, and its answers: no conntrack entry"',
-            'oifname "lo" meta l4proto tcp goto app_leg comment "perhaps a local app that answers us"',
-        ),
-        _chain(
-            "app_leg",
-            None,
-            'ip saddr 127.0.0.0/8 return comment "the app over loopback is not ours"',
-            'ip daddr 127.0.0.0/8 return comment "the app over loopback is not ours"',
-            'ip6 saddr ::1 return comment "the app over loopback is not ours"',
-            'ip6 daddr ::1 return comment "the app over loopback is not ours"',
+            ' comment "a connection to a local app as somebody else, and its answers: no conntrack entry"',
             *(
-                f'{match} notrack comment "{why}"'
-                for match, why in (
-                    (
-                        _captured_port(config, "dport"),
-                        "to a captured port by a local address: as its answers, untracked",
-                    ),
-                    (
-                        _captured_port(config, "sport"),
-                        "answer of a captured port: no conntrack entry for our connection",
-                    ),
-                )
+                f'oifname "lo" {ip} daddr . tcp dport . {ip} saddr . tcp sport @legs{suffix} notrack accept'
+                ' comment "answer of a local app to our connection: no conntrack entry"'
+                for ip, suffix in (("ip", "4"), ("ip6", "6"))
             ),
         ),
     ]
-    return _table(STEERING, [*_sets(config), *special], chains)
+    legs = [_legs_set("4", "ipv4_addr"), _legs_set("6", "ipv6_addr")]
+    return _table(STEERING, [*_sets(config), *special, *legs], chains)
 
 
 def guard_table(config: Config, marks: Marks) -> str:
@@ -153,6 +164,15 @@ def guard_table(config: Config, marks: Marks) -> str:
             "take",
             None,
             'meta l4proto tcp counter reject with tcp reset comment "selected, but no daemon took it: refused at once (when_down)"',
+        ),
+        _chain(
+            "defragment",
+            None,
+            *(
+                f'{statement}:{config.listen.port} comment "never reached; that it is there makes the kernel put fragments '
+                'together first, so that a SYN in two pieces is seen"'
+                for statement in _TPROXY.values()
+            ),
         ),
     ]
     return _table(GUARD, _sets(config), chains)
@@ -223,26 +243,32 @@ def _sets(config: Config) -> list[str]:
     return sets
 
 
-def _special_sets(config: Config) -> list[str]:
+def _special_sets(config: Config, families: Sequence[Family]) -> list[str]:
+    def of_families(networks: Sequence[Network]) -> list[Network]:
+        return [network for network in networks if network.version in families]
+
     return [
-        *_network_sets("special", SPECIAL_NETWORKS),
-        *_network_sets("allow_special", config.policy.allow_special),
+        *_network_sets("special", of_families(SPECIAL_NETWORKS)),
+        *_network_sets("allow_special", of_families(config.policy.allow_special)),
     ]
 
 
-def _special_matches(sets: Sequence[str]) -> Iterable[str]:
-    for field, suffix in (("ip", "4"), ("ip6", "6")):
-        allowed = any(f"set allow_special{suffix} " in text for text in sets)
-        yield f"{field} daddr @special{suffix}" + (f" {field} daddr != @allow_special{suffix}" if allowed else "")
+def _special_matches(sets: Sequence[str]) -> dict[Family, str]:
+    matches: dict[Family, str] = {}
+    families: tuple[tuple[Family, str], ...] = ((4, "ip"), (6, "ip6"))
+    for family, field in families:
+        allowed = any(f"set allow_special{family} " in text for text in sets)
+        matches[family] = f"{field} daddr @special{family}"
+        matches[family] += f" {field} daddr != @allow_special{family}" if allowed else ""
+    return matches
 
 
-def _captured_port(config: Config, side: str) -> str:
-    words = []
-    if not _all_ports(config.capture.ports):
-        words.append(f"tcp {side} @ports")
-    if config.capture.exclude_ports:
-        words.append(f"tcp {side} != @exclude_ports")
-    return " ".join(words) or "meta l4proto tcp"
+def _foreign_ports(config: Config) -> list[str]:
+    """Matches packets with no captured port on either side; nothing if every port is captured.
+
+    What keeps other programs' transparent sockets (squid, HAProxy) out of it: a packet of ours has the captured port on one side.
+    """
+    return [] if _all_ports(config.capture.ports) else ["tcp dport != @ports tcp sport != @ports"]
 
 
 def _all_ports(ports: Sequence[PortRange]) -> bool:
@@ -281,6 +307,14 @@ def _set(name: str, kind: str, elements: Sequence[str]) -> str:
     return f"\tset {name} {{\n\t\ttype {kind}\n\t\tflags interval\n\t\telements = {{ {listed} }}\n\t}}\n"
 
 
+def _legs_set(suffix: str, address: str) -> str:
+    # Filled and emptied by the rules themselves. The kernel takes memory for what is in it; full, it costs conntrack entries.
+    return (
+        f"\tset legs{suffix} {{\n\t\ttype {address} . inet_service . {address} . inet_service\n"
+        "\t\tsize 262144\n\t\tflags dynamic,timeout\n\t}\n"
+    )
+
+
 def _chain(name: str, hook: str | None, *rules: str) -> str:
     lines = ([hook] if hook else []) + list(rules)
     return f"\tchain {name} {{\n" + "".join(f"\t\t{line}\n" for line in lines) + "\t}\n"
@@ -291,7 +325,7 @@ def _table(name: str, sets: Sequence[str], chains: Sequence[str]) -> str:
 
 
 def _set_mark(mark: Mark) -> str:
-    # As the kernel prints it: nft folds `& ~mask | value` into `& ~(mask ^ value) | value`.
+    # nft folds `& ~mask | value` into `& ~(mask ^ value) | value`.
     return f"meta mark & 0x{0xFFFFFFFF & ~(mark.mask ^ mark.value):08x} | 0x{mark.value:08x}"
 
 

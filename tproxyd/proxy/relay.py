@@ -6,22 +6,25 @@ the next is made), and resets (the other side is reset too, after the bytes that
 
 from __future__ import annotations
 
+import select
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import trio
 
 from tproxyd.config import Relay
 from tproxyd.datapath import Outcome, Record
-from tproxyd.net.sockets import is_closed_by_reset, unsent_bytes
+from tproxyd.net.sockets import unsent_bytes
 
-__all__ = ["EndedError", "relay"]
+__all__ = ["EndedError", "ResetWatch", "relay"]
 
 _CHUNK = 65536
-# A writer that blocks does not hear the other side's reset, because nobody reads there: ask this often, in seconds.
-_LOOK_FOR_RESET = 0.05
 # Bytes that a reset must not overtake: wait while the peer takes them, until it has taken none for this long, in seconds.
 _FLUSH_STALL = 0.1
+
+_Counter = Literal["bytes_from_client", "bytes_from_upstream"]
 
 
 class EndedError(Exception):
@@ -32,10 +35,48 @@ class EndedError(Exception):
         self.outcome = outcome
 
 
+class ResetWatch:
+    """Hears resets on sockets that nobody reads at the moment: whoever waits for the other side to take bytes, for example.
+
+    An epoll of its own that asks for nothing, because errors come unasked, however much unread data there is. It costs nothing
+    while nothing happens. Made for any number of connections; whoever makes it runs `serve` and closes it.
+    """
+
+    def __init__(self) -> None:
+        self._epoll = select.epoll()
+        self._scopes: dict[int, trio.CancelScope] = {}
+
+    def close(self) -> None:
+        """Closes the epoll; nobody may watch any more."""
+        self._epoll.close()
+
+    async def serve(self) -> None:
+        """Runs until cancelled."""
+        while True:
+            await trio.lowlevel.wait_readable(self._epoll.fileno())
+            for fd, event in self._epoll.poll(0):
+                # EPOLLHUP alone is no reset: it also comes once both FINs have, with data still to be read.
+                if event & select.EPOLLERR and fd in self._scopes:
+                    self._scopes[fd].cancel()
+
+    @contextmanager
+    def watching(self, sock: socket.socket) -> Iterator[trio.CancelScope]:
+        """Cancels the block when the socket is reset; the scope's `cancelled_caught` tells that it was."""
+        fd = sock.fileno()
+        with trio.CancelScope() as scope:
+            self._scopes[fd] = scope
+            self._epoll.register(fd, select.EPOLLET)
+            try:
+                yield scope
+            finally:
+                self._epoll.unregister(fd)
+                del self._scopes[fd]
+
+
 class _Side:
     """One socket and what its breaking means."""
 
-    def __init__(self, sock: trio.socket.SocketType, on_reset: Outcome) -> None:
+    def __init__(self, sock: socket.socket, on_reset: Outcome) -> None:
         self.sock = sock
         self.on_reset = on_reset
 
@@ -54,91 +95,96 @@ class _Clock:
         self._scope.deadline = trio.current_time() + self._seconds
 
     def half_closed(self) -> None:
-        self.outcome, self._seconds = (
-            "half_close_timeout",
-            min(self._config.half_close_timeout, self._config.idle_timeout),
-        )
+        self.outcome = "half_close_timeout"
+        self._seconds = min(self._config.half_close_timeout, self._config.idle_timeout)
         self.moved()
 
 
 async def relay(
-    downstream: trio.socket.SocketType, upstream: trio.socket.SocketType, record: Record, config: Relay
+    downstream: socket.socket, upstream: socket.socket, record: Record, config: Relay, watch: ResetWatch
 ) -> None:
-    """Relays until both sides have sent their FIN; counts bytes in `record`. Closes nothing.
+    """Relays between two non-blocking sockets until both sides have sent their FIN; counts bytes in `record`. Closes nothing.
 
     Raises EndedError with client_reset, upstream_reset, idle_timeout or half_close_timeout; before a reset is reported, what came
     before it has been given to the other side, as far as that side took it.
     """
     client, server = _Side(downstream, "client_reset"), _Side(upstream, "upstream_reset")
     broken: Outcome | None = None
+    open_directions = 2
 
-    async def copy(source: _Side, sink: _Side, counter: Literal["bytes_from_client", "bytes_from_upstream"]) -> None:
-        nonlocal broken
+    async def direct(source: _Side, sink: _Side, counter: _Counter) -> None:
+        nonlocal broken, open_directions
         try:
-            await _copy(source, sink, record, counter, clock)
+            await _copy(source, sink, record, counter, clock, watch)
+            open_directions -= 1
+            if open_directions:
+                clock.half_closed()
+                with watch.watching(source.sock):  # nobody reads there any more
+                    await trio.sleep_forever()
+                raise EndedError(source.on_reset)
         except EndedError as end:
-            if broken is None:
-                broken = end.outcome
-            nursery.cancel_scope.cancel()
-        else:
-            clock.half_closed()
+            broken = broken or end.outcome
+        nursery.cancel_scope.cancel()
 
     async with trio.open_nursery() as nursery:
         clock = _Clock(nursery.cancel_scope, config)
-        nursery.start_soon(copy, client, server, "bytes_from_client")
-        nursery.start_soon(copy, server, client, "bytes_from_upstream")
+        nursery.start_soon(direct, client, server, "bytes_from_client")
+        nursery.start_soon(direct, server, client, "bytes_from_upstream")
     if broken is not None:
-        await _flush(client if broken == "upstream_reset" else server)
+        with trio.move_on_after(config.half_close_timeout):
+            await _flush(downstream if broken == "upstream_reset" else upstream)
         raise EndedError(broken)
-    if nursery.cancel_scope.cancelled_caught:
+    if open_directions:
         raise EndedError(clock.outcome)
 
 
 async def _copy(
-    source: _Side,
-    sink: _Side,
-    record: Record,
-    counter: Literal["bytes_from_client", "bytes_from_upstream"],
-    clock: _Clock,
+    source: _Side, sink: _Side, record: Record, counter: _Counter, clock: _Clock, watch: ResetWatch
 ) -> None:
+    """Copies one direction to its FIN and passes that on. EndedError if either side breaks."""
     while True:
         try:
-            data = await source.sock.recv(_CHUNK)
+            data = source.sock.recv(_CHUNK)
+        except BlockingIOError:
+            await trio.lowlevel.wait_readable(source.sock)
+            continue
         except OSError as error:
             raise EndedError(source.on_reset) from error
         if not data:
             break
         setattr(record, counter, getattr(record, counter) + len(data))
         clock.moved()
-        await _send(data, source, sink, clock)
+        await _send(data, source, sink, clock, watch)
+        await trio.lowlevel.checkpoint()  # a fast peer must not keep the loop to itself
     try:
         sink.sock.shutdown(socket.SHUT_WR)
     except OSError as error:
         raise EndedError(sink.on_reset) from error
 
 
-async def _send(data: bytes, source: _Side, sink: _Side, clock: _Clock) -> None:
+async def _send(data: bytes, source: _Side, sink: _Side, clock: _Clock, watch: ResetWatch) -> None:
     view = memoryview(data)
     while view:
-        sent = 0
         try:
-            with trio.move_on_after(_LOOK_FOR_RESET):
-                sent = await sink.sock.send(view)
+            sent = sink.sock.send(view)
+        except BlockingIOError:
+            with watch.watching(source.sock) as reset:
+                await trio.lowlevel.wait_writable(sink.sock)
+            if reset.cancelled_caught:
+                raise EndedError(source.on_reset) from None
         except OSError as error:
             raise EndedError(sink.on_reset) from error
-        if sent:
+        else:
             view = view[sent:]
             clock.moved()
-        elif is_closed_by_reset(source.sock):
-            raise EndedError(source.on_reset)
 
 
-async def _flush(side: _Side) -> None:
+async def _flush(sock: socket.socket) -> None:
     """Waits until the peer has everything, or takes nothing any more. Polls: the kernel has no event for it."""
     pause, stalled, before = 0.001, 0.0, -1
     while stalled < _FLUSH_STALL:
         try:
-            left = unsent_bytes(side.sock)
+            left = unsent_bytes(sock)
         except OSError:
             return  # gone: nothing can be flushed
         if left == 0:

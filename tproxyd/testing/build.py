@@ -47,6 +47,8 @@ _DEFAULTS = {
     },
 }
 
+_BRIDGE = tuple(f"net.bridge.bridge-nf-call-{tables}" for tables in ("arptables", "iptables", "ip6tables"))
+
 _FIRST_LEFT_INDEX = 100
 """Left ends get 100, 101, ... and right ends the kernel's 2, 3, ...: the two ends of a cable must not have the same index.
 
@@ -99,6 +101,9 @@ def _sysctl_path(name: str) -> Path:
 def _prepare(forwarding: bool) -> None:
     for name, value in _DEFAULTS.items():
         write_sysctl(name, value)
+    for name in _BRIDGE:
+        if _sysctl_path(name).exists():  # a host that has br_netfilter gives every new namespace a 1 here
+            write_sysctl(name, "0")
     if forwarding:
         # Last: changing a forwarding switch resets other settings of the namespace to those of a router or host.
         write_sysctl("net.ipv4.ip_forward", "1")

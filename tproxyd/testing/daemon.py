@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 from tproxyd.testing.node import Node
 from tproxyd.testing.process import LabProcess
 
-__all__ = ["TPROXYD", "LabDaemon", "open_daemon"]
+__all__ = ["TPROXYD", "LabDaemon", "cpu_seconds", "open_daemon"]
 
 TPROXYD = (sys.executable, "-m", "tproxyd")
 """The command, run by the interpreter of the test."""
@@ -44,8 +45,10 @@ class LabDaemon:
 
 
 @asynccontextmanager
-async def open_daemon(node: Node, config: str, *, options: Sequence[str] = ()) -> AsyncIterator[LabDaemon]:
+async def open_daemon(node: Node, config: str, *, files: int | None = None) -> AsyncIterator[LabDaemon]:
     """Runs `tproxyd run` in the node with this configuration (TOML) and waits for its ready line.
+
+    `files` is the most that it may have open (RLIMIT_NOFILE, hard and soft); by default as many as the test run may.
 
     Killed at the end of the block if it still runs; then its kernel state stays behind, as it would on a real machine.
     LabError with all that it printed if it does not become ready.
@@ -53,5 +56,12 @@ async def open_daemon(node: Node, config: str, *, options: Sequence[str] = ()) -
     with tempfile.TemporaryDirectory(prefix="tproxyd-lab-") as directory:
         file = Path(directory) / "tproxyd.toml"
         file.write_text(config, encoding="utf-8")
-        async with node.process(*TPROXYD, "run", "-c", str(file), *options, collect=True) as process:
+        limit = ("prlimit", f"--nofile={files}:{files}") if files else ()
+        async with node.process(*limit, *TPROXYD, "run", "-c", str(file), collect=True) as process:
             yield LabDaemon(process, await process.wait_for_output("tproxyd: ready "))
+
+
+def cpu_seconds(pid: int) -> float:
+    """User and system time that a process has used, in seconds."""
+    fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

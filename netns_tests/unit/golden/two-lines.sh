@@ -1,0 +1,130 @@
+#!/bin/sh
+# Makes the kernel hold what `tproxyd apply` makes it hold. Run as root. Unlike apply it removes and adds again what is there
+# already, so packets of live connections may get lost, and be sent again, while it runs.
+set -eu
+
+# What is tproxyd's already, whichever configuration put it there: rules and routes by their protocol, tables by their name.
+for family in -4 -6; do
+    ip $family rule flush protocol 133 2>/dev/null || :  # a kernel without this family has none
+    ip $family route show table all proto 133 2>/dev/null | while read -r route; do
+        ip $family route del $route
+    done
+done
+nft list tables inet | while read -r _ _ name; do
+    case $name in tproxyd_*) nft delete table inet "$name" ;; esac
+done
+
+ip -4 route add local default dev lo table 133 proto 133
+ip -6 route add local default dev lo table 133 proto 133
+ip -4 rule add priority 5235 fwmark 0x2000000/0x3000000 iif lo lookup 133 protocol 133
+ip -4 rule add priority 5233 fwmark 0x1000000/0x3000000 iif lo goto 5235 protocol 133
+ip -4 rule add priority 5234 fwmark 0x1000000/0x3000000 lookup 133 protocol 133
+ip -6 rule add priority 5235 fwmark 0x2000000/0x3000000 iif lo lookup 133 protocol 133
+ip -6 rule add priority 5233 fwmark 0x1000000/0x3000000 iif lo goto 5235 protocol 133
+ip -6 rule add priority 5234 fwmark 0x1000000/0x3000000 lookup 133 protocol 133
+
+nft -f - <<'RULESET'
+table inet tproxyd
+delete table inet tproxyd
+table inet tproxyd_guard
+delete table inet tproxyd_guard
+
+table inet tproxyd {
+	set ports {
+		type inet_service
+		flags interval
+		elements = { 8080 }
+	}
+
+	set exclude_ports {
+		type inet_service
+		flags interval
+		elements = { 22 }
+	}
+
+	set special4 {
+		type ipv4_addr
+		flags interval
+		elements = { 0.0.0.0/8,
+			     100.100.100.200,
+			     127.0.0.0/8,
+			     168.63.129.16,
+			     169.254.0.0/16,
+			     192.0.0.192,
+			     224.0.0.0/3 }
+	}
+
+	set special6 {
+		type ipv6_addr
+		flags interval
+		elements = { ::/127,
+			     ::ffff:0.0.0.0/96,
+			     64:ff9b::/104,
+			     64:ff9b::7f00:0/104,
+			     64:ff9b::a9fe:0/112,
+			     fd00:42::42,
+			     fd00:c1::a9fe:a9fe,
+			     fd00:ec2::/32,
+			     fd20:ce::254,
+			     fe80::/10,
+			     ff00::/8 }
+	}
+
+	set legs4 {
+		type ipv4_addr . inet_service . ipv4_addr . inet_service
+		size 262144
+		flags dynamic,timeout
+	}
+
+	set legs6 {
+		type ipv6_addr . inet_service . ipv6_addr . inet_service
+		size 262144
+		flags dynamic,timeout
+	}
+
+	chain intercept {
+		type filter hook prerouting priority raw; policy accept;
+		iifname "lo" accept comment "what this host sends to itself is never captured"
+		meta l4proto != { icmp, tcp, ipv6-icmp } accept comment "only TCP is captured"
+		tcp dport != @ports tcp sport != @ports accept comment "no captured port on either side: no connection of ours"
+		tcp flags syn / fin,syn,rst,ack goto capture comment "opens a connection; before any socket match, which would find TIME_WAIT sockets"
+		socket wildcard 1 accept comment "a listener on every address is not a connection of ours"
+		socket transparent 1 meta mark set meta mark & 0xfdffffff | 0x01000000 notrack accept comment "connection of ours, either side, or an ICMP error about one: deliver here, whatever its destination"
+	}
+
+	chain cookie {
+		type filter hook prerouting priority dstnat + 5; policy accept;
+		iifname "lo" accept comment "what this host sends to itself is never captured"
+		meta mark & 0x03000000 == 0x01000000 accept comment "belongs to a connection of ours"
+		tcp flags ack / fin,syn,rst,ack fib daddr type local goto capture comment "may answer a SYN cookie of our listener; established connections of others pass tproxy"
+	}
+
+	chain capture {
+		tcp dport != @ports return comment "not a captured port"
+		tcp dport @exclude_ports return comment "excluded port"
+		fib daddr type { broadcast, anycast, multicast } return comment "not for a relay"
+		goto take comment "selected"
+	}
+
+	chain take {
+		tcp flags syn / fin,syn,rst,ack ip daddr @special4 meta nfproto ipv4 meta l4proto tcp tproxy ip to 127.0.0.1:15006 counter reject with tcp reset comment "loopback, link-local, metadata, multicast or mapped: never relayed (policy.allow_special)"
+		tcp flags syn / fin,syn,rst,ack ip6 daddr @special6 meta nfproto ipv6 meta l4proto tcp tproxy ip6 to [::1]:15006 counter reject with tcp reset comment "loopback, link-local, metadata, multicast or mapped: never relayed (policy.allow_special)"
+		meta nfproto ipv4 meta l4proto tcp tproxy ip to 127.0.0.1:15006 meta mark set meta mark & 0xfdffffff | 0x01000000 counter notrack accept comment "new connection: to our listener; no listener: this rule breaks off here"
+		meta nfproto ipv6 meta l4proto tcp tproxy ip6 to [::1]:15006 meta mark set meta mark & 0xfdffffff | 0x01000000 counter notrack accept comment "new connection: to our listener; no listener: this rule breaks off here"
+	}
+
+	chain untrack {
+		type filter hook output priority raw; policy accept;
+		meta l4proto != tcp accept comment "only TCP is captured"
+		tcp dport != @ports tcp sport != @ports accept comment "no captured port on either side: no connection of ours"
+		oifname "lo" socket transparent 1 tcp flags ! fin,rst update @legs4 { ip saddr . tcp sport . ip daddr . tcp dport timeout 2m } comment "our connection to a local app: remembered for the app's answers"
+		oifname "lo" socket transparent 1 tcp flags fin,rst update @legs4 { ip saddr . tcp sport . ip daddr . tcp dport timeout 5s } comment "our connection to a local app ends: soon forgotten"
+		oifname "lo" socket transparent 1 tcp flags ! fin,rst update @legs6 { ip6 saddr . tcp sport . ip6 daddr . tcp dport timeout 2m } comment "our connection to a local app: remembered for the app's answers"
+		oifname "lo" socket transparent 1 tcp flags fin,rst update @legs6 { ip6 saddr . tcp sport . ip6 daddr . tcp dport timeout 5s } comment "our connection to a local app ends: soon forgotten"
+		socket transparent 1 notrack accept comment "sent by a socket of ours: no conntrack entry"
+		meta mark & 0x03000000 == 0x02000000 notrack accept comment "a connection to a local app as somebody else, and its answers: no conntrack entry"
+		oifname "lo" ip daddr . tcp dport . ip saddr . tcp sport @legs4 notrack accept comment "answer of a local app to our connection: no conntrack entry"
+		oifname "lo" ip6 daddr . tcp dport . ip6 saddr . tcp sport @legs6 notrack accept comment "answer of a local app to our connection: no conntrack entry"
+	}
+}
+RULESET

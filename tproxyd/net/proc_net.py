@@ -1,0 +1,86 @@
+"""What /proc tells of this namespace's sockets: who holds a port or a name, and which connections the kernel still works on.
+
+The first is for messages that name a culprit, never for decisions.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+__all__ = ["closing_connections", "half_open_connections", "open_file_count", "port_holder", "unix_name_holder"]
+
+# Column st of /proc/net/tcp (include/net/tcp_states.h).
+_SYN_RECV = frozenset({"03"})
+_UNDELIVERED = frozenset(
+    {"04", "09", "0B"}
+)  # FIN_WAIT1, LAST_ACK, CLOSING: the peer has not confirmed the last bytes, or the FIN
+_LISTEN = "0A"
+
+_Key = tuple[str, str]
+"""Local and remote end as /proc writes them: a name for a connection, no more."""
+
+
+def port_holder(port: int, *, family: int) -> str | None:
+    """`name (pid N)` of a process that listens on this TCP port, on whichever address; None if it cannot be told."""
+    rows = _rows("tcp6" if family == socket.AF_INET6 else "tcp")
+    return _process_with(row[9] for row in rows if row[3] == _LISTEN and _port(row[1]) == port)
+
+
+def unix_name_holder(name: str) -> str | None:
+    """`name (pid N)` of the process that has bound this abstract Unix name; None if it cannot be told."""
+    return _process_with(row[6] for row in _rows("unix") if row[7:] == [f"@{name}"])
+
+
+def half_open_connections(captured: Callable[[int], bool]) -> frozenset[_Key]:
+    """Connections to a captured port whose handshake is under way: no listener has them yet."""
+    return _connections(_SYN_RECV, captured)
+
+
+def closing_connections(captured: Callable[[int], bool]) -> frozenset[_Key]:
+    """Connections with a captured port on one side that no process has any more, while the kernel still delivers their last bytes."""
+    return _connections(_UNDELIVERED, captured)
+
+
+def open_file_count() -> int:
+    """How many files this process has open."""
+    return len(os.listdir("/proc/self/fd"))
+
+
+def _connections(states: frozenset[str], captured: Callable[[int], bool]) -> frozenset[_Key]:
+    return frozenset(
+        (row[1], row[2])
+        for table in ("tcp", "tcp6")
+        for row in _rows(table)
+        # Inode 0: it belongs to no process.
+        if row[3] in states and row[9] == "0" and (captured(_port(row[1])) or captured(_port(row[2])))
+    )
+
+
+def _port(end: str) -> int:
+    return int(end.rpartition(":")[2], 16)
+
+
+def _rows(table: str) -> list[list[str]]:
+    # Of the calling thread's namespace. Names of other sockets may hold any bytes. No IPv6, no table.
+    try:
+        text = Path(f"/proc/thread-self/net/{table}").read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return []
+    return [line.split() for line in text.splitlines()[1:]]
+
+
+def _process_with(inodes: Iterable[str]) -> str | None:
+    wanted = {f"socket:[{inode}]" for inode in inodes}
+    for directory in Path("/proc").iterdir() if wanted else ():
+        if not directory.name.isdecimal():
+            continue
+        try:
+            if any(os.readlink(fd) in wanted for fd in (directory / "fd").iterdir()):
+                name = (directory / "comm").read_text(encoding="utf-8", errors="replace").strip()
+                return f"{name if name.isprintable() else 'a process'} (pid {directory.name})"
+        except OSError:
+            continue  # it has ended meanwhile, or its files are not ours to see
+    return None
