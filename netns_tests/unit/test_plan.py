@@ -21,7 +21,6 @@ import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.configuration import set_hypothesis_home_dir
 
 from tproxyd.config import Config, Mark, config_from_mapping, load_config
 from tproxyd.errors import ConfigError
@@ -38,9 +37,6 @@ from tproxyd.plan import (
     make_plan,
     render,
 )
-
-# It keeps caches even without a database, and root must leave no file in somebody's checkout: nowhere to write is fine.
-set_hypothesis_home_dir(os.devnull)
 
 GOLDEN = Path(__file__).parent / "golden"
 NAMES = sorted(file.stem for file in GOLDEN.glob("*.toml"))
@@ -340,7 +336,7 @@ def config_or_none(mapping: dict[str, Any]) -> Config | None:
         return None
 
 
-@settings(database=None, deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(CONFIGS, st.sampled_from([(4, 6), (4,), (6,)]))
 def test_any_configuration_gives_one_plan_whatever_the_order_of_its_lists(
     mapping: dict[str, Any], families: tuple[Family, ...]
