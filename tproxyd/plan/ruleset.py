@@ -1,7 +1,7 @@
-"""The nft ruleset as text, in the spelling in which `nft -s list table` of version 1.0.6 prints it back.
+"""The nft ruleset as text, in the spelling in which `nft -s list table` of version 1.0.6 usually prints it back.
 
 One text for all uses: shown by `tproxyd plan`, checked by `nft -c`, loaded by `nft -f`, compared with what the kernel
-lists. Every rule says in its comment why it is there. What this module does not know: whether a kernel takes it.
+lists (where nft spells it otherwise, it is asked how: kernel.nft.spelled). Every rule says in its comment why it is there. What this module does not know: whether a kernel takes it.
 
 How a packet goes through the steering table, before conntrack and NAT, at priority raw, so that a packet which is ours is never
 tracked and a packet which is not ours keeps its tracking, also after the daemon died:
@@ -83,7 +83,8 @@ def steering_table(config: Config, marks: Marks, surroundings: Surroundings) -> 
             "type filter hook prerouting priority raw; policy accept;",
             'iifname "lo" accept comment "what this host sends to itself is never captured"',
             *(bridge if surroundings.bridge_netfilter else []),
-            'meta l4proto != { icmp, tcp, ipv6-icmp } accept comment "only TCP is captured"',
+            # By name: without /etc/protocols (package netbase) nft knows this one, but not ipv6-icmp.
+            'meta l4proto udp accept comment "only TCP is captured, and ICMP errors about it"',
             *(
                 f'{ports} accept comment "no captured port on either side: no connection of ours"'
                 for ports in foreign_ports

@@ -85,7 +85,7 @@ table inet tproxyd {
 	chain intercept {
 		type filter hook prerouting priority raw; policy accept;
 		iifname "lo" accept comment "what this host sends to itself is never captured"
-		meta l4proto != { icmp, tcp, ipv6-icmp } accept comment "only TCP is captured"
+		meta l4proto udp accept comment "only TCP is captured, and ICMP errors about it"
 		tcp dport != @ports tcp sport != @ports accept comment "no captured port on either side: no connection of ours"
 		tcp flags syn / fin,syn,rst,ack goto capture comment "opens a connection; before any socket match, which would find TIME_WAIT sockets"
 		socket wildcard 1 accept comment "a listener on every address is not a connection of ours"
