@@ -229,8 +229,8 @@ async def test_syn_cookies_to_a_local_address(sidecar_lab: Lab, nursery: trio.Nu
             assert (await daemon.record(own))["outcome"] == "closed"
 
 
-async def test_a_client_that_uses_its_port_again(gateway_lab: Lab, nursery: trio.Nursery) -> None:
-    """Faults 25-26: the spoofed 4-tuple is in TIME_WAIT at the gateway when the client comes again from the same port."""
+async def test_26_a_client_that_uses_its_port_again(gateway_lab: Lab, nursery: trio.Nursery) -> None:
+    """The spoofed 4-tuple is in TIME_WAIT at the gateway when the client comes again from the same port."""
     await nursery.start(serve_identity, gateway_lab["server"], 8080)
     client = gateway_lab["client"]
     client.set_sysctl("net.ipv4.tcp_tw_reuse", "1")
