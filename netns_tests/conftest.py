@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tproxyd.testing.isolation import isolate_this_process, missing_capabilities
+from tproxyd.net.capabilities import missing_capabilities
+from tproxyd.testing.isolation import LAB_CAPABILITIES, isolate_this_process
 from tproxyd.testing.plugin import DEFAULT_COUNT_DIVISOR
 
 if TYPE_CHECKING:
@@ -29,13 +30,15 @@ _NEEDS_ROOT = "make nstest needs root: type `sudo make nstest`"
 def pytest_configure(config: pytest.Config) -> None:
     if config.option.count_divisor is None:
         config.option.count_divisor = DEFAULT_COUNT_DIVISOR
-    if not missing_capabilities() and not all(_is_unit(Path(argument.partition("::")[0])) for argument in config.args):
+    if not missing_capabilities(LAB_CAPABILITIES) and not all(
+        _is_unit(Path(argument.partition("::")[0])) for argument in config.args
+    ):
         isolate_this_process()
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     needs_root = any(not _is_unit(item.path) for item in session.items)
-    if needs_root and not session.config.option.collectonly and missing_capabilities():
+    if needs_root and not session.config.option.collectonly and missing_capabilities(LAB_CAPABILITIES):
         pytest.exit(_NEEDS_ROOT, returncode=pytest.ExitCode.TESTS_FAILED)
 
 

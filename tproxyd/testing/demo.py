@@ -19,10 +19,11 @@ from typing import NamedTuple
 
 import trio
 
+from tproxyd.net.capabilities import missing_capabilities
 from tproxyd.net.sockets import format_address
 from tproxyd.testing.build import LabError
 from tproxyd.testing.daemon import LabDaemon, open_daemon
-from tproxyd.testing.isolation import isolate_this_process, missing_capabilities
+from tproxyd.testing.isolation import LAB_CAPABILITIES, isolate_this_process
 from tproxyd.testing.lab import Lab, open_lab
 from tproxyd.testing.node import Node
 from tproxyd.testing.state import activate_conntrack, conntrack_count
@@ -257,7 +258,7 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def main() -> int:
     """0 if everything was as it should be, 1 if not, 77 without root."""
-    if missing := missing_capabilities():
+    if missing := missing_capabilities(LAB_CAPABILITIES):
         print(f"tproxyd: the demo needs root ({' and '.join(missing)}): type `sudo make demo`", file=sys.stderr)
         return os.EX_NOPERM
     isolate_this_process()

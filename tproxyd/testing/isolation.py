@@ -18,21 +18,16 @@ from pathlib import Path
 
 from tproxyd.net.namespaces import unshare_network
 
-__all__ = ["Holdings", "isolate_this_process", "missing_capabilities"]
+__all__ = ["LAB_CAPABILITIES", "Holdings", "isolate_this_process"]
 
-_CAPABILITIES = {"CAP_NET_ADMIN": 12, "CAP_SYS_ADMIN": 21}  # linux/capability.h
+LAB_CAPABILITIES = ("CAP_NET_ADMIN", "CAP_SYS_ADMIN")
+"""What a lab needs: to make namespaces, and everything in them."""
+
 _SIOCGIFFLAGS, _SIOCSIFFLAGS, _IFF_UP = 0x8913, 0x8914, 0x1  # linux/sockios.h, linux/if.h
 _IFREQ = "16sH22x"
 
 _CACHED_THREADS = ("Trio thread",)
 """trio keeps idle worker threads for ten seconds under this name, to use them again; they are not a test's."""
-
-
-def missing_capabilities() -> list[str]:
-    """Which of the capabilities that a lab needs this process does not have."""
-    status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
-    effective = next(int(line.split()[1], 16) for line in status.splitlines() if line.startswith("CapEff:"))
-    return [name for name, bit in _CAPABILITIES.items() if not effective >> bit & 1]
 
 
 def isolate_this_process() -> None:

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tproxyd.testing.isolation import Holdings, missing_capabilities
+from tproxyd.net.capabilities import missing_capabilities
+from tproxyd.testing.isolation import LAB_CAPABILITIES, Holdings
 
 if TYPE_CHECKING:
     from tproxyd.testing.lab import Lab
@@ -88,7 +89,7 @@ def no_leaks() -> Iterator[None]:
 @pytest.fixture
 def open_lab(no_leaks: None) -> OpenLab:
     """`tproxyd.testing.open_lab` for a topology of the test's own; checks afterwards that nothing is left."""
-    missing = missing_capabilities()
+    missing = missing_capabilities(LAB_CAPABILITIES)
     if missing:
         pytest.fail(
             f"a lab needs root: this process lacks {' and '.join(missing)}; run pytest with sudo", pytrace=False
