@@ -120,7 +120,7 @@ async def test_another_programs_transparent_sockets_stay_tracked(sidecar_lab: La
         host,
         "type filter hook input priority 0; policy drop;",
         'iifname "lo" accept',
-        "meta l4proto ipv6-icmp accept",
+        "meta l4proto icmpv6 accept",  # by the name that nft knows without /etc/protocols
         "ct state established accept",
         "ct state new tcp dport 3128 accept",
     )
