@@ -159,7 +159,7 @@ FILES: list[tuple[str, Callable[[Path], Any], str, str]] = [
         "x.toml/y",
         "cannot be read: Not a directory; name another with",
     ),
-    ("NUL in the name", lambda _: None, "x\0.toml", "cannot be read: embedded null byte; name another with -c"),
+    ("NUL in the name", lambda _: None, "x\0.toml", "cannot be read: no file's name has a NUL character; name another"),
     ("endless name", lambda _: None, "x" * 300, "cannot be read: File name too long; name another with -c"),
     ("newline in the name", lambda _: None, "x\n.toml", "there is no such file; name another with -c"),
     ("no name", lambda _: None, "", "is a directory; name a TOML file"),

@@ -115,7 +115,9 @@ def _read(path: Path) -> dict[str, Any]:
 def _unreadable(error: OSError | ValueError) -> str:
     if isinstance(error, PermissionError):
         return "cannot be read by this user; run as its owner or change its mode"
-    return f"cannot be read: {getattr(error, 'strerror', None) or error}; name another with -c"
+    # A ValueError means a NUL in the name; Python's words for it change with its version.
+    cause = error.strerror if isinstance(error, OSError) else "no file's name has a NUL character"
+    return f"cannot be read: {cause}; name another with -c"
 
 
 class _Tree:
