@@ -5,7 +5,9 @@ export PYTHON ?= python3
 PREPARE := packaging/prepare
 AS_OWNER := $(PREPARE) --as-owner
 BIN := .venv/bin
-PYTEST := $(BIN)/python -m pytest -p no:cacheprovider
+PYTEST := $(BIN)/python -m pytest
+# Some of the tests: sudo make nstest TESTS="netns_tests/test_capture.py -k foreign"
+TESTS ?=
 PEERS := nft ip curl openssl iperf3
 # As root in somebody's checkout nothing may be written that they cannot remove.
 export PYTHONDONTWRITEBYTECODE := 1
@@ -28,12 +30,12 @@ demo:  ## the main job at work, in throwaway network namespaces (root)
 nstest:  ## every test, in throwaway network namespaces; counted runs divided by 10 (root)
 	$(need-root)
 	@$(PREPARE) $(PEERS)
-	$(PYTEST)
+	$(PYTEST) $(TESTS)
 
 nstest-long:  ## the same with full counts (root)
 	$(need-root)
 	@$(PREPARE) $(PEERS)
-	$(PYTEST) --count-divisor 1
+	$(PYTEST) --count-divisor 1 $(TESTS)
 
 test:  ## the tests that need no root
 	@$(PREPARE)
