@@ -221,7 +221,7 @@ def test_a_plan_is_the_same_in_every_process(seed: str) -> None:
     )
     printed = subprocess.run(
         [sys.executable, "-c", program, str(GOLDEN / "everything.toml")],
-        env={"PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "LC_ALL": "C"},
+        env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         capture_output=True,
         check=True,
     ).stdout
