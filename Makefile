@@ -17,10 +17,13 @@ need-root = $(if $(filter 0,$(shell id -u)),,$(error make $@ needs root: type `s
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo nstest nstest-long test check format lock clean
+.PHONY: help venv demo nstest nstest-long test check format lock clean
 
 help:  ## what can be typed here
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F'\t' '{ printf "make %-13s %s\n", $$1, $$2 }'
+
+venv:  ## .venv with tproxyd in it: .venv/bin/tproxyd
+	@$(PREPARE)
 
 demo:  ## the main job at work, in throwaway network namespaces (root)
 	$(need-root)
@@ -50,8 +53,8 @@ check:  ## format, lint, types, layers
 
 format:  ## rewrites the code as `make check` wants it
 	@$(PREPARE)
-	$(AS_OWNER) $(BIN)/ruff check --fix
 	$(AS_OWNER) $(BIN)/ruff format
+	$(AS_OWNER) $(BIN)/ruff check --fix
 
 lock:  ## requirements-dev.lock anew, from pyproject.toml
 	@$(PREPARE)

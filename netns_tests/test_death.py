@@ -64,7 +64,7 @@ for death in (dying_apply, dying_revert):
         say("reverted")
         sys.stdin.readline()
 """
-KERNEL_STEPS = 10  # two routes, six rules, the tables (put there in one step, removed in one or two)
+KERNEL_STEPS = 11  # two routes, six rules, the tables (put there in one step, removed one by one)
 
 
 async def peer_seen(way: Way) -> tuple[str, str]:
@@ -168,7 +168,8 @@ async def test_01_to_03_sigkill_between_any_two_kernel_steps(way: Way, nursery: 
 async def test_03_what_a_death_between_kernel_steps_leaves_is_adopted(way: Way, nursery: trio.Nursery) -> None:
     before = await way.proxy.dump()
     await nursery.start(serve_identity, way.app, 8080)
-    await way.proxy.run(*TPROXYD, "apply", "-c", str(way.file(CLOSED)))
+    async with open_daemon(way.proxy, CLOSED) as daemon:
+        await kill(daemon)
     await way.proxy.run("ip", "-6", "rule", "del", "priority", "5234")
     await way.proxy.run("ip", "route", "del", "local", "default", "dev", "lo", "table", "133")
     async with open_daemon(way.proxy, OPEN) as daemon:

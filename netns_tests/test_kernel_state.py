@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 
 import pytest
 import trio
@@ -107,6 +108,110 @@ async def test_apply_of_another_config_changes_the_difference_only(way: Way) -> 
     assert "delete table inet tproxyd_guard" in done.stdout
     await node.run(*TPROXYD, "revert")
     assert await node.dump() == before
+
+
+async def test_what_apply_put_there_stays_when_a_daemon_stops(way: Way, nursery: trio.Nursery) -> None:
+    """Fail-closed over stops and restarts; a client in a loop is served or refused, and never gets through in between."""
+    node = way.proxy
+    before = await node.dump()
+    await nursery.start(serve_identity, way.app, 8080)
+    await node.run(*TPROXYD, "apply", "-c", str(way.file(CONFIG)))
+    applied = await node.dump()
+    seen: list[str] = []
+
+    async def dial() -> None:
+        while True:
+            try:
+                async with await way.client.connect(way.address, 8080, timeout=3) as stream:
+                    own = format_address(stream.socket.getsockname())
+                    await stream.receive_some()
+                    seen.append(own)
+            except (ConnectionRefusedError, ConnectionResetError, trio.BrokenResourceError):
+                pass
+            await trio.sleep(0.005)
+
+    served: list[str] = []
+    async with trio.open_nursery() as loop:
+        loop.start_soon(dial)
+        for _ in range(2):
+            async with open_daemon(node, CONFIG) as daemon:
+                await daemon.process.wait_for_output('"outcome":"')
+                assert await daemon.stop() == 0
+            served += [record["source"] for record in daemon.records()]
+            await trio.sleep(0.2)
+            assert await node.dump() == applied
+        loop.cancel_scope.cancel()
+    assert seen
+    assert set(seen) <= set(served)
+    await node.run(*TPROXYD, "revert")
+    assert await node.dump() == before
+
+
+@pytest.mark.parametrize("way", ["gateway v4"], indirect=True)
+async def test_revert_under_a_daemon_names_it(way: Way) -> None:
+    before = await way.proxy.dump()
+    async with open_daemon(way.proxy, CONFIG) as daemon:
+        done = await way.proxy.run(*TPROXYD, "revert")
+        assert (
+            f"(pid {daemon.process.pid}) serves this network namespace and captures nothing from now on" in done.stderr
+        )
+        assert await way.proxy.dump() == before
+        assert await daemon.stop() == 0
+    assert await way.proxy.dump() == before
+
+
+# Loads the tables, and then does what a foreign program might do at that very moment.
+DISTURBED = """
+import subprocess, sys
+from tproxyd.kernel import nft
+load, foreign = nft.load, [sys.argv[1]]
+def disturbed(text):
+    load(text)
+    while foreign:  # once
+        subprocess.run(["sh", "-c", foreign.pop()], check=True)
+nft.load = disturbed
+from tproxyd.daemon.cli import main
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize("way", ["gateway v4"], indirect=True)
+@pytest.mark.parametrize("verb", ["apply", "run"])
+@pytest.mark.parametrize(
+    "foreign",
+    [
+        "nft flush ruleset",
+        "nft delete table inet tproxyd_guard",
+        "nft flush chain inet tproxyd capture",
+        "ip -6 rule del priority 5234",
+        "ip route flush table 133",
+    ],
+)
+async def test_what_does_not_hold_right_after_it_was_put_there_is_an_error(way: Way, foreign: str, verb: str) -> None:
+    before = await way.proxy.dump()
+    code = (sys.executable, "-c", DISTURBED, foreign, verb, "-c", str(way.file(CONFIG)))
+    done = await way.proxy.run(*code, check=False)
+    assert done.returncode == 71, done
+    assert "the kernel does not hold what was just put there" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert await way.proxy.dump() == before
+
+
+@pytest.mark.parametrize("way", ["gateway v4"], indirect=True)
+async def test_ctrl_c_during_apply_leaves_all_or_nothing(way: Way) -> None:
+    before = await way.proxy.dump()
+    file = str(way.file(CONFIG))
+    await way.proxy.run(*TPROXYD, "apply", "-c", file)
+    applied = await way.proxy.dump()
+    await way.proxy.run(*TPROXYD, "revert")
+    for milliseconds in range(60, 420, 20):
+        async with way.proxy.process(*TPROXYD, "apply", "-c", file, collect=True) as process:
+            await trio.sleep(milliseconds / 1000)
+            process.send_signal(signal.SIGINT)
+            await process.wait()
+            assert "Traceback" not in process.stderr_text or milliseconds < 100  # Python itself was still starting
+        assert await way.proxy.dump() in (before, applied)
+        await way.proxy.run(*TPROXYD, "revert")
 
 
 async def test_the_daemon_among_foreign_state_leaves_it_as_it_was(way: Way, nursery: trio.Nursery) -> None:
@@ -222,7 +327,7 @@ async def test_17_capture_follows_the_name_of_the_interface(sidecar_lab: Lab, nu
     assert (one in seen, two in seen, three in seen) == (True, False, True)
 
 
-async def test_plan_diff_of_a_foreign_nft_table_with_our_name_is_replaced(sidecar_lab: Lab) -> None:
+async def test_a_table_with_our_name_is_replaced(sidecar_lab: Lab) -> None:
     """`inet tproxyd` is ours by name: what an older version left there is exchanged as a whole."""
     host = sidecar_lab["host"]
     before = await host.dump()

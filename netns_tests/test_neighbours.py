@@ -136,6 +136,45 @@ async def test_another_programs_transparent_sockets_stay_tracked(sidecar_lab: La
         await echoes(stream)
 
 
+async def test_10_a_default_drop_input_chain_with_the_rule_of_the_readme(way: Way, nursery: trio.Nursery) -> None:
+    """Without it clients hang; with it they are served, and nothing else is let in."""
+    await nursery.start(serve_echo, way.app, 8080)
+    await nursery.start(serve_echo, way.proxy, 9999)
+    hook = "type filter hook input priority 0; policy drop;"
+    common = ('iifname "lo" accept', "meta l4proto icmpv6 accept")
+    async with open_daemon(way.proxy, CONFIG):
+        await load(way.proxy, hook, *common)
+        with pytest.raises(trio.TooSlowError):
+            await way.client.connect(way.address, 8080, timeout=0.3)
+        await way.proxy.run("nft", "delete table inet foreign")
+        await load(way.proxy, hook, *common, "meta mark & 0x3000000 == 0x1000000 accept")
+        async with await way.client.connect(way.address, 8080) as stream:
+            await echoes(stream)
+        with pytest.raises(trio.TooSlowError):
+            await way.client.connect(way.proxy.v6 if ":" in way.address else way.proxy.v4, 9999, timeout=0.3)
+
+
+async def test_38_a_conntrack_table_that_takes_no_more_hurts_no_intercepted_connection(
+    way: Way, nursery: trio.Nursery
+) -> None:
+    """A stand-in, for the limit is the host's: a foreign firewall drops whatever conntrack would make an entry of, as a full
+    table does."""
+    await nursery.start(serve_echo, way.app, 8080)
+    await nursery.start(serve_echo, way.app, 8081)
+    full = "table inet full {\n" + "".join(
+        f"chain {hook} {{\ntype filter hook {hook} priority filter;\nct state new,invalid drop\n}}\n"
+        for hook in ("input", "forward", "output")
+    )
+    async with open_daemon(way.proxy, CONFIG):
+        await way.proxy.run("nft", "-f", "-", input=full + "}\n")
+        # Proof that it works: what is not intercepted does not get through.
+        with pytest.raises(trio.TooSlowError):
+            await way.client.connect(way.address, 8081, timeout=0.3)
+        for _ in range(3):
+            async with await way.client.connect(way.address, 8080) as stream:
+                await echoes(stream)
+
+
 @pytest.mark.parametrize("when_down", ["bypass", "refuse"])
 @pytest.mark.parametrize("bridge_netfilter", ["0", "1"])
 async def test_clients_behind_a_bridge_never_hang(nursery: trio.Nursery, bridge_netfilter: str, when_down: str) -> None:

@@ -9,10 +9,11 @@ from functools import partial
 
 import pytest
 import trio
+import trio.lowlevel
 
 from netns_tests.way import Way, median_ms
 from tproxyd.net.sockets import format_address
-from tproxyd.testing import digest_of, payload, serve_echo, serve_identity, serve_source
+from tproxyd.testing import digest_of, payload, serve_echo, serve_identity, serve_sink, serve_source
 from tproxyd.testing.daemon import LabDaemon, open_daemon
 
 OPEN = '[capture]\nports = ["8080"]\nwhen_down = "bypass"\n'
@@ -183,6 +184,56 @@ async def test_08_a_handshake_under_way_is_served(way: Way, nursery: trio.Nurser
                 assert b"peer" in await stream.receive_some()
         assert await daemon.process.wait() == 0
     assert [record["source"] for record in daemon.records()] == [own]
+
+
+@pytest.mark.parametrize("config", [OPEN, CLOSED], ids=["open", "closed"])
+async def test_08_clients_are_not_steered_to_listeners_that_nobody_serves(
+    way: Way, nursery: trio.Nursery, config: str
+) -> None:
+    """Without any time to drain: clients in a loop get the daemon, or what when_down says. What was taken already is reset."""
+    await nursery.start(serve_identity, way.app, 8080)
+    answers: list[str] = []
+
+    async def dial() -> None:
+        while True:
+            try:
+                async with await way.client.connect(way.address, 8080, timeout=3) as stream:
+                    answers.append("answer" if await stream.receive_some() else "end")
+            except ConnectionRefusedError:
+                answers.append("refused")
+            except (ConnectionResetError, trio.BrokenResourceError):
+                answers.append("reset")
+            await trio.lowlevel.checkpoint()
+
+    async with trio.open_nursery() as loop:
+        for _ in range(4):
+            loop.start_soon(dial)
+        for _ in range(2):
+            async with open_daemon(way.proxy, config + '[drain]\ntimeout = "0s"\n') as daemon:
+                await daemon.process.wait_for_output('"outcome":"closed"')
+                assert await daemon.stop() == 0
+        loop.cancel_scope.cancel()
+    assert answers.count("end") == 0
+    # At most the few that were under way: each of the four, each of two times.
+    assert answers.count("reset") <= 8
+    assert answers.count("answer") > 20
+
+
+@pytest.mark.parametrize("way", ["gateway v4"], indirect=True)
+async def test_08_a_client_that_vanished_does_not_hold_the_stop_up_for_long(way: Way, nursery: trio.Nursery) -> None:
+    """Its last bytes are never taken. They get three seconds without progress, not the whole time for draining."""
+    await nursery.start(serve_sink, way.app, 8080)
+    deaf = "table inet deaf {\nchain i {\ntype filter hook prerouting priority 0;\ntcp sport 8080 drop\n}\n}\n"
+    async with open_daemon(way.proxy, OPEN) as daemon, await way.client.connect(way.address, 8080) as stream:
+        own = format_address(stream.socket.getsockname())
+        await way.client.run("nft", "-f", "-", input=deaf)
+        await stream.send_eof()  # the app answers that, and nobody takes the answer
+        assert (await daemon.record(own))["outcome"] == "closed"
+        began = time.perf_counter()
+        with trio.fail_after(15):
+            assert await daemon.stop() == 0
+        assert 3 <= time.perf_counter() - began < 8
+    assert "the last bytes of 1 closed connections were not taken" in daemon.process.stderr_text
 
 
 @pytest.mark.parametrize("way", ["gateway v4", "sidecar v6"], indirect=True)

@@ -10,18 +10,19 @@ import errno
 import logging
 import resource
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, closing
+from functools import partial
 
 import trio
 
 from tproxyd import kernel
 from tproxyd.config import Config
 from tproxyd.datapath import Record
-from tproxyd.errors import ConfigError, KernelError, TproxydError
+from tproxyd.errors import KernelError, TproxydError
 from tproxyd.net.capabilities import require_capabilities
 from tproxyd.net.locality import Locality
-from tproxyd.net.proc_net import closing_connections, half_open_connections, open_file_count, port_holder
+from tproxyd.net.proc_net import Connections, closing_connections, half_open_connections, open_file_count, port_holder
 from tproxyd.net.sockets import format_address, open_listener
 from tproxyd.plan import Plan, Surroundings, make_plan
 from tproxyd.proxy import ResetWatch, Service, serve_listener
@@ -32,7 +33,7 @@ _log = logging.getLogger(__name__)
 
 # Files that connections leave to the rest of the process: two listeners, a child's pipes, netlink, and some of the program around.
 _RESERVED_FILES = 32
-_HANDSHAKE = 3.0  # seconds: a SYN-ACK and its retransmissions after one and two more
+_STUCK = 3.0  # seconds without progress: a packet and its retransmissions after one and two more
 _POLL = 0.02  # seconds; the kernel has no event for either of what is waited for
 
 
@@ -52,29 +53,40 @@ class Interceptor:
     def connections(self) -> int:
         return self._service.active
 
-    async def drain(self) -> None:
-        """Takes no new connection from now on, and returns when the last one has ended. The caller sets the deadline.
+    async def stop_capture(self) -> None:
+        """Takes no new connection from now on: new clients get what `capture.when_down` says. Harmless when repeated.
 
-        New clients get what `capture.when_down` says. A handshake that is under way is given three seconds, and its connection is
-        served. A connection has ended when its last bytes have reached the peer: without our rules they could not.
+        If the kernel refuses, that is logged, and connections go on being taken.
         """
         if self._capturing:
-            self._capturing = False
             try:
                 await trio.to_thread.run_sync(kernel.stop_capture, self._plan)
             except TproxydError as error:
-                _log.error("capture goes on while connections drain: %s", error)
+                _log.error("capture cannot be switched off: %s", error)
+            else:
+                self._capturing = False
+
+    async def drain(self) -> None:
+        """Stops capture, and returns when the last connection has ended. The caller sets the deadline.
+
+        A handshake that is under way is waited for, and its connection is served. A
+        connection has ended when its last bytes have reached the peer, because without our rules they could not. Either is given
+        up when nothing has come of it for three seconds.
+        """
+        await self.stop_capture()
         captured = self._service.config.capture.takes_port
-        with trio.move_on_after(_HANDSHAKE):
-            await _until_gone(half_open_connections, captured)
+        await _until_gone(half_open_connections, captured)
         await trio.sleep(_POLL)  # the listeners' turn to accept what is ready now
         await self._service.wait_idle()
-        await _until_gone(closing_connections, captured)
+        stuck = await _until_gone(closing_connections, captured)
+        if stuck:
+            _log.warning("the last bytes of %d closed connections were not taken by their peers", stuck)
 
 
 @asynccontextmanager
 async def open_interceptor(config: Config, *, on_record: Callable[[Record], None]) -> AsyncIterator[Interceptor]:
-    """Captures in the own network namespace, and serves until the block ends; then nothing of ours is left in the kernel.
+    """Captures in the own network namespace, and serves until the block ends; then nothing of ours is left in the kernel, unless
+    `tproxyd apply` had put it there: then its place is taken, and kept.
 
     `on_record` gets each connection's Record at its end; it must not block. On entry capture is on and checked: the kernel
     holds what was planned. On exit, living connections are reset; call `drain` before to let them end.
@@ -82,14 +94,12 @@ async def open_interceptor(config: Config, *, on_record: Callable[[Record], None
     Raises ConfigError (nothing to capture), CapabilityError, MissingError, and KernelError (a port in use, too few files, a
     step that the kernel refused); then nothing was changed.
     """
-    if not config.captures:
-        raise ConfigError(
-            'nothing to capture: `capture.ports` is empty or `capture.mode` is "off"; name ports, e.g. ports = ["8080"]'
-        )
+    config.require_captures()
     require_capabilities("capturing connections", ("CAP_NET_ADMIN", "CAP_NET_RAW"))
     surroundings = kernel.look_around()
     _warn(surroundings)
-    plan = make_plan(config, surroundings=surroundings)
+    stays = kernel.is_applied()
+    plan = make_plan(config, surroundings=surroundings, stays=stays)
     limit = _connection_limit()
 
     async with AsyncExitStack() as stack:
@@ -106,30 +116,53 @@ async def open_interceptor(config: Config, *, on_record: Callable[[Record], None
         )
         # Before the try: what fails here has taken itself back, and a guard from before, that refuses, goes on doing so.
         # The thread is not abandoned on cancellation: half of a change would be left.
-        applied = await trio.to_thread.run_sync(kernel.apply, plan)
+        changes = await trio.to_thread.run_sync(kernel.apply, plan)
         try:
-            for change in applied.changes:
+            if stays:
+                _log.info("the kernel state of `tproxyd apply` is taken over, and stays at the end")
+            for change in changes:
                 _log.info("%s", change)
+            interceptor = Interceptor(plan, service)
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(service.watch.serve)
-                for listener in listeners:
-                    nursery.start_soon(serve_listener, service, listener, nursery)
-                yield Interceptor(plan, service)
-                nursery.cancel_scope.cancel()
+                serving = await nursery.start(_serve, service, listeners)
+                try:
+                    yield interceptor
+                finally:
+                    # However it ends, clients must not be steered to listeners that nobody serves.
+                    with trio.CancelScope(shield=True):
+                        await interceptor.stop_capture()
+                    serving.cancel()
         finally:
+            for listener in listeners:
+                listener.close()  # before the state of `tproxyd apply` steers to them again
             with trio.CancelScope(shield=True):
-                for change in await trio.to_thread.run_sync(kernel.revert):
-                    _log.info("%s", change)
+                await trio.to_thread.run_sync(partial(kernel.apply, plan) if stays else kernel.revert)
 
 
-async def _until_gone(
-    look: Callable[[Callable[[int], bool]], frozenset[tuple[str, str]]], captured: Callable[[int], bool]
+async def _serve(
+    service: Service, listeners: Sequence[socket.socket], *, task_status: trio.TaskStatus[trio.CancelScope]
 ) -> None:
-    """Waits until none of the connections that `look` finds now is found again. Later ones are not ours: capture is off."""
-    waited_for = await trio.to_thread.run_sync(look, captured)
-    while waited_for:
+    """Accepts and serves until the scope that it tells is cancelled; a cancellation from around it must wait for that."""
+    with trio.CancelScope(shield=True) as scope:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(service.watch.serve)
+            for listener in listeners:
+                nursery.start_soon(serve_listener, service, listener, nursery)
+            task_status.started(scope)
+
+
+async def _until_gone(look: Callable[[Callable[[int], bool]], Connections], captured: Callable[[int], bool]) -> int:
+    """Waits until none of the connections that `look` finds now is found again (later ones are not ours: capture is off), or
+    nothing about them has changed for `_STUCK` seconds; how many are left then."""
+    left = await trio.to_thread.run_sync(look, captured)
+    changed = trio.current_time()
+    while left and trio.current_time() - changed < _STUCK:
         await trio.sleep(_POLL)
-        waited_for &= await trio.to_thread.run_sync(look, captured)
+        now = await trio.to_thread.run_sync(look, captured)
+        now = {key: queued for key, queued in now.items() if key in left}
+        if now != left:
+            left, changed = now, trio.current_time()
+    return len(left)
 
 
 def _connection_limit() -> int:

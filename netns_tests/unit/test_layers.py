@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -109,19 +108,3 @@ def test_what_is_loaded_with_it(module: str, free_of: list[str]) -> None:
     code = f"import sys, {module}; print([name for name in {free_of} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
-
-
-def test_docs_faults_tells_which_rows_have_tests() -> None:
-    """A row's number stands in its test's name, as in test_05_..., test_01_to_03_... or test_18_40_..."""
-    root = Path(__file__).parents[2]
-    tested: set[int] = set()
-    for file in sorted(root.glob("netns_tests/**/test_*.py")):
-        for name in re.findall(r"def test_((?:\d\d_)+(?:to_\d\d_)?)", file.read_text(encoding="utf-8")):
-            numbers = [int(number) for number in re.findall(r"\d\d", name)]
-            tested |= set(range(numbers[0], numbers[1] + 1)) if "to" in name else set(numbers)
-    told = re.search(
-        r"^Rows with tests by now: ([\d, -]+)\.", (root / "docs/faults.md").read_text("utf-8"), re.MULTILINE
-    )
-    assert told
-    ranges = [(part.strip().split("-") * 2)[:2] for part in told[1].split(",")]
-    assert tested == {number for first, last in ranges for number in range(int(first), int(last) + 1)}

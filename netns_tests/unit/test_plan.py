@@ -126,6 +126,7 @@ def test_nothing_captured_gives_an_empty_plan() -> None:
         assert re.findall(r"^delete .*", plan.ruleset, re.M) == [
             "delete table inet tproxyd",
             "delete table inet tproxyd_guard",
+            "delete table inet tproxyd_state",
         ]
         assert render(plan, "text") == "Nothing would be captured: no table, rule or route.\n"
 
@@ -136,7 +137,7 @@ def test_every_nft_rule_says_why_it_is_there(name: str) -> None:
         rules = [
             rule for chain in re.findall(r"\tchain \w+ \{\n(.*?)\t\}\n", table, re.S) for rule in chain.splitlines()
         ]
-        assert rules
+        assert rules or re.search(r'^\tcomment "[^"]+"$', table, re.M)
         for rule in rules:
             assert rule.startswith("\t\ttype filter hook ") or re.search(r' comment "[^"]{4,127}"$', rule), rule
 
@@ -153,14 +154,16 @@ def test_every_chain_that_is_jumped_to_is_there_and_every_set_used(name: str) ->
 def test_what_of_the_plan_follows_from_the_configuration() -> None:
     plan = make_plan(EVERYTHING)
     assert plan.listen == (("127.0.0.1", 15099), ("::1", 15099))
-    assert list(plan.tables) == ["tproxyd", "tproxyd_guard"]
+    assert list(plan.tables) == ["tproxyd", "tproxyd_guard", "tproxyd_state"]
+    # A daemon's own state does not stay.
+    assert list(make_plan(EVERYTHING, stays=False).tables) == ["tproxyd", "tproxyd_guard"]
     assert {route.table for route in plan.routes} == {4294967295}
     assert sorted((rule.family, rule.priority) for rule in plan.rules) == [
         (family, priority) for family in (4, 6) for priority in (32763, 32764, 32765)
     ]
     assert plan.marks == Marks(Mark(value=0x10, mask=0x30), Mark(value=0x20, mask=0x30))
     assert plan.sysctls == {}
-    assert list(make_plan(TWO_LINES).tables) == ["tproxyd"]
+    assert list(make_plan(TWO_LINES, stays=False).tables) == ["tproxyd"]
     assert plan.capture_off == make_plan(TWO_LINES).capture_off
     assert plan.capture_off.endswith("flush chain inet tproxyd capture\n")
 

@@ -93,7 +93,7 @@ def _read(path: Path) -> dict[str, Any]:
             os.close(fd)
     except FileNotFoundError:
         raise refuse(
-            "there is no such file; name another with -c, or capture ports without a file: --port 8080"
+            "there is no such file; name another with -c, or capture ports without a file: tproxyd run --port 8080"
         ) from None
     except (OSError, ValueError) as error:
         raise refuse(_unreadable(error)) from None
@@ -207,7 +207,7 @@ def _check_marks(mark: Mark | str, upstream_mark: Mark | str) -> Iterator[str]:
         yield (
             f"`routing.upstream_mark` = {upstream_mark} equals `routing.mark`; they tell packets apart: make them differ"
         )
-    elif mark.mask & upstream_mark.mask and mark.mask != upstream_mark.mask:
+    elif not mark.fits(upstream_mark):
         yield (
             f"`routing.upstream_mark` = {upstream_mark} overlaps the mask of `routing.mark` = {mark}, so setting one would "
             "change the other; use two values of one mask, or masks without a common bit"

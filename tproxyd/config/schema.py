@@ -13,6 +13,7 @@ import msgspec
 
 from tproxyd.config import values as read
 from tproxyd.config.values import Mark, Network, PortRange
+from tproxyd.errors import ConfigError
 
 __all__ = ["LATER", "Capture", "Config", "Drain", "Listen", "Log", "Policy", "Relay", "Routing", "Upstream"]
 
@@ -113,6 +114,13 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     def captures(self) -> bool:
         """Whether anything would be captured at all."""
         return self.capture.mode != "off" and bool(self.capture.ports)
+
+    def require_captures(self) -> None:
+        """Raises ConfigError if nothing would be captured."""
+        if not self.captures:
+            raise ConfigError(
+                'nothing to capture: `capture.ports` is empty or `capture.mode` is "off"; name ports, e.g. ports = ["8080"]'
+            )
 
 
 LATER: dict[str, tuple[str, ...] | None] = {

@@ -89,6 +89,10 @@ class Mark(msgspec.Struct, frozen=True, kw_only=True):
     def __str__(self) -> str:
         return f"{self.value:#x}/{self.mask:#x}"
 
+    def fits(self, other: Mark) -> bool:
+        """Whether the two can be told apart, and setting one never changes the other."""
+        return not self.mask & other.mask or (self.mask == other.mask and self.value != other.value)
+
 
 def choice(*allowed: str, later: Sequence[str] = ()) -> Reader:
     """One of some words."""

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import platform
 import sys
@@ -39,7 +40,10 @@ def _open_standard_files() -> None:
 def main(arguments: Sequence[str]) -> int:
     """Runs one command and gives its exit code (sysexits.h). Errors are one sentence each on stderr, never a traceback."""
     try:
-        return _dispatch(_parse(arguments))
+        try:
+            return _dispatch(_parse(arguments))
+        finally:
+            sys.stdout.flush()  # here, where what goes wrong with it can be told
     except TproxydError as error:
         for line in str(error).splitlines():
             print(f"tproxyd: {line}", file=sys.stderr)
@@ -47,9 +51,22 @@ def main(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return 130  # 128 + SIGINT, as a shell reports it
     except BrokenPipeError:
-        # The reader of our output left (`tproxyd plan | head`): keep Python from complaining about it at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _forget_output()  # its reader left (`tproxyd plan | head`), which is fine
         return os.EX_OK
+    except OSError as error:
+        _forget_output()
+        print(f"tproxyd: {error.strerror or error}; is there room for the output, and for a process?", file=sys.stderr)
+        return os.EX_IOERR
+    except Exception as error:  # a mistake of tproxyd's; a traceback is for who looks for it
+        print(f"tproxyd: this is a bug, please report it: {type(error).__name__}: {error}", file=sys.stderr)
+        if logging.getLogger().isEnabledFor(logging.DEBUG):
+            raise
+        return os.EX_SOFTWARE
+
+
+def _forget_output() -> None:
+    """Keeps Python from trying to write the rest of the output at its end, and from complaining that it cannot."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class _Parser(argparse.ArgumentParser):
@@ -111,17 +128,15 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         raise UsageError(f"`tproxyd {verb}` is not in this version of tproxyd; see `tproxyd --help` for what is")
     later = next((word for word in arguments if word.split("=")[0] in _LATER_OPTIONS), None)
     if later is not None:
-        raise UsageError(
-            f"the option {later.split('=')[0]} is not in this version of tproxyd; see `tproxyd {verb} --help`"
-        )
+        raise UsageError(f"the option {later.split('=')[0]} is not in this version of tproxyd; see `tproxyd --help`")
     return _make_parser().parse_args(arguments)
 
 
 def _dispatch(options: argparse.Namespace) -> int:
     if options.verb == "revert":
-        from tproxyd.daemon import state
+        from tproxyd.daemon import apply_revert
 
-        return state.revert()
+        return apply_revert.revert()
 
     from tproxyd.config import load_config
 
@@ -138,9 +153,9 @@ def _dispatch(options: argparse.Namespace) -> int:
 
             sys.stdout.write(render(make_plan(config, surroundings=look_around()), options.format))
         case "apply":
-            from tproxyd.daemon import state
+            from tproxyd.daemon import apply_revert
 
-            return state.apply(config)
+            return apply_revert.apply(config)
         case "run":
             from tproxyd.daemon import run
 

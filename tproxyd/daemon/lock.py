@@ -14,13 +14,18 @@ from contextlib import contextmanager
 from tproxyd.errors import KernelError
 from tproxyd.net.proc_net import unix_name_holder
 
-__all__ = ["ServedError", "namespace_lock"]
+__all__ = ["ServedError", "lock_holder", "namespace_lock"]
 
 _NAME = "tproxyd"
 
 
 class ServedError(KernelError):
     """Another tproxyd serves this network namespace."""
+
+
+def lock_holder() -> str | None:
+    """`name (pid N)` of the process that has the namespace, if any."""
+    return unix_name_holder(_NAME)
 
 
 @contextmanager
@@ -32,9 +37,8 @@ def namespace_lock(purpose: str) -> Iterator[None]:
         except OSError as error:
             if error.errno != errno.EADDRINUSE:
                 raise KernelError(f"cannot take the lock of this network namespace: {error.strerror}") from error
-            holder = unix_name_holder(_NAME)
-            who = f"{holder} serves" if holder else "another process serves"
             raise ServedError(
-                f"cannot {purpose}: {who} this network namespace already (it holds the abstract socket @{_NAME}); stop it first"
+                f"cannot {purpose}: {lock_holder() or 'another process'} serves this network namespace, or is about to "
+                f"(it holds the abstract socket @{_NAME}); stop it first"
             ) from error
         yield

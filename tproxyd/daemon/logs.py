@@ -24,7 +24,7 @@ __all__ = ["LineWriter", "access_format", "set_up_logging"]
 T = TypeVar("T")
 
 _QUEUE = 8192  # lines; at 300 bytes a line some 2 MiB, and a second of full load
-# Bytes a write: a pipe takes up to PIPE_BUF (linux/limits.h) in one piece or not at all, so no line is ever cut.
+# Bytes a write: a pipe takes up to PIPE_BUF (linux/limits.h) in one piece or not at all, so no line of that length is ever cut.
 _BATCH = 4096
 _TURN = 256  # lines taken from the queue at once: fewer system calls under load, none late when there is little
 _FLUSH = 1.0  # seconds given to the last lines at the end of the process
@@ -41,6 +41,7 @@ class LineWriter(Generic[T]):
         self._encode = encode
         self._lines: queue.Queue[T | None] = queue.Queue(_QUEUE)
         self._taken = self._written = 0
+        self._torn = self._closed = False
         self.dropped = 0
         # A daemon thread: a reader that never reads again must not keep the process from ending.
         self._thread = threading.Thread(target=self._run, name=f"lines to {fd}", daemon=True)
@@ -60,7 +61,8 @@ class LineWriter(Generic[T]):
             self._lines.put(None, timeout=_FLUSH)
             self._thread.join(_FLUSH)
         except queue.Full:
-            pass
+            pass  # not even the word of the end fits in: the thread is blocked, and reads the flag if it ever goes on
+        self._closed = True
         self.dropped += self._taken - self._written
 
     def _run(self) -> None:
@@ -69,13 +71,21 @@ class LineWriter(Generic[T]):
             lines = [self._lines.get()]
             while len(lines) < _TURN and not self._lines.empty():
                 lines.append(self._lines.get_nowait())
-            running = None not in lines
-            for batch in _batches([self._encode(line) for line in lines if line is not None]):
+            running = None not in lines and not self._closed
+            for batch in _batches([self._encoded(line) for line in lines if line is not None]):
                 if self._write_whole(b"".join(batch)):
                     self._written += len(batch)
 
+    def _encoded(self, line: T) -> bytes:
+        try:
+            return self._encode(line)
+        except Exception as error:  # whatever is wrong with one line, the thread must live on for the others
+            return f"a line that cannot be written: {error!r}\n".encode(errors="backslashreplace")
+
     def _write_whole(self, data: bytes) -> bool:
-        view = memoryview(data)
+        # After a disk was full in the middle of a line, the next one begins on a line of its own.
+        view = memoryview(b"\n" + data if self._torn else data)
+        whole = len(view)
         while view:
             try:
                 view = view[os.write(self._fd, view) :]
@@ -83,7 +93,9 @@ class LineWriter(Generic[T]):
                 # Somebody else has made the open file non-blocking (a shared terminal or pipe): wait as a blocking write would.
                 select.select([], [self._fd], [], 1.0)
             except OSError:
+                self._torn = self._torn or len(view) < whole
                 return False  # a full disk, or the reader is gone: there is no place for these lines
+        self._torn = False
         return True
 
 
@@ -122,7 +134,10 @@ class _Handler(logging.Handler):
         self._stderr = stderr
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._stderr.write(self.format(record))
+        try:
+            self._stderr.write(self.format(record))
+        except Exception:  # as every handler of the standard library: a wrong argument is told, and hurts nobody
+            self.handleError(record)
 
 
 def _json_line(record: Record) -> bytes:

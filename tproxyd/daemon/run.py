@@ -28,7 +28,9 @@ _STOP = (signal.SIGTERM, signal.SIGINT)
 
 def run(config: Config) -> int:
     """Serves until SIGTERM or SIGINT and drains; a second one ends it at once. 0 after a clean stop. Raises TproxydError."""
-    stderr: LineWriter[str] = LineWriter(sys.stderr.fileno(), lambda line: f"{line}\n".encode())
+    stderr: LineWriter[str] = LineWriter(
+        sys.stderr.fileno(), lambda line: f"{line}\n".encode(errors="backslashreplace")
+    )
     set_up_logging(config, stderr)
     _allow_all_files()
     stdout = sys.stdout.fileno()
@@ -45,7 +47,9 @@ def run(config: Config) -> int:
         if access_log is not None:
             access_log.close()
             if access_log.dropped:
-                _log.warning("%d lines of the access log were dropped, because nobody read stdout", access_log.dropped)
+                _log.warning(
+                    "lines of the access log that were dropped because stdout did not take them: %d", access_log.dropped
+                )
         stderr.close()
     return os.EX_OK
 
@@ -85,7 +89,9 @@ async def _listen_to_signals(signals: AsyncIterator[int], stop: _Stop) -> None:
 
 
 async def _drain(config: Config, interceptor: Interceptor, stop: _Stop) -> None:
-    _log.info("stopping: %d connections have up to %g s to end", interceptor.connections, config.drain.timeout)
+    _log.info(
+        "stopping: up to %g s for connections to end; there are %d", config.drain.timeout, interceptor.connections
+    )
     with trio.move_on_after(config.drain.timeout):
         async with trio.open_nursery() as nursery:
 
@@ -97,7 +103,7 @@ async def _drain(config: Config, interceptor: Interceptor, stop: _Stop) -> None:
             await interceptor.drain()
             nursery.cancel_scope.cancel()
     if interceptor.connections:
-        _log.warning("%d connections are reset: they did not end in time", interceptor.connections)
+        _log.warning("connections that have not ended and are reset: %d", interceptor.connections)
 
 
 def _allow_all_files() -> None:

@@ -1,16 +1,16 @@
 """What the kernel holds: looked at, put there, taken away. Blocking calls, no trio; the only room that imports pyroute2.
 
 Everything acts on the network namespace of the calling thread, and only on what is ours: nft tables `inet tproxyd` and
-`inet tproxyd_*`, ip rules and routes with protocol 133. Nothing else is ever changed or removed.
+`inet tproxyd_*`, ip rules and local default routes with protocol 133. Nothing else is ever changed or removed.
 """
 
 from tproxyd.kernel.nft import nft_version
 from tproxyd.kernel.state import (
-    Applied,
     Observed,
     Step,
     apply,
     differences,
+    is_applied,
     make_steps,
     observe,
     revert,
@@ -20,11 +20,11 @@ from tproxyd.kernel.state import (
 from tproxyd.kernel.surroundings import look_around
 
 __all__ = [
-    "Applied",
     "Observed",
     "Step",
     "apply",
     "differences",
+    "is_applied",
     "look_around",
     "make_steps",
     "nft_version",

@@ -14,7 +14,7 @@ import subprocess
 from tproxyd.errors import CapabilityError, KernelError, MissingError
 from tproxyd.net.namespaces import call_in_namespace, new_namespace
 
-__all__ = ["check", "is_ours", "list_tables", "load", "nft_version", "spelled"]
+__all__ = ["check", "list_names", "list_tables", "load", "nft_version", "spelled"]
 
 # The flags of a set whose elements come and go with the traffic, and those elements.
 _DYNAMIC = re.compile(r"(flags dynamic[^\n]*\n)\s*elements = \{[^}]*\}\n")
@@ -31,11 +31,6 @@ _SYSTEM_PATH = "/usr/sbin:/sbin:/usr/local/sbin:/usr/bin:/bin"
 _TIMEOUT = 30.0
 
 
-def is_ours(table: str) -> bool:
-    """Whether a table of family inet with this name belongs to tproxyd."""
-    return _OURS.fullmatch(table) is not None
-
-
 def load(text: str) -> None:
     """Loads a text as one transaction: all of it or, with an error raised, nothing."""
     _run("-f", "-", text=text)
@@ -46,10 +41,17 @@ def check(text: str) -> None:
     _run("-c", "-f", "-", text=text)
 
 
+def list_names() -> list[str]:
+    """The names of our tables."""
+    words = [line.split() for line in _run("list", "tables", "inet").splitlines()]
+    return sorted(
+        name for table, family, name in words if (table, family) == ("table", "inet") and _OURS.fullmatch(name)
+    )
+
+
 def list_tables() -> dict[str, str]:
     """Our tables: name to listing, without counters, handles and what the rules themselves have put into sets."""
-    names = [line.split()[2] for line in _run("list", "tables", "inet").splitlines() if line.startswith("table inet ")]
-    return {name: _list_table(name) for name in sorted(names) if is_ours(name)}
+    return {name: _list_table(name) for name in list_names()}
 
 
 def spelled(ruleset: str) -> dict[str, str]:

@@ -7,8 +7,8 @@ the steps before it back.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import msgspec
@@ -16,14 +16,14 @@ import msgspec
 from tproxyd.errors import CapabilityError, KernelError, TproxydError
 from tproxyd.kernel import nft, routing
 from tproxyd.kernel.routing import RouteKey, RuleKey
-from tproxyd.plan import Plan, remove_tables
+from tproxyd.plan import STATE, Plan, remove_tables
 
 __all__ = [
-    "Applied",
     "Observed",
     "Step",
     "apply",
     "differences",
+    "is_applied",
     "make_steps",
     "observe",
     "revert",
@@ -40,13 +40,6 @@ class Observed(msgspec.Struct, frozen=True):
     tables: dict[str, str]
 
 
-class Applied(msgspec.Struct, frozen=True):
-    """What `apply` did, a line a change, and how this machine's nft lists the plan's tables, for later comparisons."""
-
-    changes: tuple[str, ...]
-    spelling: dict[str, str]
-
-
 class Step(msgspec.Struct, frozen=True):
     """One change of the kernel's state: what it does in words, the call, and the call that takes it back (if any)."""
 
@@ -60,16 +53,18 @@ def observe() -> Observed:
     return Observed(routing.dump_rules(), routing.dump_routes(), nft.list_tables())
 
 
-def differences(plan: Plan, observed: Observed, *, spelling: dict[str, str] | None = None) -> list[str]:
-    """What would have to change, a line each; empty when the kernel holds what is planned.
-
-    `spelling` is from `apply`; without it nft is asked, if it does not list the tables in the plan's own words.
-    """
-    return [step.what for step in make_steps(plan, observed, spelling=spelling)]
+def is_applied() -> bool:
+    """Whether `tproxyd apply` was here: then the state is to stay when a daemon stops."""
+    return STATE in nft.list_names()
 
 
-def apply(plan: Plan) -> Applied:
-    """Makes the kernel hold the plan, and looks whether it does; done a second time, it changes nothing.
+def differences(plan: Plan, observed: Observed) -> list[str]:
+    """What would have to change, a line each; empty when the kernel holds what is planned."""
+    return [step.what for step in make_steps(plan, observed)]
+
+
+def apply(plan: Plan) -> list[str]:
+    """Makes the kernel hold the plan, looks whether it does, and gives what was changed; a second time, that is nothing.
 
     Raises MissingError, CapabilityError or KernelError, with everything as it was before.
     """
@@ -77,21 +72,20 @@ def apply(plan: Plan) -> Applied:
     if steps:
         nft.check(plan.ruleset)  # before the first step: most of what can fail, fails here
     with _taken(steps):
-        observed = observe()
-        spelling = {name: observed.tables.get(name, "") for name in plan.tables}
-        wrong = differences(plan, observed, spelling=spelling)
+        wrong = [step.what for step in make_steps(plan, observe(), unsure=False)]
         if wrong:
             raise KernelError(
                 f"the kernel does not hold what was just put there ({'; '.join(wrong)}): another program changes the same "
                 "state; find it with `nft monitor` and `ip monitor`"
             )
-    return Applied(tuple(step.what for step in steps), spelling)
+    return [step.what for step in steps]
 
 
 def revert() -> list[str]:
     """Removes all that is ours in this namespace, whatever config put it there, and gives what was removed.
 
-    A step that fails does not keep the others from being taken; the first error is raised at the end.
+    Looks first, and raises with nothing changed if it cannot. Then a step that fails does not keep the others from being taken;
+    the first error is raised at the end.
     """
     steps = revert_steps(observe())
     errors: list[TproxydError] = []
@@ -110,8 +104,11 @@ def stop_capture(plan: Plan) -> None:
     nft.load(plan.capture_off)
 
 
-def make_steps(plan: Plan, observed: Observed, *, spelling: dict[str, str] | None = None) -> list[Step]:
-    """From what is to what should be: add routes, add rules, exchange the tables at once, remove what is left over."""
+def make_steps(plan: Plan, observed: Observed, *, unsure: bool = True) -> list[Step]:
+    """From what is to what should be: add routes, add rules, exchange the tables at once, remove what is left over.
+
+    `unsure` is whether a table counts as changed of which it cannot be told (see `_changed_tables`).
+    """
     routes = [routing.route_key(route) for route in plan.routes]
     rules = [routing.rule_key(rule) for rule in plan.rules]
     steps = [
@@ -132,7 +129,7 @@ def make_steps(plan: Plan, observed: Observed, *, spelling: dict[str, str] | Non
         for key in rules
         if key not in observed.rules
     ]
-    changed = _changed_tables(plan, observed, spelling)
+    changed = _changed_tables(plan, observed, unsure=unsure)
     left_over = [name for name in observed.tables if name not in plan.tables]
     if changed or left_over:
         what = [f"load table inet {name}" for name in changed] + [f"delete table inet {name}" for name in left_over]
@@ -144,16 +141,25 @@ def make_steps(plan: Plan, observed: Observed, *, spelling: dict[str, str] | Non
     return steps
 
 
-def _changed_tables(plan: Plan, observed: Observed, spelling: dict[str, str] | None) -> list[str]:
-    def differ(wanted: dict[str, str]) -> list[str]:
-        # Where nft breaks lines is left to nft.
-        return [name for name in plan.tables if wanted.get(name, "").split() != observed.tables.get(name, "").split()]
+def _changed_tables(plan: Plan, observed: Observed, *, unsure: bool) -> list[str]:
+    """Planned tables that are missing or otherwise than planned.
 
-    changed = differ(spelling or plan.tables)
-    if spelling is None and any(name in observed.tables for name in changed):
-        with suppress(CapabilityError):  # not knowing better, the table is loaded once more, which hurts nobody
-            changed = differ(nft.spelled(plan.ruleset))
-    return changed
+    Where nft does not list a table in the plan's own words, it is asked for its words. That takes CAP_SYS_ADMIN; without it,
+    the table counts as changed if `unsure`.
+    """
+
+    def unlike(wanted: dict[str, str], names: Iterable[str]) -> list[str]:
+        # Where nft breaks lines is left to nft.
+        return [name for name in names if wanted.get(name, "").split() != observed.tables.get(name, "").split()]
+
+    changed = unlike(plan.tables, plan.tables)
+    missing = [name for name in changed if name not in observed.tables]
+    if changed == missing:
+        return changed
+    try:
+        return unlike(nft.spelled(plan.ruleset), changed)
+    except CapabilityError:
+        return changed if unsure else missing
 
 
 def revert_steps(observed: Observed) -> list[Step]:

@@ -10,7 +10,14 @@ import socket
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-__all__ = ["closing_connections", "half_open_connections", "open_file_count", "port_holder", "unix_name_holder"]
+__all__ = [
+    "Connections",
+    "closing_connections",
+    "half_open_connections",
+    "open_file_count",
+    "port_holder",
+    "unix_name_holder",
+]
 
 # Column st of /proc/net/tcp (include/net/tcp_states.h).
 _SYN_RECV = frozenset({"03"})
@@ -19,8 +26,8 @@ _UNDELIVERED = frozenset(
 )  # FIN_WAIT1, LAST_ACK, CLOSING: the peer has not confirmed the last bytes, or the FIN
 _LISTEN = "0A"
 
-_Key = tuple[str, str]
-"""Local and remote end as /proc writes them: a name for a connection, no more."""
+Connections = dict[tuple[str, str], str]
+"""Local and remote end as /proc writes them, which together name a connection, and its queues, which change when it moves on."""
 
 
 def port_holder(port: int, *, family: int) -> str | None:
@@ -34,12 +41,12 @@ def unix_name_holder(name: str) -> str | None:
     return _process_with(row[6] for row in _rows("unix") if row[7:] == [f"@{name}"])
 
 
-def half_open_connections(captured: Callable[[int], bool]) -> frozenset[_Key]:
+def half_open_connections(captured: Callable[[int], bool]) -> Connections:
     """Connections to a captured port whose handshake is under way: no listener has them yet."""
     return _connections(_SYN_RECV, captured)
 
 
-def closing_connections(captured: Callable[[int], bool]) -> frozenset[_Key]:
+def closing_connections(captured: Callable[[int], bool]) -> Connections:
     """Connections with a captured port on one side that no process has any more, while the kernel still delivers their last bytes."""
     return _connections(_UNDELIVERED, captured)
 
@@ -49,14 +56,14 @@ def open_file_count() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
-def _connections(states: frozenset[str], captured: Callable[[int], bool]) -> frozenset[_Key]:
-    return frozenset(
-        (row[1], row[2])
+def _connections(states: frozenset[str], captured: Callable[[int], bool]) -> Connections:
+    return {
+        (row[1], row[2]): row[4]
         for table in ("tcp", "tcp6")
         for row in _rows(table)
         # Inode 0: it belongs to no process.
         if row[3] in states and row[9] == "0" and (captured(_port(row[1])) or captured(_port(row[2])))
-    )
+    }
 
 
 def _port(end: str) -> int:

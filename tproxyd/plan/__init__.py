@@ -8,11 +8,12 @@ The text that is shown is the text that is applied.
 from tproxyd.plan.model import Family, LocalRoute, Marks, Plan, Rule, Surroundings
 from tproxyd.plan.plan import PROTOCOL, SUPPORTED_MARKS, make_plan
 from tproxyd.plan.render import FORMATS, render
-from tproxyd.plan.ruleset import remove_tables
+from tproxyd.plan.ruleset import STATE, remove_tables
 
 __all__ = [
     "FORMATS",
     "PROTOCOL",
+    "STATE",
     "SUPPORTED_MARKS",
     "Family",
     "LocalRoute",

@@ -9,8 +9,10 @@ from tproxyd.plan.ruleset import (
     CAPTURE_CHAIN,
     GUARD,
     LISTEN_ADDRESS,
+    STATE,
     STEERING,
     guard_table,
+    state_table,
     steering_table,
     transaction,
 )
@@ -45,9 +47,8 @@ def make_marks(config: Config) -> Marks:
     """
     steering, upstream = config.routing.mark, config.routing.upstream_mark
     if isinstance(steering, Mark) and isinstance(upstream, Mark):
-        if not _fit(
-            steering, upstream
-        ):  # a file with such marks is refused when it is read, a Config made by hand is not
+        # A file with such marks is refused when it is read; a Config made by hand is not.
+        if not steering.fits(upstream):
             raise ConfigError(
                 f"`routing.mark` {steering} and `routing.upstream_mark` {upstream} do not tell packets apart"
             )
@@ -59,7 +60,7 @@ def make_marks(config: Config) -> Marks:
             pair = (auto_steering, upstream)
         else:
             pair = (auto_steering, auto_upstream)
-        if _fit(*pair):
+        if pair[0].fits(pair[1]):
             return Marks(*pair)
     raise ConfigError(
         f"`routing.mark` {steering} and `routing.upstream_mark` {upstream}: no automatic mark fits beside the given one, "
@@ -67,15 +68,11 @@ def make_marks(config: Config) -> Marks:
     )
 
 
-def _fit(one: Mark, other: Mark) -> bool:
-    return not one.mask & other.mask or (one.mask == other.mask and one.value != other.value)
-
-
-def make_plan(config: Config, *, surroundings: Surroundings = _USUAL) -> Plan:
+def make_plan(config: Config, *, surroundings: Surroundings = _USUAL, stays: bool = True) -> Plan:
     """What the kernel should hold for this Config, in a namespace with these surroundings.
 
     Pure: the same arguments give the same Plan on every machine; `kernel.look_around` gives the surroundings of this one.
-    A Config that captures nothing gives a plan with no table, rule or route. Raises ConfigError when the marks do not fit
+    `stays` is for `tproxyd apply`, whose state outlives every daemon; a daemon's own goes with it. A Config that captures nothing gives a plan with no table, rule or route. Raises ConfigError when the marks do not fit
     together.
     """
     marks = make_marks(config)
@@ -91,6 +88,8 @@ def make_plan(config: Config, *, surroundings: Surroundings = _USUAL) -> Plan:
         tables[STEERING] = steering_table(config, marks, surroundings)
         if config.capture.when_down == "refuse":
             tables[GUARD] = guard_table(config, marks)
+        if stays:
+            tables[STATE] = state_table()
     return Plan(
         listen=tuple((LISTEN_ADDRESS[family], config.listen.port) for family in families),
         marks=marks,

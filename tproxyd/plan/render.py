@@ -55,7 +55,7 @@ set -eu
 for family in -4 -6; do
     ip $family rule flush protocol {PROTOCOL} 2>/dev/null || :  # a kernel without this family has none
     ip $family route show table all proto {PROTOCOL} 2>/dev/null | while read -r route; do
-        ip $family route del $route
+        case $route in "local default "*) ip $family route del $route ;; esac
     done
 done
 nft list tables inet | while read -r _ _ name; do

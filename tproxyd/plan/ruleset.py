@@ -41,6 +41,7 @@ __all__ = [
 
 STEERING = "tproxyd"
 GUARD = "tproxyd_guard"
+STATE = "tproxyd_state"
 CAPTURE_CHAIN = "capture"
 
 LISTEN_ADDRESS: dict[Family, str] = {4: "127.0.0.1", 6: "::1"}
@@ -52,13 +53,16 @@ _TPROXY: dict[Family, str] = {
     6: f"meta nfproto ipv6 meta l4proto tcp tproxy ip6 to [{LISTEN_ADDRESS[6]}]",
 }
 
+_IP: dict[Family, str] = {4: "ip", 6: "ip6"}
+"""nft's word for a family's header."""
+
 _OPENS = "tcp flags syn / fin,syn,rst,ack"
 _ACK_ONLY = "tcp flags ack / fin,syn,rst,ack"
 
 
 def transaction(tables: Mapping[str, str]) -> str:
-    """One file for `nft -f`: replaces all tables at once, and removes a guard that is no longer wanted."""
-    return remove_tables((STEERING, GUARD)) + "\n" + "\n".join(tables.values())
+    """One file for `nft -f`: replaces all tables at once, and removes those that are no longer wanted."""
+    return remove_tables((STEERING, GUARD, STATE)) + "\n" + "\n".join(tables.values())
 
 
 def remove_tables(names: Iterable[str]) -> str:
@@ -110,7 +114,7 @@ def steering_table(config: Config, marks: Marks, surroundings: Surroundings) -> 
             *(
                 f"{_OPENS} {match} {tproxy[family]} counter reject with tcp reset"
                 ' comment "loopback, link-local, metadata, multicast or mapped: never relayed (policy.allow_special)"'
-                for family, match in _special_matches(special).items()
+                for family, match in _special_matches(config).items()
                 if family in families
             ),
             *(
@@ -128,9 +132,9 @@ def steering_table(config: Config, marks: Marks, surroundings: Surroundings) -> 
                 for ports in foreign_ports
             ),
             *(
-                f'oifname "lo" socket transparent 1 {flags} update @legs{suffix} '
+                f'oifname "lo" socket transparent 1 {flags} update @legs{family} '
                 f'{{ {ip} saddr . tcp sport . {ip} daddr . tcp dport timeout {timeout} }} comment "{why}"'
-                for ip, suffix in (("ip", "4"), ("ip6", "6"))
+                for family, ip in _IP.items()
                 for flags, timeout, why in (
                     ("tcp flags ! fin,rst", "2m", "our connection to a local app: remembered for the app's answers"),
                     ("tcp flags fin,rst", "5s", "our connection to a local app ends: soon forgotten"),
@@ -140,9 +144,9 @@ def steering_table(config: Config, marks: Marks, surroundings: Surroundings) -> 
             f"{_match_mark(marks.upstream)} notrack accept"
             ' comment "a connection to a local app as somebody else, and its answers: no conntrack entry"',
             *(
-                f'oifname "lo" {ip} daddr . tcp dport . {ip} saddr . tcp sport @legs{suffix} notrack accept'
+                f'oifname "lo" {ip} daddr . tcp dport . {ip} saddr . tcp sport @legs{family} notrack accept'
                 ' comment "answer of a local app to our connection: no conntrack entry"'
-                for ip, suffix in (("ip", "4"), ("ip6", "6"))
+                for family, ip in _IP.items()
             ),
         ),
     ]
@@ -179,6 +183,11 @@ def guard_table(config: Config, marks: Marks) -> str:
     return _table(GUARD, _sets(config), chains)
 
 
+def state_table() -> str:
+    """The table that makes `tproxyd apply` last: it holds no rule, only the word that a daemon's stop is not its end."""
+    return f'table inet {STATE} {{\n\tcomment "put there by tproxyd apply: stays when a daemon stops, until tproxyd revert"\n}}\n'
+
+
 def _capture_chain(config: Config) -> str:
     capture = config.capture
     rules: list[str] = []
@@ -195,30 +204,28 @@ def _capture_chain(config: Config) -> str:
     if capture.exclude_interfaces:
         leave("iifname @exclude_interfaces", "excluded interface")
     leave("fib daddr type { broadcast, anycast, multicast }", "not for a relay")
-    for name, networks, negated, why in (
-        ("sources", capture.sources, True, "not a captured source"),
-        ("exclude_sources", capture.exclude_sources, False, "excluded source"),
-        ("exclude_destinations", capture.exclude_destinations, False, "excluded destination"),
+    for name, side, networks, negated, why in (
+        ("sources", "saddr", capture.sources, True, "not a captured source"),
+        ("exclude_sources", "saddr", capture.exclude_sources, False, "excluded source"),
+        ("exclude_destinations", "daddr", capture.exclude_destinations, False, "excluded destination"),
     ):
         if not networks:
             continue
         if "local" in networks:
             leave("fib daddr type local", f"{why}: an address of this namespace")
-        v4, v6 = _families(networks)
-        for nfproto, field, some, suffix in (("ipv4", "ip", v4, "4"), ("ipv6", "ip6", v6, "6")):
-            side = "daddr" if "destinations" in name else "saddr"
-            if some:
-                leave(f"{field} {side} {'!= ' if negated else ''}@{name}{suffix}", why)
+        listed = {network.version for network in networks if network != "local"}
+        for family, ip in _IP.items():
+            if family in listed:
+                leave(f"{ip} {side} {'!= ' if negated else ''}@{name}{family}", why)
             elif negated:
-                leave(f"meta nfproto {nfproto}", f"{why} (none of this family is listed)")
+                leave(f"meta nfproto ipv{family}", f"{why} (none of this family is listed)")
     if not capture.destinations:
         rules.append('goto take comment "selected"')
     else:
-        v4, v6 = _families(capture.destinations)
-        if v4:
-            rules.append('ip daddr @destinations4 goto take comment "captured destination"')
-        if v6:
-            rules.append('ip6 daddr @destinations6 goto take comment "captured destination"')
+        listed = {network.version for network in capture.destinations if network != "local"}
+        for family, ip in _IP.items():
+            if family in listed:
+                rules.append(f'{ip} daddr @destinations{family} goto take comment "captured destination"')
         if "local" in capture.destinations:
             rules.append('fib daddr type local goto take comment "an address of this namespace"')
     return _chain(CAPTURE_CHAIN, None, *rules)
@@ -254,14 +261,12 @@ def _special_sets(config: Config, families: Sequence[Family]) -> list[str]:
     ]
 
 
-def _special_matches(sets: Sequence[str]) -> dict[Family, str]:
-    matches: dict[Family, str] = {}
-    families: tuple[tuple[Family, str], ...] = ((4, "ip"), (6, "ip6"))
-    for family, field in families:
-        allowed = any(f"set allow_special{family} " in text for text in sets)
-        matches[family] = f"{field} daddr @special{family}"
-        matches[family] += f" {field} daddr != @allow_special{family}" if allowed else ""
-    return matches
+def _special_matches(config: Config) -> dict[Family, str]:
+    allowed = {network.version for network in config.policy.allow_special}
+    return {
+        family: f"{ip} daddr @special{family}" + (f" {ip} daddr != @allow_special{family}" if family in allowed else "")
+        for family, ip in _IP.items()
+    }
 
 
 def _foreign_ports(config: Config) -> list[str]:

@@ -11,9 +11,9 @@ import socket
 import time
 from datetime import UTC, datetime
 
-from tproxyd.datapath import Record
+from tproxyd.datapath import EndedError, Record
 from tproxyd.net.sockets import Address, abort, format_address, original_destination
-from tproxyd.proxy.relay import EndedError, relay
+from tproxyd.proxy.relay import relay
 from tproxyd.proxy.service import Service
 from tproxyd.proxy.upstream import dial
 

@@ -27,7 +27,6 @@ _OF_THE_CONNECTION = {
     errno.EPROTO,
 }
 _PAUSE = 0.1  # seconds; the queue waits, connections that end give files and memory back
-_MORE_FILES = "raise the limit of open files (LimitNOFILE, ulimit -n)"
 
 
 async def serve_listener(service: Service, listener: socket.socket, nursery: trio.Nursery) -> None:
@@ -35,7 +34,9 @@ async def serve_listener(service: Service, listener: socket.socket, nursery: tri
     while True:
         if service.active >= service.limit:
             full = OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-            service.complain(full, "%d connections are all there are files for; " + _MORE_FILES, service.limit)
+            service.complain(
+                full, "%d connections are all there are files for; raise LimitNOFILE (ulimit -n)", service.limit
+            )
             await service.wait_room()
         try:
             accepted, _ = listener.accept()
@@ -44,7 +45,7 @@ async def serve_listener(service: Service, listener: socket.socket, nursery: tri
             continue
         except OSError as error:
             if error.errno not in _OF_THE_CONNECTION:
-                service.complain(error, "cannot accept connections; " + _MORE_FILES)
+                service.complain(error, "cannot accept connections, and will try again")
                 await trio.sleep(_PAUSE)
             await trio.lowlevel.checkpoint()
             continue

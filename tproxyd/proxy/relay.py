@@ -15,24 +15,16 @@ from typing import Literal
 import trio
 
 from tproxyd.config import Relay
-from tproxyd.datapath import Outcome, Record
+from tproxyd.datapath import EndedError, Outcome, Record
 from tproxyd.net.sockets import unsent_bytes
 
-__all__ = ["EndedError", "ResetWatch", "relay"]
+__all__ = ["ResetWatch", "relay"]
 
 _CHUNK = 65536
 # Bytes that a reset must not overtake: wait while the peer takes them, until it has taken none for this long, in seconds.
 _FLUSH_STALL = 0.1
 
 _Counter = Literal["bytes_from_client", "bytes_from_upstream"]
-
-
-class EndedError(Exception):
-    """The connection is over, with this outcome, and not by two FINs."""
-
-    def __init__(self, outcome: Outcome) -> None:
-        super().__init__(outcome)
-        self.outcome = outcome
 
 
 class ResetWatch:
@@ -64,13 +56,13 @@ class ResetWatch:
         """Cancels the block when the socket is reset; the scope's `cancelled_caught` tells that it was."""
         fd = sock.fileno()
         with trio.CancelScope() as scope:
-            self._scopes[fd] = scope
             self._epoll.register(fd, select.EPOLLET)
+            self._scopes[fd] = scope
             try:
                 yield scope
             finally:
-                self._epoll.unregister(fd)
                 del self._scopes[fd]
+                self._epoll.unregister(fd)
 
 
 class _Side:

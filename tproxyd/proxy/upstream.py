@@ -8,9 +8,8 @@ import socket
 
 import trio
 
-from tproxyd.datapath import Outcome
+from tproxyd.datapath import EndedError, Outcome
 from tproxyd.net.sockets import Address, format_address, open_upstream
-from tproxyd.proxy.relay import EndedError
 from tproxyd.proxy.service import Service
 
 __all__ = ["dial"]
@@ -56,6 +55,12 @@ async def dial(service: Service, client: Address, destination: Address, *, local
                 continue
             if outcome == "error":
                 service.complain(error, "cannot connect to %s", format_address(destination))
+            elif outcome == "no_ports":
+                service.complain(
+                    error,
+                    "no free port for a connection to %s; widen net.ipv4.ip_local_port_range",
+                    format_address(destination),
+                )
             raise EndedError(outcome) from error
     raise AssertionError("the last source returns or raises")
 

@@ -7,7 +7,7 @@ set -eu
 for family in -4 -6; do
     ip $family rule flush protocol 133 2>/dev/null || :  # a kernel without this family has none
     ip $family route show table all proto 133 2>/dev/null | while read -r route; do
-        ip $family route del $route
+        case $route in "local default "*) ip $family route del $route ;; esac
     done
 done
 nft list tables inet | while read -r _ _ name; do
@@ -28,6 +28,8 @@ table inet tproxyd
 delete table inet tproxyd
 table inet tproxyd_guard
 delete table inet tproxyd_guard
+table inet tproxyd_state
+delete table inet tproxyd_state
 
 table inet tproxyd {
 	set ports {
@@ -331,5 +333,9 @@ table inet tproxyd_guard {
 		meta nfproto ipv4 meta l4proto tcp tproxy ip to 127.0.0.1:15099 comment "never reached; that it is there makes the kernel put fragments together first, so that a SYN in two pieces is seen"
 		meta nfproto ipv6 meta l4proto tcp tproxy ip6 to [::1]:15099 comment "never reached; that it is there makes the kernel put fragments together first, so that a SYN in two pieces is seen"
 	}
+}
+
+table inet tproxyd_state {
+	comment "put there by tproxyd apply: stays when a daemon stops, until tproxyd revert"
 }
 RULESET

@@ -7,7 +7,7 @@ set -eu
 for family in -4 -6; do
     ip $family rule flush protocol 133 2>/dev/null || :  # a kernel without this family has none
     ip $family route show table all proto 133 2>/dev/null | while read -r route; do
-        ip $family route del $route
+        case $route in "local default "*) ip $family route del $route ;; esac
     done
 done
 nft list tables inet | while read -r _ _ name; do
@@ -21,5 +21,7 @@ table inet tproxyd
 delete table inet tproxyd
 table inet tproxyd_guard
 delete table inet tproxyd_guard
+table inet tproxyd_state
+delete table inet tproxyd_state
 
 RULESET

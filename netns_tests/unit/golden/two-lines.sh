@@ -7,7 +7,7 @@ set -eu
 for family in -4 -6; do
     ip $family rule flush protocol 133 2>/dev/null || :  # a kernel without this family has none
     ip $family route show table all proto 133 2>/dev/null | while read -r route; do
-        ip $family route del $route
+        case $route in "local default "*) ip $family route del $route ;; esac
     done
 done
 nft list tables inet | while read -r _ _ name; do
@@ -28,6 +28,8 @@ table inet tproxyd
 delete table inet tproxyd
 table inet tproxyd_guard
 delete table inet tproxyd_guard
+table inet tproxyd_state
+delete table inet tproxyd_state
 
 table inet tproxyd {
 	set ports {
@@ -126,5 +128,9 @@ table inet tproxyd {
 		oifname "lo" ip daddr . tcp dport . ip saddr . tcp sport @legs4 notrack accept comment "answer of a local app to our connection: no conntrack entry"
 		oifname "lo" ip6 daddr . tcp dport . ip6 saddr . tcp sport @legs6 notrack accept comment "answer of a local app to our connection: no conntrack entry"
 	}
+}
+
+table inet tproxyd_state {
+	comment "put there by tproxyd apply: stays when a daemon stops, until tproxyd revert"
 }
 RULESET

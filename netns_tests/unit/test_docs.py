@@ -1,0 +1,46 @@
+"""What the documents claim and a program can check: the README's configuration and commands, the rows of docs/faults.md."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+from tproxyd.config import Config, config_from_mapping
+from tproxyd.config.schema import keys_of
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_readme_shows_every_key_with_its_default() -> None:
+    (block,) = (text for text in re.findall(r"```toml\n(.*?)```", README, re.S) if "[listen]" in text)
+    shown = tomllib.loads(block)
+    assert config_from_mapping(shown) == Config()
+    assert {table: set(keys) for table, keys in shown.items()} == {
+        table: set(keys_of(kind)) for table, kind in keys_of(Config).items()
+    }
+
+
+def test_every_make_target_that_is_named_exists() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z-]+):", makefile, re.M))
+    for name in ("README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/performance.md"):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        commands = re.findall(r"(?:^    |`)(?:sudo )?make ([a-z-]+)", text, re.M)
+        assert set(commands) <= targets, name
+    assert {"demo", "nstest", "venv"} <= targets
+
+
+def test_docs_faults_tells_which_rows_have_tests() -> None:
+    """A row's number stands in its test's name, as in test_05_..., test_01_to_03_... or test_18_40_..."""
+    tested: set[int] = set()
+    for file in sorted(ROOT.glob("netns_tests/**/test_*.py")):
+        for name in re.findall(r"def test_((?:\d\d_)+(?:to_\d\d_)?)", file.read_text(encoding="utf-8")):
+            numbers = [int(number) for number in re.findall(r"\d\d", name)]
+            tested |= set(range(numbers[0], numbers[1] + 1)) if "to" in name else set(numbers)
+    faults = (ROOT / "docs/faults.md").read_text(encoding="utf-8")
+    told = re.search(r"^Rows with tests by now: ([\d, -]+)\.", faults, re.M)
+    assert told
+    ranges = [(part.strip().split("-") * 2)[:2] for part in told[1].split(",")]
+    assert tested == {number for first, last in ranges for number in range(int(first), int(last) + 1)}

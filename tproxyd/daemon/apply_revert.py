@@ -1,0 +1,62 @@
+"""`tproxyd apply` and `tproxyd revert`: kernel state without a daemon."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from tproxyd import kernel
+from tproxyd.config import Config
+from tproxyd.daemon.lock import ServedError, lock_holder, namespace_lock
+from tproxyd.net.capabilities import require_capabilities
+from tproxyd.plan import make_plan
+
+__all__ = ["apply", "revert"]
+
+
+def apply(config: Config) -> int:
+    """Makes the kernel hold the config's plan, to stay; says what was changed. Raises TproxydError, with nothing changed."""
+    config.require_captures()
+    require_capabilities("changing the ruleset and the policy routing", ("CAP_NET_ADMIN",))
+    plan = make_plan(config, surroundings=kernel.look_around())
+    try:
+        with namespace_lock("apply"), _uninterrupted():
+            changes = kernel.apply(plan)
+    except ServedError as error:
+        error.exit_code = 1  # the contract's: apply did nothing, because a daemon serves here
+        raise
+    _tell(changes, nothing="nothing to change: the kernel holds the plan")
+    return os.EX_OK
+
+
+def revert() -> int:
+    """Removes all that is ours, also under a daemon that serves (who is told, and named); says what was removed."""
+    require_capabilities("removing rules and tables", ("CAP_NET_ADMIN",))
+    holder = lock_holder()
+    with _uninterrupted():
+        removed = kernel.revert()
+    _tell(removed, nothing="nothing to remove")
+    if holder:
+        print(
+            f"tproxyd: warning: {holder} serves this network namespace and captures nothing from now on; restart or stop it",
+            file=sys.stderr,
+        )
+    return os.EX_OK
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits for the few tenths of a second that a change takes: half of one would be left."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _tell(changes: Sequence[str], *, nothing: str) -> None:
+    for change in changes or [nothing]:
+        print(change)
