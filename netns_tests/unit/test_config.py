@@ -57,7 +57,7 @@ level = "info"
 format = "auto"
 access = true
 """
-"""design.md's, as far as this version has them."""
+"""What the keys of this version are when nothing is written."""
 
 KEYS = [f"{table}.{key}" for table, keys in tomllib.loads(DEFAULTS).items() for key in keys]
 NETWORK_LISTS = [f"capture.{name}" for name in ("sources", "exclude_sources", "destinations", "exclude_destinations")]

@@ -7,7 +7,7 @@ import pytest
 from tproxyd.errors import CapabilityError, ConfigError, KernelError, MissingError, TproxydError, UsageError
 
 EXIT_CODES = {UsageError: 64, MissingError: 69, KernelError: 71, CapabilityError: 77, ConfigError: 78}
-"""design.md's."""
+"""Exit codes that scripts and units rely on."""
 
 
 def test_the_root_cannot_be_raised() -> None:

@@ -77,7 +77,7 @@ class _Parser(argparse.ArgumentParser):
 class _Version(argparse.Action):
     def __call__(self, *_: object) -> NoReturn:
         from tproxyd import __version__
-        from tproxyd.kernel.nft import nft_version
+        from tproxyd.kernel import nft_version
 
         print(
             f"tproxyd {__version__}, Linux {platform.release()}, {nft_version() or 'no nft'}, Python {platform.python_version()}"

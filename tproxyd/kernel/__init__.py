@@ -7,7 +7,6 @@ Everything acts on the network namespace of the calling thread, and only on what
 from tproxyd.kernel.nft import nft_version
 from tproxyd.kernel.state import (
     Observed,
-    Step,
     apply,
     differences,
     is_applied,
@@ -21,7 +20,6 @@ from tproxyd.kernel.surroundings import look_around
 
 __all__ = [
     "Observed",
-    "Step",
     "apply",
     "differences",
     "is_applied",

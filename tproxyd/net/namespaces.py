@@ -1,7 +1,7 @@
 """Network namespaces: open one, make one, run a function inside one. Standard library only.
 
 Knows that a namespace belongs to a *thread*, not to a process, and that a socket keeps the namespace its thread was in
-when it was made (fact 29). So work that must happen inside is done by a throwaway thread that enters, works and ends:
+when it was made. So work that must happen inside is done by a throwaway thread that enters, works and ends:
 a thread that has entered is never used again and the calling thread stays where it is, whatever is raised. Refuses to
 know what a namespace is for, where names such as /run/netns come from, and who keeps the file descriptor.
 
@@ -36,7 +36,7 @@ T = TypeVar("T")
 _CLONE_NEWNET = 0x40000000  # linux/sched.h
 _NS_GET_NSTYPE = 0xB703  # _IO(0xb7, 3), linux/nsfs.h; answers the CLONE_ flag, on nsfs files only
 
-# os.setns and os.unshare exist from Python 3.12 (fact 28); ctypes does for every version, and releases the GIL.
+# os.setns and os.unshare exist from Python 3.12; ctypes does for every version, and releases the GIL.
 _libc = ctypes.CDLL(None, use_errno=True)
 
 

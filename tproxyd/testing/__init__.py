@@ -1,7 +1,18 @@
 """Throwaway networks for tests: real kernels, real sockets, real programs, and nothing left behind.
 
 `open_lab(GATEWAY)` gives a client, a gateway and a server in namespaces of their own; each Node runs programs, opens sockets
-and shows what the kernel holds. The pytest plugin (`tproxyd.testing.plugin`) makes fixtures of it. Needs root.
+and shows what the kernel holds. `open_daemon(node, toml)` runs the real daemon in one. Needs root.
+
+The pytest plugin (`tproxyd.testing.plugin`, loaded by pytest itself) makes fixtures of it, for tests that run under pytest-trio
+(`pip install tproxyd[testing]`; `trio_mode = true` in pytest's configuration, or `@pytest.mark.trio` on each test):
+
+    from tproxyd.testing import Lab, open_daemon, serve_echo
+
+    async def test_it(gateway_lab: Lab, nursery):
+        await nursery.start(serve_echo, gateway_lab["server"], 8080)
+        async with open_daemon(gateway_lab["gateway"], '[capture]\\nports = ["8080"]\\n') as daemon:
+            async with await gateway_lab["client"].connect("203.0.113.9", 8080) as stream:
+                ...
 
 Names are imported when they are first used: pytest loads the plugin, and with it this module, in every run of every user.
 """
@@ -13,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tproxyd.testing.build import LabError
+    from tproxyd.testing.daemon import LabDaemon, open_daemon
     from tproxyd.testing.lab import Lab, open_lab
     from tproxyd.testing.node import Node
     from tproxyd.testing.peers import (
@@ -31,6 +43,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "build": ("LabError",),
+    "daemon": ("LabDaemon", "open_daemon"),
     "lab": ("Lab", "open_lab"),
     "node": ("Node",),
     "peers": (
@@ -56,6 +69,7 @@ __all__ = [
     "Finished",
     "KernelState",
     "Lab",
+    "LabDaemon",
     "LabError",
     "LabProcess",
     "Link",
@@ -66,6 +80,7 @@ __all__ = [
     "activate_conntrack",
     "conntrack_count",
     "digest_of",
+    "open_daemon",
     "open_lab",
     "payload",
     "read_state",

@@ -1,7 +1,7 @@
 """Makes a topology real: namespaces, cables, addresses, routes, with pyroute2. Blocking, trio-free.
 
 Knows that every netlink call is made in a throwaway thread inside the node's namespace, with IPRoute opened, used and
-closed there (fact 35; never IPRoute(netns=), which forks a helper). Refuses to touch the namespace of the caller: a cable is
+closed there (never IPRoute(netns=), which forks a helper and makes a namespace that is missing). Refuses to touch the namespace of the caller: a cable is
 made inside one node with its other end put straight into the other node by descriptor.
 
 When `build` returns, TCP works at once over IPv4 and IPv6: no duplicate address detection, no router solicitation, and
@@ -143,7 +143,7 @@ def _finish(netlink: IPRoute, topology: Topology, node: str) -> None:
             _add_route(netlink, route)
     for name, network in topology.anyip:
         if name == node:
-            # The v4 local route needs its scope spelled out, on add and on delete (fact 35).
+            # The v4 local route needs its scope spelled out, on add and on delete.
             version = ipaddress.ip_network(network).version
             scope = {"scope": _SCOPE_HOST} if version == 4 else {}
             netlink.route(

@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Collection
 
-__all__ = ["kill_everything_in", "processes_in", "tell"]
+__all__ = ["identity", "kill_everything_in", "processes_in", "tell"]
 
 Identity = tuple[int, int]
 """Device and inode of a namespace's file: what tells it from any other while somebody holds it open."""
