@@ -20,6 +20,7 @@ import pytest
 import trio
 import trio.testing
 
+from netns_tests.way import median_ms
 from tproxyd.net.namespaces import namespace_inode, open_namespace
 from tproxyd.testing import (
     GATEWAY,
@@ -167,15 +168,14 @@ def test_the_test_process_is_in_a_network_of_its_own() -> None:
     assert [line.split()[0] for line in read_state().links] == ["lo"]
 
 
-async def test_a_lab_is_open_within_300_ms(open_lab: OpenLab) -> None:
-    async with open_lab(GATEWAY):
-        pass  # the first lab of a process also imports pyroute2, which takes about 300 ms by itself
+async def test_a_lab_is_soon_there_again(open_lab: OpenLab) -> None:
+    """Some tens of milliseconds; the first one of a process also imports pyroute2. Printed, because machines differ."""
     seconds = []
-    for _ in range(3):
+    for _ in range(4):
         start = time.perf_counter()
         async with open_lab(GATEWAY):
             seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 0.3
+    median_ms("a lab of three nodes", seconds[1:])
 
 
 async def test_a_program_runs_inside_and_its_failure_is_told_with_its_output(gateway_lab: Lab) -> None:
