@@ -20,6 +20,7 @@ sockets are elsewhere), therefore a captured connection to a foreign address can
 
 from __future__ import annotations
 
+import math
 import socket
 from collections.abc import Iterable, Mapping, Sequence
 from ipaddress import IPv4Network, IPv6Network, collapse_addresses
@@ -81,6 +82,7 @@ def steering_table(config: Config, marks: Marks, surroundings: Surroundings) -> 
         'not captured while net.bridge.bridge-nf-call-* is 1"'
     ]
     foreign_ports = _foreign_ports(config)
+    remembered = _duration(math.ceil(config.relay.idle_timeout) + 60)  # longer than any connection is silent
     chains = [
         _chain(
             "intercept",
@@ -136,7 +138,11 @@ def steering_table(config: Config, marks: Marks, surroundings: Surroundings) -> 
                 f'{{ {ip} saddr . tcp sport . {ip} daddr . tcp dport timeout {timeout} }} comment "{why}"'
                 for family, ip in _IP.items()
                 for flags, timeout, why in (
-                    ("tcp flags ! fin,rst", "2m", "our connection to a local app: remembered for the app's answers"),
+                    (
+                        "tcp flags ! fin,rst",
+                        remembered,
+                        "our connection to a local app: remembered for the app's answers",
+                    ),
                     ("tcp flags fin,rst", "5s", "our connection to a local app ends: soon forgotten"),
                 )
             ),
@@ -328,6 +334,14 @@ def _chain(name: str, hook: str | None, *rules: str) -> str:
 
 def _table(name: str, sets: Sequence[str], chains: Sequence[str]) -> str:
     return f"table inet {name} {{\n" + "\n".join([*sets, *chains]) + "}\n"
+
+
+def _duration(seconds: int) -> str:
+    """As nft writes it: 1h1m."""
+    days, rest = divmod(seconds, 86400)
+    hours, rest = divmod(rest, 3600)
+    minutes, rest = divmod(rest, 60)
+    return "".join(f"{n}{unit}" for n, unit in ((days, "d"), (hours, "h"), (minutes, "m"), (rest, "s")) if n)
 
 
 def _set_mark(mark: Mark) -> str:

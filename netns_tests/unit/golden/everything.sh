@@ -209,9 +209,9 @@ table inet tproxyd {
 		type filter hook output priority raw; policy accept;
 		meta l4proto != tcp accept comment "only TCP is captured"
 		tcp dport != @ports tcp sport != @ports accept comment "no captured port on either side: no connection of ours"
-		oifname "lo" socket transparent 1 tcp flags ! fin,rst update @legs4 { ip saddr . tcp sport . ip daddr . tcp dport timeout 2m } comment "our connection to a local app: remembered for the app's answers"
+		oifname "lo" socket transparent 1 tcp flags ! fin,rst update @legs4 { ip saddr . tcp sport . ip daddr . tcp dport timeout 3m } comment "our connection to a local app: remembered for the app's answers"
 		oifname "lo" socket transparent 1 tcp flags fin,rst update @legs4 { ip saddr . tcp sport . ip daddr . tcp dport timeout 5s } comment "our connection to a local app ends: soon forgotten"
-		oifname "lo" socket transparent 1 tcp flags ! fin,rst update @legs6 { ip6 saddr . tcp sport . ip6 daddr . tcp dport timeout 2m } comment "our connection to a local app: remembered for the app's answers"
+		oifname "lo" socket transparent 1 tcp flags ! fin,rst update @legs6 { ip6 saddr . tcp sport . ip6 daddr . tcp dport timeout 3m } comment "our connection to a local app: remembered for the app's answers"
 		oifname "lo" socket transparent 1 tcp flags fin,rst update @legs6 { ip6 saddr . tcp sport . ip6 daddr . tcp dport timeout 5s } comment "our connection to a local app ends: soon forgotten"
 		socket transparent 1 notrack accept comment "sent by a socket of ours: no conntrack entry"
 		meta mark & 0x00000030 == 0x00000020 notrack accept comment "a connection to a local app as somebody else, and its answers: no conntrack entry"
