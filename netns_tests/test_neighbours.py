@@ -113,6 +113,63 @@ async def test_the_hosts_own_nat_works_while_the_daemon_runs_and_after_its_death
             await echoes(after)
 
 
+@pytest.mark.parametrize("family", ["v4", "v6"])
+async def test_what_is_remembered_of_connections_to_local_apps_is_forgotten(
+    sidecar_lab: Lab, nursery: trio.Nursery, family: str
+) -> None:
+    """Whoever ends it, and however: the set that keeps the app's answers from conntrack does not grow. And while a connection
+    lives it stays in, so that the app's first word after a long silence is no stranger to a strict firewall."""
+    host, client = sidecar_lab["host"], sidecar_lab["client"]
+    address = getattr(host, family)
+    host.set_sysctl("net.netfilter.nf_conntrack_tcp_loose", 0)
+    await nursery.start(serve_echo, host, 8080)
+    await load(host, "type filter hook output priority filter;", "ct state invalid drop")
+    say = trio.Event()
+
+    async def app(stream: trio.SocketStream) -> None:
+        if (await stream.receive_some()) == b"reset":
+            stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        else:
+            await say.wait()
+            await stream.send_all(b"late")
+        await stream.aclose()
+
+    nursery.start_soon(trio.serve_listeners, app, [host.listen("0.0.0.0" if family == "v4" else "::", 8081)])
+    async with open_daemon(host, '[capture]\nports = ["8080-8082"]\n'):
+        for _ in range(5):
+            async with await client.connect(address, 8080) as stream:
+                await echoes(stream)  # the client ends it
+            async with await client.connect(address, 8080) as stream:
+                await stream.send_eof()
+                assert await stream.receive_some() == b""  # the app ends it, and then the client
+            async with await client.connect(address, 8081) as stream:
+                await stream.send_all(b"reset")
+                with pytest.raises(trio.BrokenResourceError):
+                    await stream.receive_some()
+            with pytest.raises((trio.BrokenResourceError, ConnectionResetError, ConnectionRefusedError)):
+                async with await client.connect(address, 8082) as stream:  # nobody listens there
+                    await stream.receive_some()
+        async with await client.connect(address, 8081) as silent:
+            await silent.send_all(b"wait")
+            with trio.fail_after(15):
+                while await remembered(host) != 1:
+                    await trio.sleep(0.1)
+            say.set()
+            with trio.fail_after(3):
+                assert await silent.receive_some() == b"late"
+        with trio.fail_after(15):
+            while await remembered(host):
+                await trio.sleep(0.1)
+
+
+async def remembered(host: Node) -> int:
+    """How many connections the sets of our legs hold."""
+    listed = json.loads((await host.run("nft", "-j", "list", "table", "inet", "tproxyd")).stdout)["nftables"]
+    return sum(
+        len(part["set"].get("elem", ())) for part in listed if part.get("set", {}).get("name", "").startswith("legs")
+    )
+
+
 async def test_another_programs_transparent_sockets_stay_tracked(sidecar_lab: Lab, nursery: trio.Nursery) -> None:
     """On a port that is not captured, behind a firewall that lets only tracked connections in."""
     host = sidecar_lab["host"]

@@ -20,7 +20,6 @@ sockets are elsewhere), therefore a captured connection to a foreign address can
 
 from __future__ import annotations
 
-import math
 import socket
 from collections.abc import Iterable, Mapping, Sequence
 from ipaddress import IPv4Network, IPv6Network, collapse_addresses
@@ -82,7 +81,6 @@ def steering_table(config: Config, marks: Marks, surroundings: Surroundings) -> 
         'not captured while net.bridge.bridge-nf-call-* is 1"'
     ]
     foreign_ports = _foreign_ports(config)
-    remembered = _duration(math.ceil(config.relay.idle_timeout) + 60)  # longer than any connection is silent
     chains = [
         _chain(
             "intercept",
@@ -133,24 +131,12 @@ def steering_table(config: Config, marks: Marks, surroundings: Surroundings) -> 
                 f'{ports} accept comment "no captured port on either side: no connection of ours"'
                 for ports in foreign_ports
             ),
-            *(
-                f'oifname "lo" socket transparent 1 {flags} update @legs{family} '
-                f'{{ {ip} saddr . tcp sport . {ip} daddr . tcp dport timeout {timeout} }} comment "{why}"'
-                for family, ip in _IP.items()
-                for flags, timeout, why in (
-                    (
-                        "tcp flags ! fin,rst",
-                        remembered,
-                        "our connection to a local app: remembered for the app's answers",
-                    ),
-                    ("tcp flags fin,rst", "5s", "our connection to a local app ends: soon forgotten"),
-                )
-            ),
+            *_legs_rules(),
             'socket transparent 1 notrack accept comment "sent by a socket of ours: no conntrack entry"',
             f"{_match_mark(marks.upstream)} notrack accept"
             ' comment "a connection to a local app as somebody else, and its answers: no conntrack entry"',
             *(
-                f'oifname "lo" {ip} daddr . tcp dport . {ip} saddr . tcp sport @legs{family} notrack accept'
+                f'oifname "lo" {_leg(ip, "daddr", "saddr")} @legs{family} notrack accept'
                 ' comment "answer of a local app to our connection: no conntrack entry"'
                 for family, ip in _IP.items()
             ),
@@ -319,6 +305,30 @@ def _set(name: str, kind: str, elements: Sequence[str]) -> str:
     return f"\tset {name} {{\n\t\ttype {kind}\n\t\tflags interval\n\t\telements = {{ {listed} }}\n\t}}\n"
 
 
+def _leg(ip: str, ours: str, theirs: str) -> str:
+    return f"{ip} {ours} . tcp {ours[0]}port . {ip} {theirs} . tcp {theirs[0]}port"
+
+
+def _legs_rules() -> list[str]:
+    """What fills and empties the sets of our connections to local apps, all in the output hook, where both sides pass.
+
+    A connection enters with our SYN. A FIN or RST, of either side, leaves it five seconds; what we still send in a half-closed one
+    enters it again, and does not prolong those seconds while it is in (`add`, not `update`). The day is for what ends in silence.
+    """
+    rules = []
+    for family, ip in _IP.items():
+        ours, theirs = _leg(ip, "saddr", "daddr"), _leg(ip, "daddr", "saddr")
+        rules += [
+            f'oifname "lo" tcp flags fin,rst {theirs} @legs{family} update @legs{family} {{ {theirs} timeout 5s }}'
+            ' comment "the app ends our connection: soon forgotten"',
+            f'oifname "lo" tcp flags fin,rst socket transparent 1 update @legs{family} {{ {ours} timeout 5s }}'
+            ' comment "we end our connection to a local app: soon forgotten"',
+            f'oifname "lo" tcp flags ! fin,rst socket transparent 1 add @legs{family} {{ {ours} timeout 1d }}'
+            ' comment "our connection to a local app: remembered for the app\'s answers"',
+        ]
+    return rules
+
+
 def _legs_set(suffix: str, address: str) -> str:
     # Filled and emptied by the rules themselves. The kernel takes memory for what is in it; full, it costs conntrack entries.
     return (
@@ -334,14 +344,6 @@ def _chain(name: str, hook: str | None, *rules: str) -> str:
 
 def _table(name: str, sets: Sequence[str], chains: Sequence[str]) -> str:
     return f"table inet {name} {{\n" + "\n".join([*sets, *chains]) + "}\n"
-
-
-def _duration(seconds: int) -> str:
-    """As nft writes it: 1h1m."""
-    days, rest = divmod(seconds, 86400)
-    hours, rest = divmod(rest, 3600)
-    minutes, rest = divmod(rest, 60)
-    return "".join(f"{n}{unit}" for n, unit in ((days, "d"), (hours, "h"), (minutes, "m"), (rest, "s")) if n)
 
 
 def _set_mark(mark: Mark) -> str:
