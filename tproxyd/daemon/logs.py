@@ -56,7 +56,8 @@ class LineWriter(Generic[T]):
             self.dropped += 1
 
     def close(self) -> None:
-        """Waits up to two seconds for the queued lines; what nobody took by then counts as dropped."""
+        """Waits up to two seconds for the queued lines; what nobody took by then counts as dropped, and is not written any more (but
+        for the few lines of a write that is under way)."""
         try:
             self._lines.put(None, timeout=_FLUSH)
             self._thread.join(_FLUSH)
@@ -73,7 +74,7 @@ class LineWriter(Generic[T]):
                 lines.append(self._lines.get_nowait())
             running = None not in lines and not self._closed
             for batch in _batches([self._encoded(line) for line in lines if line is not None]):
-                if self._write_whole(b"".join(batch)):
+                if not self._closed and self._write_whole(b"".join(batch)):
                     self._written += len(batch)
 
     def _encoded(self, line: T) -> bytes:
