@@ -160,6 +160,26 @@ async def test_revert_under_a_daemon_names_it(way: Way) -> None:
     assert await way.proxy.dump() == before
 
 
+@pytest.mark.parametrize("way", ["gateway v4"], indirect=True)
+async def test_revert_is_not_undone_by_a_daemon_that_had_taken_over_from_apply(way: Way) -> None:
+    before = await way.proxy.dump()
+    await way.proxy.run(*TPROXYD, "apply", "-c", str(way.file(CONFIG)))
+    async with open_daemon(way.proxy, CONFIG) as daemon:
+        await way.proxy.run(*TPROXYD, "revert")
+        assert await daemon.stop() == 0
+    assert await way.proxy.dump() == before
+
+
+@pytest.mark.parametrize("way", ["gateway v4"], indirect=True)
+async def test_a_foreign_flush_does_not_end_what_apply_is_for(way: Way) -> None:
+    await way.proxy.run(*TPROXYD, "apply", "-c", str(way.file(CONFIG)))
+    applied = await way.proxy.dump()
+    async with open_daemon(way.proxy, CONFIG) as daemon:
+        await way.proxy.run("nft", "flush", "ruleset")
+        assert await daemon.stop() == 0
+    assert await way.proxy.dump() == applied
+
+
 # Loads the tables, and then does what a foreign program might do at that very moment.
 DISTURBED = """
 import subprocess, sys

@@ -43,6 +43,61 @@ trio.run(main)
 """
 
 
+# Cancels `open_interceptor` at its n-th step, for every n until nothing is left to cancel, with a connection made and drained.
+SWEEP = """
+import logging, os, sys, trio
+from tproxyd import config_from_mapping, kernel
+from tproxyd.interceptor import open_interceptor
+
+class CancelAt(trio.abc.Instrument):
+    def __init__(self, step, scope):
+        self.step, self.scope, self.seen = step, scope, 0
+    def before_task_step(self, task):
+        self.seen += 1
+        if self.seen == self.step:
+            self.scope.cancel()
+
+async def run():
+    async with open_interceptor(config_from_mapping({"capture": {"ports": ["8080"]}}), on_record=lambda record: None) as interceptor:
+        with trio.socket.socket() as client:
+            await client.connect(("127.0.0.1", 15006))
+            await trio.sleep(0.02)
+            await interceptor.drain()
+
+async def main():
+    logging.disable(logging.CRITICAL)
+    step = 0
+    while True:
+        step += 1
+        files = len(os.listdir("/proc/self/fd"))
+        with trio.CancelScope() as scope:
+            instrument = CancelAt(step, scope)
+            trio.lowlevel.add_instrument(instrument)
+            try:
+                await run()
+            finally:
+                trio.lowlevel.remove_instrument(instrument)
+        left = kernel.observe()
+        assert not (left.rules or left.routes or left.tables), (step, left)
+        assert len(os.listdir("/proc/self/fd")) <= files + 1, (step, os.listdir("/proc/self/fd"))
+        print("step", step, flush=True)
+        if instrument.seen < step:
+            break
+
+trio.run(main)
+print("swept", flush=True)
+"""
+
+
+@pytest.mark.parametrize("way", ["sidecar v4"], indirect=True)
+async def test_61_cancelled_at_any_step_it_takes_everything_down_and_never_hangs(way: Way) -> None:
+    before = await way.proxy.dump()
+    done = await way.proxy.run(sys.executable, "-c", SWEEP, timeout=90)
+    assert done.stdout.endswith("swept\n")
+    assert done.stdout.count("step") > 15
+    assert await way.proxy.dump() == before
+
+
 async def test_63_an_exception_in_one_connection_costs_no_other(way: Way, nursery: trio.Nursery) -> None:
     """And cancelling takes everything down: connections, listeners, kernel state."""
     before = await way.proxy.dump()

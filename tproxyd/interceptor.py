@@ -13,6 +13,7 @@ import socket
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, closing
 from functools import partial
+from typing import TypeVar
 
 import trio
 
@@ -28,6 +29,8 @@ from tproxyd.plan import Plan, Surroundings, make_plan
 from tproxyd.proxy import ResetWatch, Service, serve_listener
 
 __all__ = ["Interceptor", "open_interceptor"]
+
+T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
@@ -60,7 +63,7 @@ class Interceptor:
         """
         if self._capturing:
             try:
-                await trio.to_thread.run_sync(kernel.stop_capture, self._plan)
+                await _in_thread(partial(kernel.stop_capture, self._plan))
             except TproxydError as error:
                 _log.error("capture cannot be switched off: %s", error)
             else:
@@ -92,7 +95,8 @@ async def open_interceptor(config: Config, *, on_record: Callable[[Record], None
     holds what was planned. On exit, living connections are reset; call `drain` before to let them end.
 
     Raises ConfigError (nothing to capture), CapabilityError, MissingError, and KernelError (a port in use, too few files, a
-    step that the kernel refused); then nothing was changed.
+    step that the kernel refused); then nothing was changed. What the block itself raises arrives in an ExceptionGroup, as from
+    a nursery.
     """
     config.require_captures()
     require_capabilities("capturing connections", ("CAP_NET_ADMIN", "CAP_NET_RAW"))
@@ -116,52 +120,75 @@ async def open_interceptor(config: Config, *, on_record: Callable[[Record], None
         )
         # Before the try: what fails here has taken itself back, and a guard from before, that refuses, goes on doing so.
         # The thread is not abandoned on cancellation: half of a change would be left.
-        changes = await trio.to_thread.run_sync(kernel.apply, plan)
+        changes = await _in_thread(partial(kernel.apply, plan))
         try:
             if stays:
                 _log.info("the kernel state of `tproxyd apply` is taken over, and stays at the end")
             for change in changes:
                 _log.info("%s", change)
             interceptor = Interceptor(plan, service)
+            # Shielded, and ended by nothing but the line below: a cancellation that is pending already must not begin it and
+            # lose hold of it, as `nursery.start` would.
+            serving = trio.CancelScope(shield=True)
             async with trio.open_nursery() as nursery:
-                serving = await nursery.start(_serve, service, listeners)
+                nursery.start_soon(_serve, service, listeners, serving)
                 try:
                     yield interceptor
                 finally:
                     # However it ends, clients must not be steered to listeners that nobody serves.
-                    with trio.CancelScope(shield=True):
-                        await interceptor.stop_capture()
-                    serving.cancel()
+                    try:
+                        with trio.CancelScope(shield=True):
+                            await interceptor.stop_capture()
+                    finally:
+                        serving.cancel()
         finally:
             for listener in listeners:
                 listener.close()  # before the state of `tproxyd apply` steers to them again
             with trio.CancelScope(shield=True):
-                await trio.to_thread.run_sync(partial(kernel.apply, plan) if stays else kernel.revert)
+                await _in_thread(partial(_leave, plan, stays=stays))
 
 
-async def _serve(
-    service: Service, listeners: Sequence[socket.socket], *, task_status: trio.TaskStatus[trio.CancelScope]
-) -> None:
-    """Accepts and serves until the scope that it tells is cancelled; a cancellation from around it must wait for that."""
-    with trio.CancelScope(shield=True) as scope:
+def _leave(plan: Plan, *, stays: bool) -> None:
+    """What is left in the kernel at the end: nothing, or what `tproxyd apply` is for, unless `tproxyd revert` came meanwhile."""
+    if stays and not kernel.is_reverted():
+        kernel.apply(plan)
+    else:
+        kernel.revert()
+
+
+async def _in_thread(step: Callable[[], T]) -> T:
+    """Runs a step that blocks, to its end whatever is cancelled. Where the system has no thread left, it blocks us instead: rules
+    that stay behind would be worse."""
+    try:
+        return await trio.to_thread.run_sync(step)
+    except RuntimeError:  # "can't start new thread"
+        return step()
+
+
+async def _serve(service: Service, listeners: Sequence[socket.socket], scope: trio.CancelScope) -> None:
+    """Accepts and serves until the scope is cancelled."""
+    with scope:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(service.watch.serve)
             for listener in listeners:
                 nursery.start_soon(serve_listener, service, listener, nursery)
-            task_status.started(scope)
 
 
 async def _until_gone(look: Callable[[Callable[[int], bool]], Connections], captured: Callable[[int], bool]) -> int:
     """Waits until none of the connections that `look` finds now is found again (later ones are not ours: capture is off), or
     nothing about them has changed for `_STUCK` seconds; how many are left then."""
-    left = await trio.to_thread.run_sync(look, captured)
-    changed = trio.current_time()
-    while left and trio.current_time() - changed < _STUCK:
-        await trio.sleep(_POLL)
-        now = await trio.to_thread.run_sync(look, captured)
-        now = {key: queued for key, queued in now.items() if key in left}
-        if now != left:
-            left, changed = now, trio.current_time()
+    try:
+        left = await _in_thread(partial(look, captured))
+        changed = trio.current_time()
+        while left and trio.current_time() - changed < _STUCK:
+            await trio.sleep(_POLL)
+            now = await _in_thread(partial(look, captured))
+            now = {key: queued for key, queued in now.items() if key in left}
+            if now != left:
+                left, changed = now, trio.current_time()
+    except OSError as error:  # no file left to look with: better not to wait than not to drain
+        _log.warning("cannot look for connections that are beginning or ending: %s", error)
+        return 0
     return len(left)
 
 

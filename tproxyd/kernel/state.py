@@ -13,7 +13,7 @@ from functools import partial
 
 import msgspec
 
-from tproxyd.errors import CapabilityError, KernelError, TproxydError
+from tproxyd.errors import KernelError, TproxydError
 from tproxyd.kernel import nft, routing
 from tproxyd.kernel.routing import RouteKey, RuleKey
 from tproxyd.plan import STATE, Plan, remove_tables
@@ -24,6 +24,7 @@ __all__ = [
     "apply",
     "differences",
     "is_applied",
+    "is_reverted",
     "make_steps",
     "observe",
     "revert",
@@ -56,6 +57,12 @@ def observe() -> Observed:
 def is_applied() -> bool:
     """Whether `tproxyd apply` was here: then the state is to stay when a daemon stops."""
     return STATE in nft.list_names()
+
+
+def is_reverted() -> bool:
+    """Whether `tproxyd revert` was here since: a foreign flush of the ruleset, or of the rules, leaves the other half."""
+    observed = observe()
+    return not (observed.rules or observed.routes or STATE in observed.tables)
 
 
 def differences(plan: Plan, observed: Observed) -> list[str]:
@@ -144,8 +151,8 @@ def make_steps(plan: Plan, observed: Observed, *, unsure: bool = True) -> list[S
 def _changed_tables(plan: Plan, observed: Observed, *, unsure: bool) -> list[str]:
     """Planned tables that are missing or otherwise than planned.
 
-    Where nft does not list a table in the plan's own words, it is asked for its words. That takes CAP_SYS_ADMIN; without it,
-    the table counts as changed if `unsure`.
+    Where nft does not list a table in the plan's own words, it is asked for its words. Where it cannot be (that takes a network
+    namespace, and CAP_SYS_ADMIN), the table counts as changed if `unsure`.
     """
 
     def unlike(wanted: dict[str, str], names: Iterable[str]) -> list[str]:
@@ -158,7 +165,7 @@ def _changed_tables(plan: Plan, observed: Observed, *, unsure: bool) -> list[str
         return changed
     try:
         return unlike(nft.spelled(plan.ruleset), changed)
-    except CapabilityError:
+    except TproxydError:
         return changed if unsure else missing
 
 

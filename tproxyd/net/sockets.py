@@ -19,6 +19,7 @@ __all__ = [
     "open_listener",
     "open_upstream",
     "original_destination",
+    "round_trip_seconds",
     "unsent_bytes",
 ]
 
@@ -30,6 +31,7 @@ Address = tuple[str, int] | tuple[str, int, int, int]
 _IP_TRANSPARENT = getattr(socket, "IP_TRANSPARENT", 19)
 _IPV6_TRANSPARENT = 75
 
+_TCPI_RTT = 68  # offset of tcpi_rtt in struct tcp_info (linux/tcp.h)
 _IP_BIND_ADDRESS_NO_PORT = getattr(socket, "IP_BIND_ADDRESS_NO_PORT", 24)
 
 
@@ -99,6 +101,12 @@ def abort(sock: socket.socket) -> None:
     with contextlib.suppress(OSError):  # the connection is gone already: closing is all that is left
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     sock.close()
+
+
+def round_trip_seconds(sock: socket.socket) -> float:
+    """The kernel's estimate of the round-trip time to the peer."""
+    (microseconds,) = struct.unpack_from("=I", sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 72), _TCPI_RTT)
+    return float(microseconds) / 1e6
 
 
 def unsent_bytes(sock: socket.socket) -> int:

@@ -9,20 +9,21 @@ from __future__ import annotations
 import select
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Literal
 
 import trio
 
 from tproxyd.config import Relay
 from tproxyd.datapath import EndedError, Outcome, Record
-from tproxyd.net.sockets import unsent_bytes
+from tproxyd.net.sockets import round_trip_seconds, unsent_bytes
 
 __all__ = ["ResetWatch", "relay"]
 
 _CHUNK = 65536
-# Bytes that a reset must not overtake: wait while the peer takes them, until it has taken none for this long, in seconds.
-_FLUSH_STALL = 0.1
+# Bytes that a reset must not overtake: wait while the peer takes them, until it has taken none for this long, in seconds, or for two
+# round trips, which is how often news of it comes.
+_FLUSH_STALL = 0.05
 
 _Counter = Literal["bytes_from_client", "bytes_from_upstream"]
 
@@ -66,11 +67,12 @@ class ResetWatch:
 
 
 class _Side:
-    """One socket and what its breaking means."""
+    """One socket, what its breaking means, and what has been read for it and not been taken yet."""
 
     def __init__(self, sock: socket.socket, on_reset: Outcome) -> None:
         self.sock = sock
         self.on_reset = on_reset
+        self.pending = memoryview(b"")
 
 
 class _Clock:
@@ -124,7 +126,7 @@ async def relay(
         nursery.start_soon(direct, server, client, "bytes_from_upstream")
     if broken is not None:
         with trio.move_on_after(config.half_close_timeout):
-            await _flush(downstream if broken == "upstream_reset" else upstream)
+            await _flush(client if broken == "upstream_reset" else server)
         raise EndedError(broken)
     if open_directions:
         raise EndedError(clock.outcome)
@@ -155,10 +157,10 @@ async def _copy(
 
 
 async def _send(data: bytes, source: _Side, sink: _Side, clock: _Clock, watch: ResetWatch) -> None:
-    view = memoryview(data)
-    while view:
+    sink.pending = memoryview(data)
+    while sink.pending:
         try:
-            sent = sink.sock.send(view)
+            sent = sink.sock.send(sink.pending)
         except BlockingIOError:
             with watch.watching(source.sock) as reset:
                 await trio.lowlevel.wait_writable(sink.sock)
@@ -167,21 +169,28 @@ async def _send(data: bytes, source: _Side, sink: _Side, clock: _Clock, watch: R
         except OSError as error:
             raise EndedError(sink.on_reset) from error
         else:
-            view = view[sent:]
+            sink.pending = sink.pending[sent:]
             clock.moved()
 
 
-async def _flush(sock: socket.socket) -> None:
-    """Waits until the peer has everything, or takes nothing any more. Polls: the kernel has no event for it."""
-    pause, stalled, before = 0.001, 0.0, -1
-    while stalled < _FLUSH_STALL:
-        try:
-            left = unsent_bytes(sock)
-        except OSError:
-            return  # gone: nothing can be flushed
-        if left == 0:
-            return
-        stalled = 0.0 if left != before else stalled + pause
-        before = left
-        await trio.sleep(pause)
-        pause = min(pause * 2, 0.02)
+async def _flush(side: _Side) -> None:
+    """Waits until the peer has everything, what is still pending included, or takes nothing any more.
+
+    Polls: the kernel has no event for what the peer has taken.
+    """
+    try:
+        patience = max(_FLUSH_STALL, 2 * round_trip_seconds(side.sock))
+        pause, changed, before = 0.001, trio.current_time(), -1
+        while trio.current_time() - changed < patience:
+            with suppress(BlockingIOError):
+                while side.pending:
+                    side.pending = side.pending[side.sock.send(side.pending) :]
+            left = len(side.pending) + unsent_bytes(side.sock)
+            if left == 0:
+                return
+            if left != before:
+                before, changed = left, trio.current_time()
+            await trio.sleep(pause)
+            pause = min(pause * 2, 0.02)
+    except OSError:
+        return  # gone: nothing can be flushed
