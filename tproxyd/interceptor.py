@@ -72,9 +72,9 @@ class Interceptor:
     async def drain(self) -> None:
         """Stops capture, and returns when the last connection has ended. The caller sets the deadline.
 
-        A handshake that is under way is waited for, and its connection is served. A
-        connection has ended when its last bytes have reached the peer, because without our rules they could not. Either is given
-        up when nothing has come of it for three seconds.
+        A handshake that is under way is waited for, and its connection is served. A connection has ended when its last bytes have
+        reached the peer, because without our rules they could not. Either is given up when nothing has come of it for three
+        seconds.
         """
         await self.stop_capture()
         captured = self._service.config.capture.takes_port
@@ -102,7 +102,7 @@ async def open_interceptor(config: Config, *, on_record: Callable[[Record], None
     require_capabilities("capturing connections", ("CAP_NET_ADMIN", "CAP_NET_RAW"))
     surroundings = kernel.look_around()
     _warn(surroundings)
-    stays = kernel.is_applied()
+    stays = await _in_thread(kernel.is_applied)
     plan = make_plan(config, surroundings=surroundings, stays=stays)
     limit = _connection_limit()
 
@@ -127,8 +127,8 @@ async def open_interceptor(config: Config, *, on_record: Callable[[Record], None
             for change in changes:
                 _log.info("%s", change)
             interceptor = Interceptor(plan, service)
-            # Shielded, and ended by nothing but the line below: a cancellation that is pending already must not begin it and
-            # lose hold of it, as `nursery.start` would.
+            # Shielded, and ended by nothing but the line below. Made here: with a cancellation pending, `nursery.start` would begin
+            # the task and never give its scope away.
             serving = trio.CancelScope(shield=True)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(_serve, service, listeners, serving)
