@@ -1,7 +1,8 @@
 """The nft ruleset as text, in the spelling in which `nft -s list table` of version 1.0.6 usually prints it back.
 
 One text for all uses: shown by `tproxyd plan`, checked by `nft -c`, loaded by `nft -f`, compared with what the kernel
-lists (where nft spells it otherwise, it is asked how: kernel.nft.spelled). Every rule says in its comment why it is there. What this module does not know: whether a kernel takes it.
+lists (where nft spells it otherwise, it is asked how: kernel.nft.spelled). Every rule says in its comment why it is there. What
+this module does not know: whether a kernel takes it.
 
 How a packet goes through the steering table, before conntrack and NAT, at priority raw, so that a packet which is ours is never
 tracked and a packet which is not ours keeps its tracking, also after the daemon died:
@@ -32,9 +33,11 @@ __all__ = [
     "CAPTURE_CHAIN",
     "GUARD",
     "LISTEN_ADDRESS",
+    "STATE",
     "STEERING",
     "guard_table",
     "remove_tables",
+    "state_table",
     "steering_table",
     "transaction",
 ]
