@@ -331,6 +331,11 @@ async def test_a_dump_is_equal_until_something_changes_and_the_difference_is_rea
 async def test_traffic_and_counters_do_not_change_a_dump(gateway_lab: Lab, nursery: trio.Nursery) -> None:
     gateway = gateway_lab["gateway"]
     gateway.call(activate_conntrack)
+    remembers = (
+        "table inet remembers {\n  set s { type ipv4_addr; size 100; flags dynamic,timeout; timeout 1h; }\n"
+        "  chain c {\n    type filter hook prerouting priority 0;\n    add @s { ip saddr }\n  }\n}\n"
+    )
+    await gateway.run("nft", "-f", "-", input=remembers)
     bound = await nursery.start(serve_echo, gateway_lab["server"])
     before = [await node.dump() for node in gateway_lab]
     for address in (gateway_lab["server"].v4, gateway_lab["server"].v6):

@@ -14,10 +14,10 @@ import subprocess
 from tproxyd.errors import CapabilityError, KernelError, MissingError
 from tproxyd.net.namespaces import call_in_namespace, new_namespace
 
-__all__ = ["check", "list_names", "list_tables", "load", "nft_version", "spelled"]
+__all__ = ["check", "list_names", "list_tables", "load", "nft_version", "spelled", "without_traffic"]
 
 # The flags of a set whose elements come and go with the traffic, and those elements.
-_DYNAMIC = re.compile(r"(flags dynamic[^\n]*\n)\s*elements = \{[^}]*\}\n")
+_DYNAMIC = re.compile(r"(flags [^\n]*\bdynamic\b[^}]*?\n)\s*elements = \{[^}]*\}\n")
 _OURS = re.compile(r"tproxyd(_.*)?")
 # How a rule that needs a kernel module begins to use it. Not bare words: "tproxy" is also the beginning of our tables' names.
 _MODULES = (
@@ -71,8 +71,13 @@ def spelled(ruleset: str) -> dict[str, str]:
         os.close(namespace)
 
 
+def without_traffic(listing: str) -> str:
+    """A listing without the elements that rules themselves have put into sets: those come and go with the traffic."""
+    return _DYNAMIC.sub(r"\1", listing)
+
+
 def _list_table(name: str) -> str:
-    return _DYNAMIC.sub(r"\1", _run("-s", "list", "table", "inet", name))
+    return without_traffic(_run("-s", "list", "table", "inet", name))
 
 
 def nft_version() -> str | None:

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
+from tproxyd.kernel.nft import without_traffic
 from tproxyd.testing.build import LabError
 
 __all__ = ["VOLATILE_SYSCTLS", "KernelState", "activate_conntrack", "conntrack_count", "read_state"]
@@ -143,7 +144,8 @@ def _text(message: Any, header: tuple[str, ...], skip: tuple[str, ...]) -> str:
 
 
 def _ruleset() -> Iterator[str]:
-    for line in _nft("-s", "list", "ruleset").splitlines():  # -s: stateless, no counter or quota values
+    # Stateless: no counter or quota values, and no elements that come with the traffic.
+    for line in without_traffic(_nft("-s", "list", "ruleset")).splitlines():
         if line.strip():
             yield line.replace("\t", "  ")
 
