@@ -144,10 +144,13 @@ def _text(message: Any, header: tuple[str, ...], skip: tuple[str, ...]) -> str:
 
 
 def _ruleset() -> Iterator[str]:
-    # Stateless: no counter or quota values, and no elements that come with the traffic.
-    for line in without_traffic(_nft("-s", "list", "ruleset")).splitlines():
-        if line.strip():
-            yield line.replace("\t", "  ")
+    # Stateless: no counter or quota values, and no elements that come with the traffic. By the tables' names: the order in which they
+    # were made has a meaning only for chains of the same priority.
+    listing = without_traffic(_nft("-s", "list", "ruleset"))
+    for table in sorted(re.split(r"^(?=table )", listing, flags=re.MULTILINE)):
+        for line in table.splitlines():
+            if line.strip():
+                yield line.replace("\t", "  ")
 
 
 def _nft(*arguments: str, text: str = "") -> str:
