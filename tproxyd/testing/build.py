@@ -161,7 +161,7 @@ def _add_route(netlink: IPRoute, route: Route) -> None:
     version = ipaddress.ip_network(route.destination).version
     try:
         netlink.route("add", dst=route.destination, gateway=route.via, family=_family(version))
-    except Exception as error:
+    except Exception as error:  # whatever the kernel or pyroute2 says, it is told with the route that it is about
         raise LabError(f"{route.node}: route {route.destination} via {route.via} was refused: {error}") from error
 
 
