@@ -290,6 +290,11 @@ ORIGINS = [
     ("a later table", {"tproxyd.toml": "", "conf.d/1.toml": "[admin]"}, ["conf.d/1.toml"]),
     ("a later key", {"tproxyd.toml": "relay.workers = 1", "conf.d/1.toml": "[relay]"}, ["tproxyd.toml"]),
     ("no table", {"tproxyd.toml": "", "conf.d/1.toml": "capture = 1", "conf.d/2.toml": "[log]"}, ["conf.d/1.toml"]),
+    (
+        "no table, which a later file would hide",
+        {"tproxyd.toml": "listen = 1", "conf.d/1.toml": "[listen]", "conf.d/2.toml": "listen = 2"},
+        ["tproxyd.toml"],
+    ),
     ("bad value", {"tproxyd.toml": "listen.port = 0", "conf.d/1.toml": "listen.backlog = 1"}, ["tproxyd.toml"]),
     ("worse value", {"tproxyd.toml": "listen.port = 0", "conf.d/1.toml": "listen.port = -1"}, ["conf.d/1.toml"]),
     ("item of a list", {"tproxyd.toml": "[capture]", "conf.d/1.toml": "capture.ports = [1, 0]"}, ["conf.d/1.toml"]),

@@ -129,14 +129,16 @@ class _Tree:
         self._origins: dict[_Keys, str] = {}
 
     def merge(self, new: Mapping[str, Any], *, origin: str) -> None:
-        """Tables merge by key, lists replace."""
+        """Tables merge by key, lists replace. What is no table where one belongs stays, so that it is told."""
         for name, content in new.items():
+            before = self.tables.get(name, {})
+            if not isinstance(before, dict):
+                continue
             self._origins[name,] = origin
             if not isinstance(content, dict):
                 self.tables[name] = content
                 continue
-            before = self.tables.get(name)
-            self.tables[name] = before | content if isinstance(before, dict) else content
+            self.tables[name] = before | content
             self._origins.update({(name, key): origin for key in content})
 
     def origin(self, places: Sequence[_Keys]) -> str:
