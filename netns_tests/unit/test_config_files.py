@@ -287,8 +287,8 @@ ORIGINS = [
     ("unknown key", {"tproxyd.toml": "[log]\n", "conf.d/1.toml": "[log]\nx = 1\n"}, ["conf.d/1.toml"]),
     ("unknown key, table there again", {"tproxyd.toml": "log.x = 1", "conf.d/1.toml": "[log]"}, ["tproxyd.toml"]),
     ("unknown table", {"tproxyd.toml": "", "conf.d/1.toml": "[x]", "conf.d/2.toml": ""}, ["conf.d/1.toml"]),
-    ("a later table", {"tproxyd.toml": "", "conf.d/1.toml": "[admin]"}, ["conf.d/1.toml"]),
-    ("a later key", {"tproxyd.toml": "relay.workers = 1", "conf.d/1.toml": "[relay]"}, ["tproxyd.toml"]),
+    ("a later table", {"tproxyd.toml": "", "conf.d/1.toml": "[outbound]"}, ["conf.d/1.toml"]),
+    ("a later key", {"tproxyd.toml": "admin.socket = 1", "conf.d/1.toml": "[admin]"}, ["tproxyd.toml"]),
     ("no table", {"tproxyd.toml": "", "conf.d/1.toml": "capture = 1", "conf.d/2.toml": "[log]"}, ["conf.d/1.toml"]),
     (
         "no table, which a later file would hide",

@@ -4,14 +4,17 @@ Pure but for reading the files: knows nothing of the kernel, of marks that are i
 """
 
 from tproxyd.config.load import DEFAULT_FILE, config_from_mapping, load_config
-from tproxyd.config.schema import Capture, Config, Drain, Listen, Log, Policy, Relay, Routing, Upstream
-from tproxyd.config.values import Mark, Network, PortRange
+from tproxyd.config.schema import Admin, Capture, Config, Drain, Limits, Listen, Log, Policy, Relay, Routing, Upstream
+from tproxyd.config.values import Endpoint, Mark, Network, PortRange
 
 __all__ = [
     "DEFAULT_FILE",
+    "Admin",
     "Capture",
     "Config",
     "Drain",
+    "Endpoint",
+    "Limits",
     "Listen",
     "Log",
     "Mark",

@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 
 from tproxyd.config.schema import LATER, Capture, Config, keys_of
-from tproxyd.config.values import ALL_PORTS, InvalidError, Mark, PortRange, wildcard_over
+from tproxyd.config.values import ALL_PORTS, Endpoint, InvalidError, Mark, PortRange, wildcard_over
 from tproxyd.config.values import ports as read_ports
 from tproxyd.config.wording import printable, short, shown, toml_kind
 from tproxyd.errors import ConfigError, UsageError
@@ -238,10 +238,17 @@ def _check_interfaces(interfaces: Sequence[str], exclude_interfaces: Sequence[st
             )
 
 
+def _check_metrics(metrics: Endpoint | None, port: int) -> Iterator[str]:
+    # A port of every address or of a loopback address would be bound twice: by the transparent listeners, too.
+    if metrics is not None and metrics.port == port and metrics.host in ("127.0.0.1", "::1", "0.0.0.0", "::"):  # noqa: S104
+        yield f"`admin.metrics` = {shown(str(metrics))} has the port of `listen.port`, where clients arrive; choose another"
+
+
 _PORTS = (("capture", "mode"), ("capture", "ports"), ("capture", "exclude_ports"))
 _TOGETHER: tuple[tuple[Sequence[tuple[str, str]], Callable[..., Iterator[str]]], ...] = (
     ((("routing", "mark"), ("routing", "upstream_mark")), _check_marks),
     (_PORTS, _check_ports),
+    ((("admin", "metrics"), ("listen", "port")), _check_metrics),
     ((("capture", "interfaces"), ("capture", "exclude_interfaces")), _check_interfaces),
 )
 """What must fit together: keys, and what finds the problems of their values."""
