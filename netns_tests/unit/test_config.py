@@ -55,6 +55,8 @@ half_close_timeout = "60s"
 max_connections = "auto"
 max_connections_per_source = 0
 [policy]
+default = "forward"
+rule = []
 allow_special = []
 [drain]
 timeout = "30s"
@@ -122,6 +124,8 @@ def test_two_lines_are_enough_and_nothing_captures_nothing() -> None:
 
 
 GOOD = [
+    ("refuse by default", 'policy.default = "refuse"', "refuse"),
+    ("no rule", "policy.rule = []", ()),
     ("mode off", 'capture.mode = "off"', "off"),
     ("one port, a range, a number", 'capture.ports = ["1", "9000-9099", 65535]', (1, (9000, 9099), 65535)),
     ("neighbouring ranges", 'capture.ports = ["2-3", "1", "4"]', ((2, 3), 1, 4)),
@@ -305,6 +309,7 @@ BAD = [
     ("zero connect", 'upstream.connect_timeout = "0s"', '= "0s" would end every connection at once; write a time ab'),
     ("zero idle", 'relay.idle_timeout = "0.000h"', "would end every connection at once;"),
     ("zero half-close", 'relay.half_close_timeout = "0us"', "would end every connection at once;"),
+    ("default", 'policy.default = "drop"', '= "drop" is none of its values; use "forward" or "refuse"'),
     ("engine", 'relay.engine = "zero-copy"', '= "zero-copy" is none of its values; use "auto", "copy" or "splice"'),
     ("65 workers", "relay.workers = 65", '= 65 is out of range; write a whole number from 0 to 64, or "auto"'),
     (
@@ -516,10 +521,7 @@ LATER = [
     'upstream.source = ["127.0.0.6"]',
     'upstream.proxy_protocol = "v1"',
     'upstream.proxy_protocol = "v2"',
-    'policy.default = "forward"',
     'policy.sniff_timeout = "300ms"',
-    'policy.rule = [{ name = "x" }]',
-    '[[policy.rule]]\nname = "x"\naction = "refuse"',
     'admin.socket = "auto"',
     '[[workload]]\nname = "web"\n[workload.capture]\nmode = "redirect"',
     'outbound.ports = "all"',
@@ -566,6 +568,11 @@ TOGETHER = [
         "excluded in pieces",
         'capture.ports = ["80-90"]\ncapture.exclude_ports = ["1-84", "85", "86-100"]',
         "excludes every port of `capture.ports`: nothing would be captured",
+    ),
+    (
+        "a rule that forwards to the listener",
+        'policy.rule = [{ name = "a", action = "refuse" }, { name = "b", action = { forward = "[0::1]:15006" } }]',
+        '`policy.rule[1].action.forward` (rule "b") = "[::1]:15006" is tproxyd\'s own listener (`listen.port`), which',
     ),
     (
         "metrics where clients arrive",

@@ -4,7 +4,20 @@ Pure but for reading the files: knows nothing of the kernel, of marks that are i
 """
 
 from tproxyd.config.load import DEFAULT_FILE, config_from_mapping, load_config
-from tproxyd.config.schema import Admin, Capture, Config, Drain, Limits, Listen, Log, Policy, Relay, Routing, Upstream
+from tproxyd.config.schema import (
+    Admin,
+    Capture,
+    Config,
+    Drain,
+    Limits,
+    Listen,
+    Log,
+    Policy,
+    PolicyRule,
+    Relay,
+    Routing,
+    Upstream,
+)
 from tproxyd.config.values import Endpoint, Mark, Network, PortRange
 
 __all__ = [
@@ -20,6 +33,7 @@ __all__ = [
     "Mark",
     "Network",
     "Policy",
+    "PolicyRule",
     "PortRange",
     "Relay",
     "Routing",

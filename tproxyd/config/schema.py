@@ -11,8 +11,9 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
+from tproxyd.config import rules
 from tproxyd.config import values as read
-from tproxyd.config.values import Endpoint, Mark, Network, PortRange
+from tproxyd.config.values import ALL_PORTS, Endpoint, Mark, Network, PortRange
 from tproxyd.errors import ConfigError
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "Listen",
     "Log",
     "Policy",
+    "PolicyRule",
     "Relay",
     "Routing",
     "Upstream",
@@ -99,9 +101,25 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     max_connections_per_source: Annotated[int, read.integer(0, 1_000_000)] = 0
 
 
-class Policy(msgspec.Struct, frozen=True, kw_only=True):
-    """Special destinations that are relayed all the same."""
+class PolicyRule(msgspec.Struct, frozen=True, kw_only=True):
+    """Matches where all of its lists do; an empty one means every one. An Endpoint is where to forward instead."""
 
+    name: Annotated[str, rules.rule_name]
+    sources: Annotated[tuple[Network, ...], read.networks] = ()
+    destinations: Annotated[tuple[Network, ...], read.networks] = ()
+    ports: Annotated[tuple[PortRange, ...], rules.rule_ports] = ALL_PORTS
+    protocols: Annotated[tuple[str, ...], read.protocols] = ("tcp",)
+    action: Annotated[Literal["forward", "refuse"] | Endpoint, rules.action]
+
+
+class Policy(msgspec.Struct, frozen=True, kw_only=True):
+    """What becomes of a connection: the first rule that matches says it, else `default`.
+
+    `allow_special`: special destinations for which that is so, too; the others are refused before any rule.
+    """
+
+    default: Annotated[Literal["forward", "refuse"], read.choice("forward", "refuse")] = "forward"
+    rule: Annotated[tuple[PolicyRule, ...], PolicyRule] = ()
     allow_special: Annotated[tuple[Network, ...], read.special_networks] = ()
 
 
@@ -155,7 +173,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
 
 
 LATER: dict[str, tuple[str, ...] | None] = {
-    "policy": ("default", "sniff_timeout", "rule"),
+    "policy": ("sniff_timeout",),
+    "policy.rule": ("interfaces", "workloads", "sni", "alpn", "http_host"),
     "admin": ("socket",),
     "workload": None,
     "outbound": None,
@@ -165,7 +184,7 @@ LATER: dict[str, tuple[str, ...] | None] = {
 
 @functools.cache
 def keys_of(table: type[msgspec.Struct]) -> Mapping[str, Any]:
-    """A table's keys and their readers; a reader of Config's keys is the type of that table."""
+    """A table's keys and their readers. In place of one stands a type: of the table, or of each table of an array."""
     from typing import get_type_hints
 
     hints = get_type_hints(table, include_extras=True)

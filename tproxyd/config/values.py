@@ -25,6 +25,7 @@ __all__ = [
     "Reader",
     "choice",
     "destinations",
+    "endpoint",
     "excluded_interfaces",
     "flag",
     "integer",
@@ -57,18 +58,21 @@ _INTERFACES = 'interface names, such as ["eth0", "eth*"]'
 
 
 class InvalidError(Exception):
-    """What is wrong with a value, and the way out; or, in `items`, what is wrong with some items of a list, by index."""
+    """What is wrong with a value, and the way out; or, in `items`, what is wrong with some items of a list, or of a table."""
 
-    def __init__(self, cause: str = "", *, items: Mapping[int, str] | None = None) -> None:
+    def __init__(self, cause: str = "", *, items: Mapping[Any, str] | None = None) -> None:
         super().__init__(cause)
         self.cause = cause
         self.items = items or {}
 
-    def sentences(self, name: str, value: Any) -> list[str]:
-        """One sentence a problem; `name` is where the value stands."""
+    def sentences(self, name: str, value: Any, *, of: str = "") -> list[str]:
+        """One sentence a problem; `name` is where the value stands, `of` what more there is to say about the place."""
         if not self.items:
-            return [f"`{name}` = {shown(value)} {self.cause}"]
-        return [f"`{name}[{index}]` = {shown(value[index])} {cause}" for index, cause in self.items.items()]
+            return [f"`{name}`{of} = {shown(value)} {self.cause}"]
+        return [
+            f"`{name}{f'[{at}]' if isinstance(at, int) else f'.{at}'}`{of} = {shown(value[at])} {cause}"
+            for at, cause in self.items.items()
+        ]
 
 
 class PortRange(msgspec.Struct, frozen=True, order=True):
@@ -245,11 +249,34 @@ def ports(value: Any) -> tuple[PortRange, ...]:
     )
 
 
+def endpoint(value: Any, example: str) -> Endpoint:
+    """An address and a port, "ADDR:PORT" or "[ADDR]:PORT"; `example` says how they may be written."""
+    text = _string(value, example)
+    match = re.fullmatch(r"(?:\[([^\[\]]*)\]|([^:\[\]]*)):([0-9]{1,5})", text)
+    if match is None:
+        if _is_address(text) and ":" in text:
+            raise InvalidError(
+                f"is an IPv6 address, or one whose port cannot be told from it; write {example}, IPv6 in brackets"
+            )
+        raise InvalidError(f"is no address and port; write {example}")
+    host, port = match[2] if match[1] is None else match[1], int(match[3])
+    if "%" in host:
+        raise InvalidError(f"has a scope, which cannot be given here; write {example}")
+    if not _is_address(host) or (match[1] is not None) != (":" in host):
+        raise InvalidError(f"has no address before its port (names are not looked up); write {example}")
+    address = ip_address(host)
+    if address.version == 6 and address.ipv4_mapped is not None:
+        raise InvalidError(f'is IPv4 mapped into IPv6; write "{address.ipv4_mapped}:{port}"')
+    if not 1 <= port <= 65535:
+        raise InvalidError("has a port out of range; ports are 1 to 65535")
+    return Endpoint(str(address), port)
+
+
 def listen_endpoint(value: Any) -> Endpoint | None:
     """Where to listen, "ADDR:PORT"; nowhere: ""."""
     if isinstance(value, str) and not value:
         return None
-    return _endpoint(value, 'an address and a port, such as "127.0.0.1:15020", or "" for none')
+    return endpoint(value, 'an address and a port, such as "127.0.0.1:15020", or "" for none')
 
 
 def network(value: Any) -> Network:
@@ -352,28 +379,6 @@ def _string(value: Any, example: str = "a string") -> str:
     if not isinstance(value, str):
         raise InvalidError(f"is {toml_kind(value)}; write {example}, in quotes")
     return value
-
-
-def _endpoint(value: Any, example: str) -> Endpoint:
-    text = _string(value, example)
-    match = re.fullmatch(r"(?:\[([^\[\]]*)\]|([^:\[\]]*)):([0-9]{1,5})", text)
-    if match is None:
-        if _is_address(text) and ":" in text:
-            raise InvalidError(
-                f"is an IPv6 address, or one whose port cannot be told from it; write {example}, IPv6 in brackets"
-            )
-        raise InvalidError(f"is no address and port; write {example}")
-    host, port = match[2] if match[1] is None else match[1], int(match[3])
-    if "%" in host:
-        raise InvalidError(f"has a scope, which cannot be given here; write {example}")
-    if not _is_address(host) or (match[1] is not None) != (":" in host):
-        raise InvalidError(f"has no address before its port (names are not looked up); write {example}")
-    address = ip_address(host)
-    if address.version == 6 and address.ipv4_mapped is not None:
-        raise InvalidError(f'is IPv4 mapped into IPv6; write "{address.ipv4_mapped}:{port}"')
-    if not 1 <= port <= 65535:
-        raise InvalidError("has a port out of range; ports are 1 to 65535")
-    return Endpoint(str(address), port)
 
 
 def _repeated(good: Mapping[int, Any]) -> dict[int, str]:
