@@ -97,7 +97,7 @@ def test_an_early_room_gets_by_on_little(room: str) -> None:
     [
         ("tproxyd", ["trio", "pyroute2", "msgspec"]),
         ("tproxyd.daemon.cli", ["trio", "pyroute2", "msgspec"]),
-        ("tproxyd.config", ["trio", "pyroute2"]),
+        ("tproxyd.config", ["trio", "pyroute2", "tomllib"]),  # its types, as a relay process needs them
         ("tproxyd.policy", ["trio", "pyroute2", "msgspec"]),
         ("tproxyd.plan", ["trio", "pyroute2"]),
         ("tproxyd.kernel", ["trio", "pyroute2"]),  # late: not before the kernel is asked
