@@ -8,7 +8,11 @@ BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
 # Some of the tests: sudo make nstest TESTS="netns_tests/test_capture.py -k foreign"
 TESTS ?=
-PEERS := nft ip curl openssl iperf3
+PEERS := nft ip curl openssl iperf3 gcc
+RIVALS := nft ip gcc haproxy nginx
+# Some of the benchmark: sudo make bench ONLY="bulk small", and further options: BENCH="--rounds 9"
+ONLY ?=
+BENCH ?=
 # As root in somebody's checkout nothing may be written that they cannot remove.
 export PYTHONDONTWRITEBYTECODE := 1
 
@@ -17,7 +21,7 @@ need-root = $(if $(filter 0,$(shell id -u)),,$(error make $@ needs root: type `s
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help venv demo nstest nstest-long test check format lock clean
+.PHONY: help venv demo nstest nstest-long bench bench-quick test check format lock clean
 
 help:  ## what can be typed here
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F'\t' '{ printf "make %-13s %s\n", $$1, $$2 }'
@@ -40,6 +44,16 @@ nstest-long:  ## the same with full counts (root)
 	@$(PREPARE) $(PEERS)
 	$(PYTEST) --count-divisor 1 $(TESTS)
 
+bench:  ## tproxyd beside HAProxy, nginx, Envoy and a C relay: about 25 minutes, results in bench/results (root)
+	$(need-root)
+	@$(PREPARE) --bench $(RIVALS)
+	$(BIN)/python -m bench $(addprefix --only ,$(ONLY)) $(BENCH)
+
+bench-quick:  ## the goals that a change of the data path may miss, in less than 5 minutes (root)
+	$(need-root)
+	@$(PREPARE) --bench $(RIVALS)
+	$(BIN)/python -m bench --quick $(addprefix --only ,$(ONLY)) $(BENCH)
+
 test:  ## the tests that need no root
 	@$(PREPARE)
 	$(PYTEST) netns_tests/unit
@@ -56,10 +70,13 @@ format:  ## rewrites the code as `make check` wants it
 	$(AS_OWNER) $(BIN)/ruff format
 	$(AS_OWNER) $(BIN)/ruff check --fix
 
-lock:  ## requirements-dev.lock anew, from pyproject.toml
+COMPILE := $(AS_OWNER) $(BIN)/uv pip compile -q --upgrade --universal --generate-hashes --no-emit-index-url --no-emit-find-links \
+    --python-version 3.11 --custom-compile-command "make lock"
+
+lock:  ## requirements-dev.lock and requirements-bench.lock anew, from pyproject.toml
 	@$(PREPARE)
-	$(AS_OWNER) $(BIN)/uv pip compile -q --upgrade --universal --generate-hashes --no-emit-index-url --no-emit-find-links \
-	    --python-version 3.11 --custom-compile-command "make lock" --group dev -o requirements-dev.lock pyproject.toml
+	$(COMPILE) --group dev -o requirements-dev.lock pyproject.toml
+	$(COMPILE) --group bench -o requirements-bench.lock
 
 clean:  ## removes what the other targets made
-	rm -rf .venv .mypy_cache .ruff_cache .hypothesis dist
+	rm -rf .venv .venv-bench .mypy_cache .ruff_cache .hypothesis dist

@@ -1,0 +1,16 @@
+"""The benchmark: tproxyd beside other transparent proxies, in one run, on one machine (`sudo make bench`).
+
+Knows the peers (HAProxy, nginx, Envoy, a C relay, no proxy at all), the load (`load.c`) and the goals of docs/performance.md. tproxyd never
+imports it.
+
+The idea. Absolute figures of a shared machine drift by 40 % within minutes, so only ratios count, and only those between
+neighbours in time: in every round each peer has its turn (A B C ... A B C ...), each figure is divided by HAProxy's of the same
+round, and what is told is the median of those ratios and their range. All peers have one worker thread, keep the client's address (and
+port, where they can), listen on the same port behind the same kernel state, which `tproxyd apply` has made, and are started for
+their turn and ended after it. No figure without proof that the proxy was in the path: see `rig`.
+
+Everything is as close to each program's defaults as transparency lets it be. None of the peers writes an access log;
+tproxyd does, and counts, for those are its defaults.
+
+Nothing is pinned to a core: client, proxy and server share them all, as the kernel likes it.
+"""

@@ -1,0 +1,108 @@
+"""What is done in a peer's turn: the groups of cells, each a plain function of a visit that gives its figures.
+
+Knows which load makes which figure. A group's cells follow each other in one turn of a peer; the next peer's turn comes a few
+seconds later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from functools import partial
+
+from bench.rig import Cell, Visit, as_row
+
+__all__ = ["Lengths", "Turn", "bulk", "idle", "push", "small", "workers"]
+
+Turn = Callable[[Visit], Awaitable[tuple[dict[str, float], dict[str, object]]]]
+"""Figures, and raw numbers by cell."""
+
+_STALL = 1.0  # seconds without a byte accepted: the push has stalled
+_PUSH_LIMIT = 512  # MiB; who takes this much has no limit
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Seconds of the cells, and sizes. Below 1 s the slow start of cores and caches begins to show, hence the second and more."""
+
+    bulk: float = 1.2
+    connections: float = 1.5
+    requests: float = 1.0
+    idle: int = 8000
+
+
+async def bulk(lengths: Lengths, visit: Visit) -> tuple[dict[str, float], dict[str, object]]:
+    """Much data in few streams."""
+    cells = {
+        "bulk1": await visit.measure("bulk", "download", 1, lengths.bulk),
+        "bulk8": await visit.measure("bulk", "download", 8, lengths.bulk),
+        "upload8": await visit.measure("bulk", "upload", 8, lengths.bulk),
+    }
+    figures = {name: cell.client["bytes"] * 8e-9 / cell.client["seconds"] for name, cell in cells.items()}
+    if visit.peer.proxied:
+        down = [cells["bulk1"], cells["bulk8"]]
+        figures["cpu_per_gb"] = sum(cell.cpu for cell in down) / (sum(cell.client["bytes"] for cell in down) / 1e9)
+    return figures, _raw(cells)
+
+
+async def small(lengths: Lengths, visit: Visit) -> tuple[dict[str, float], dict[str, object]]:
+    """Many connections, and many small messages."""
+    cells = {
+        "conn32": await visit.measure("connections", 32, lengths.connections),
+        "conn64": await visit.measure("connections", 64, lengths.connections),
+        "ka1": await visit.measure("requests", 1, lengths.requests),
+        "ka64": await visit.measure("requests", 64, lengths.requests),
+    }
+    figures = {
+        "conn32": _rate(cells["conn32"]),
+        "conn64": _rate(cells["conn64"]),
+        "conn_p99": cells["conn32"].client["p99_us"],
+        "ka1_p50": cells["ka1"].client["p50_us"],
+        "ka1_p99": cells["ka1"].client["p99_us"],
+        "ka64": _rate(cells["ka64"]),
+        "ka64_p99": cells["ka64"].client["p99_us"],
+    }
+    if visit.peer.proxied:
+        figures["conn_cpu"] = cells["conn32"].cpu / cells["conn32"].client["opened"] * 1e6
+    return figures, _raw(cells)
+
+
+async def idle(lengths: Lengths, visit: Visit) -> tuple[dict[str, float], dict[str, object]]:
+    """The same load before and beside many idle connections of the same process, and what these cost in memory."""
+    requests, connections = partial(visit.measure, "requests", 64), partial(visit.measure, "connections", 32)
+    cells = {"conn32": await connections(lengths.requests), "ka64": await requests(lengths.requests)}
+    memory = visit.memory_kib()
+    async with visit.idle_connections(lengths.idle) as count:
+        used = visit.memory_kib() - memory
+        cells["ka64 beside idle"] = await requests(lengths.requests)
+        cells["conn32 beside idle"] = await connections(lengths.requests)
+    figures = {
+        "idle_ka64": _rate(cells["ka64 beside idle"]) / _rate(cells["ka64"]),
+        "idle_conn32": _rate(cells["conn32 beside idle"]) / _rate(cells["conn32"]),
+        "idle_kib": used / count,
+    }
+    return figures, {**_raw(cells), "idle": count, "pss_kib": used}
+
+
+async def push(visit: Visit) -> tuple[dict[str, float], dict[str, object]]:
+    """How much is taken from a client for a server that never reads."""
+    cell = await visit.measure("push", _STALL, _PUSH_LIMIT)
+    return {"push": cell.client["bytes"] / 2**20}, _raw({"push": cell})
+
+
+async def workers(lengths: Lengths, visit: Visit) -> tuple[dict[str, float], dict[str, object]]:
+    """Connections per second of CPU; and of the two processes that used most of it, the smaller one's share."""
+    cell = await visit.measure("connections", 64, 2 * lengths.connections)
+    figures = {"conn_per_cpu": cell.client["opened"] / cell.cpu}
+    first, second = (*sorted(cell.cpu_by_process.values(), reverse=True), 0.0)[:2]
+    if visit.peer.name != "tproxyd":
+        figures["least_share"] = 100 * second / (first + second)
+    return figures, {**_raw({"conn64": cell}), "cpu_by_process": sorted(cell.cpu_by_process.values())}
+
+
+def _rate(cell: Cell) -> float:
+    return cell.client["count"] / cell.client["seconds"]
+
+
+def _raw(cells: dict[str, Cell]) -> dict[str, object]:
+    return {name: as_row(cell) for name, cell in cells.items()}

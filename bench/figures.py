@@ -1,0 +1,106 @@
+"""What is measured: the figures with their names and units, and what was measured, by peer and round.
+
+Knows that a ratio is made within a round and only then summed up. Refuses to know how a figure came about (`cells`) and how it is
+shown (`report`).
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = ["FIGURES", "REFERENCE", "Figure", "Results", "Spread", "spread"]
+
+REFERENCE = "haproxy"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A column. `digits` after the point where its absolute value is told."""
+
+    title: str
+    unit: str
+    digits: int = 0
+    more_is_better: bool = True
+
+
+FIGURES: Mapping[str, Figure] = {
+    "bulk1": Figure("download, 1 stream", "Gbit/s", 2),
+    "bulk8": Figure("download, 8 streams", "Gbit/s", 2),
+    "upload8": Figure("upload, 8 streams", "Gbit/s", 2),
+    "cpu_per_gb": Figure("proxy CPU per GB (download)", "s", 2, more_is_better=False),
+    "conn32": Figure("new connections, 32 at a time", "1/s"),
+    "conn64": Figure("new connections, 64 at a time", "1/s"),
+    "conn_p99": Figure("new connection, 32 at a time, p99", "us", 0, more_is_better=False),
+    "conn_cpu": Figure("proxy CPU per connection", "us", 1, more_is_better=False),
+    "ka1_p50": Figure("kept alive, 1 connection, p50", "us", 1, more_is_better=False),
+    "ka1_p99": Figure("kept alive, 1 connection, p99", "us", 1, more_is_better=False),
+    "ka64": Figure("kept alive, 64 connections", "1/s"),
+    "ka64_p99": Figure("kept alive, 64 connections, p99", "us", 0, more_is_better=False),
+    "idle_ka64": Figure("kept alive 64 beside idle ones, of that without", "x", 2),
+    "idle_conn32": Figure("new connections beside idle ones, of that without", "x", 2),
+    "idle_kib": Figure("memory per idle connection", "KiB", 1, more_is_better=False),
+    "push": Figure("pushed at a server that never reads", "MiB", 1, more_is_better=False),
+    "conn_per_cpu": Figure("connections per proxy CPU second", "1/s"),
+    "least_share": Figure("share of the worker with the least", "%", 0),
+    "conntrack": Figure("conntrack entries after the connections", "", 0, more_is_better=False),
+    "bypass_conn32": Figure("bypassed new connections, of that without ruleset", "x", 2),
+    "bypass_bulk8": Figure("bypassed download, of that without ruleset", "x", 2),
+    "start": Figure("start to ready", "ms", 0, more_is_better=False),
+}
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Of some values: the middle, the ends, and how many there are."""
+
+    median: float
+    low: float
+    high: float
+    count: int
+
+
+def spread(values: Sequence[float]) -> Spread | None:
+    """None of nothing."""
+    return Spread(statistics.median(values), min(values), max(values), len(values)) if values else None
+
+
+@dataclass
+class Results:
+    """Everything that was measured. `cells` is what is written down; the rest is made of it."""
+
+    cells: list[dict[str, Any]] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
+
+    def add(self, group: str, number: int, peer: str, figures: Mapping[str, float], raw: Any = None) -> None:
+        self.cells.append(
+            {
+                "group": group,
+                "round": number,
+                "peer": peer,
+                "figures": {name: round(value, 6) for name, value in figures.items()},
+                "raw": raw,
+            }
+        )
+
+    def by_round(self, peer: str, figure: str) -> dict[tuple[str, int], float]:
+        """Value by group and round."""
+        return {
+            (cell["group"], cell["round"]): cell["figures"][figure]
+            for cell in self.cells
+            if cell["peer"] == peer and figure in cell["figures"]
+        }
+
+    def values(self, peer: str, figure: str) -> list[float]:
+        return list(self.by_round(peer, figure).values())
+
+    def ratios(self, peer: str, figure: str, to: str = REFERENCE) -> list[float]:
+        """The peer's figure in units of the other's, round by round; rounds that lack one of them are left out."""
+        others = self.by_round(to, figure)
+        return [value / others[key] for key, value in self.by_round(peer, figure).items() if others.get(key)]
+
+    def peers(self) -> list[str]:
+        """In the order of their first turns."""
+        return list(dict.fromkeys(cell["peer"] for cell in self.cells))

@@ -1,0 +1,64 @@
+"""The tables at the end of a run: peers by figures, and the goals. Text only; knows no measuring."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from bench.figures import FIGURES, REFERENCE, Results, Spread, spread
+from bench.goals import GOALS, verdict
+from tproxyd.testing.demo import table
+
+__all__ = ["goals_table", "peers_table"]
+
+_ALREADY_RATIOS = ("x", "%", "")  # units of figures that are not divided by the reference's
+_NOT_COMPARED = ("start", "push", "idle_kib")  # told as they are
+
+
+def peers_table(results: Results) -> str:
+    """For each figure the absolute median, and the ratio to HAProxy: median (lowest-highest round)."""
+    parts = []
+    for name, figure in FIGURES.items():
+        rows = []
+        for peer in results.peers():
+            absolute = spread(results.values(peer, name))
+            if absolute is None:
+                continue
+            compared = figure.unit not in _ALREADY_RATIOS and name not in _NOT_COMPARED
+            ratio = spread(results.ratios(peer, name)) if compared else None
+            rows.append(
+                (peer, _spread(absolute, figure.digits), _spread(ratio, 2) if ratio else "-", str(absolute.count))
+            )
+        if rows:
+            better = "more is better" if figure.more_is_better else "less is better"
+            unit = f" [{figure.unit}]" if figure.unit else ""
+            parts.append(
+                table((f"{figure.title}{unit}, {better}", "median (range)", f"vs {REFERENCE}", "rounds"), rows)
+            )
+    return "\n".join(parts)
+
+
+def goals_table(results: Results) -> str:
+    """must / aim / measured / met."""
+    rows: list[Sequence[str]] = []
+    for goal in GOALS:
+        measured = spread(goal.values(results))
+        sign = "<=" if goal.less_is_better else ">="
+        rows.append(
+            (
+                goal.what,
+                f"{sign} {goal.must:g}",
+                f"{sign} {goal.aim:g}",
+                _spread(measured, goal.digits) if measured else "-",
+                verdict(goal, measured.median if measured else None),
+            )
+        )
+    return table(("goal", "must", "aim", "measured: median (range)", "met?"), rows)
+
+
+def _spread(values: Spread, digits: int) -> str:
+    def number(value: float) -> str:
+        return f"{value:,.{digits}f}"
+
+    if values.count == 1:
+        return number(values.median)
+    return f"{number(values.median)} ({number(values.low)}-{number(values.high)})"

@@ -1,0 +1,170 @@
+"""Who has a turn when: the groups of a run, round by round, peer by peer; and the two groups that need a network as they want it.
+
+Knows A B C ... A B C ...: the turns of a round are neighbours in time. A turn that fails is an error in the results, and the run goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import trio
+
+from bench import cells
+from bench.cells import Lengths, Turn
+from bench.figures import FIGURES, Results
+from bench.goals import BUSY, TWO_WORKERS
+from bench.peers import CAPTURE, Peer
+from bench.rig import Rig, UnprovenError, Visit, apply_config, as_row, open_rig
+from tproxyd.testing import LabError, activate_conntrack, conntrack_count
+from tproxyd.testing.daemon import TPROXYD
+
+__all__ = ["GROUPS", "Plan", "run"]
+
+GROUPS = ("bulk", "small", "idle", "push", "workers", "bypass", "conntrack")
+
+_NO_RIVALS_AT_IDLE = ("direct", "haproxy+splice", "haproxy tuned", BUSY)
+_CONNTRACK_CONNECTIONS = 10_000
+_EXCLUDED = 10_000
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run does. `peers` include those that only some groups have."""
+
+    peers: Sequence[Peer]
+    groups: Sequence[str]
+    rounds: int
+    seldom: int
+    """Rounds of the groups whose figures hardly vary, or take long in `--quick`."""
+    lengths: Lengths
+    programs: dict[str, str]
+    directory: Path
+
+
+async def run(plan: Plan, results: Results, say: Callable[[str], None]) -> None:
+    """All groups. What is measured is in `results` at once, so an interrupted run has what it has."""
+    turns: dict[str, tuple[Turn, Sequence[Peer], int]] = {
+        "bulk": (partial(cells.bulk, plan.lengths), _without(plan.peers, BUSY, TWO_WORKERS), plan.rounds),
+        "small": (partial(cells.small, plan.lengths), _without(plan.peers, TWO_WORKERS), plan.rounds),
+        "idle": (
+            partial(cells.idle, plan.lengths),
+            _without(plan.peers, *_NO_RIVALS_AT_IDLE, TWO_WORKERS),
+            plan.seldom,
+        ),
+        "push": (cells.push, _without(plan.peers, BUSY, TWO_WORKERS), plan.seldom),
+        "workers": (partial(cells.workers, plan.lengths), _workers(plan.peers), plan.rounds),
+    }
+    async with open_rig(plan.programs, plan.directory) as rig:
+        for group in plan.groups:
+            if group in turns:
+                turn, peers, rounds = turns[group]
+                for number in range(1, rounds + 1):
+                    for peer in peers:
+                        await _take(partial(_turn, rig, group, peer, number, turn, results, say), results, say, group)
+            elif group == "bypass":
+                for number in range(1, plan.seldom + 1):
+                    await _take(partial(_bypass, rig, plan, number, results, say), results, say, group)
+    if "conntrack" in plan.groups:
+        for peer in plan.peers:
+            if peer.name == "tproxyd":
+                await _take(partial(_conntrack, plan, peer, results, say), results, say, "conntrack")
+
+
+async def _take(turn: Callable[[], Awaitable[None]], results: Results, say: Callable[[str], None], group: str) -> None:
+    try:
+        await turn()
+    except (UnprovenError, LabError, trio.TooSlowError) as error:
+        results.errors.append(f"{group}: {str(error) or 'it took too long'}")
+        say(f"  ERROR {results.errors[-1]}")
+
+
+async def _turn(
+    rig: Rig, group: str, peer: Peer, number: int, turn: Turn, results: Results, say: Callable[[str], None]
+) -> None:
+    async with rig.visit(peer) as visit:
+        figures, raw = await turn(visit)
+        if peer.proxied:
+            figures["start"] = visit.start_seconds * 1000
+    _tell(group, number, peer.name, figures, raw, results, say)
+
+
+async def _bypass(rig: Rig, plan: Plan, number: int, results: Results, say: Callable[[str], None]) -> None:
+    """The same traffic past the proxy: without any ruleset, and behind 10,000 networks of which the last is the client's.
+
+    A proxy listens meanwhile, so that traffic which is not steered is so because the ruleset lets it off.
+    """
+    direct = next(peer for peer in plan.peers if peer.name == "direct")
+    listening = next(peer for peer in plan.peers if peer.name == "splice")
+    async with rig.visit(listening):
+        visit = Visit(rig, direct, None, 0.0)
+        try:
+            await rig.gateway.run(*TPROXYD, "revert")
+            without = await _traffic(visit, plan.lengths)
+            await apply_config(rig.gateway, plan.directory, CAPTURE.replace("when_down", f"{_excluding()}when_down"))
+            behind = await _traffic(visit, plan.lengths)
+        finally:
+            await apply_config(rig.gateway, plan.directory, CAPTURE)
+    figures = {f"bypass_{name}": behind[name] / without[name] for name in without}
+    _tell("bypass", number, direct.name, figures, {"without": without, "behind": behind}, results, say)
+
+
+async def _traffic(visit: Visit, lengths: Lengths) -> dict[str, float]:
+    connections = await visit.measure("connections", 32, lengths.connections)
+    download = await visit.measure("bulk", "download", 8, lengths.bulk)
+    return {
+        "conn32": connections.client["count"] / connections.client["seconds"],
+        "bulk8": download.client["bytes"] * 8e-9 / download.client["seconds"],
+    }
+
+
+def _excluding() -> str:
+    # Of 198.18.0.0/15, which is there for benchmarks (RFC 2544): every other network of four addresses, so that none can be merged.
+    networks = [
+        f"198.{18 + number // 8192}.{number // 32 % 256}.{number % 32 * 8}/30" for number in range(_EXCLUDED - 1)
+    ]
+    return f"exclude_sources = {[*networks, '192.0.2.0/24']}\n".replace("'", '"')
+
+
+async def _conntrack(plan: Plan, peer: Peer, results: Results, say: Callable[[str], None]) -> None:
+    """A network of its own: what makes conntrack active would slow down what is measured in it."""
+    async with open_rig(plan.programs, plan.directory) as rig:
+        rig.gateway.call(activate_conntrack)
+        direct = Visit(rig, next(peer for peer in plan.peers if peer.name == "direct"), None, 0.0)
+        await direct.measure("requests", 1, 0.1)
+        before = rig.gateway.call(conntrack_count)
+        if before == 0:
+            raise UnprovenError("conntrack is not active: a connection without a proxy made no entry")
+        opened, rows = 0, []
+        async with rig.visit(peer) as visit:
+            while opened < _CONNTRACK_CONNECTIONS:
+                cell = await visit.measure("connections", 32, 1.0)
+                opened += int(cell.client["opened"])
+                rows.append(as_row(cell))
+            entries = rig.gateway.call(conntrack_count) - before
+    _tell("conntrack", 1, peer.name, {"conntrack": float(entries)}, {"opened": opened, "cells": rows}, results, say)
+
+
+def _tell(
+    group: str,
+    number: int,
+    peer: str,
+    figures: dict[str, float],
+    raw: object,
+    results: Results,
+    say: Callable[[str], None],
+) -> None:
+    results.add(group, number, peer, figures, raw)
+    words = ", ".join(f"{name} {value:,.{FIGURES[name].digits}f}" for name, value in figures.items())
+    say(f"  {group} {number} {peer}: {words}")
+
+
+def _without(peers: Sequence[Peer], *names: str) -> list[Peer]:
+    return [peer for peer in peers if peer.name not in names]
+
+
+def _workers(peers: Sequence[Peer]) -> list[Peer]:
+    both = [peer for peer in peers if peer.name in ("tproxyd", TWO_WORKERS)]
+    return both if len(both) == 2 else []
