@@ -3,7 +3,8 @@
 Accept, decide, dial, relay, record: `connection.Connection` is the life of one; `loop.RelayLoop` drives them.
 """
 
+from tproxyd.datapath.pipes import splice_error
 from tproxyd.datapath.record import Outcome, Record
 from tproxyd.datapath.report import CONNECT_SECONDS, Counters, LogLine, Setup
 
-__all__ = ["CONNECT_SECONDS", "Counters", "LogLine", "Outcome", "Record", "Setup"]
+__all__ = ["CONNECT_SECONDS", "Counters", "LogLine", "Outcome", "Record", "Setup", "splice_error"]

@@ -61,8 +61,11 @@ _UPSTREAM: dict[int, Outcome] = {
 }
 
 # Bytes that a reset must not overtake: wait while the peer takes them, until it has taken none for this long, in seconds, or for
-# two round trips, which is how often news of it comes.
-_FLUSH_STALL = 0.05
+# two round trips, which is how often news of it comes. A client gets more: a slow one may tell only once a second that it has read (a
+# receiver announces room when much of it is free), and has a right to what the server has said. What a client has sent that
+# went away is worth little, and its server is to know soon.
+_CLIENT_STALL = 2.0
+_APP_STALL = 0.05
 
 _DIALLING, _RELAYING, _FLUSHING, _CLOSED = range(4)
 
@@ -87,8 +90,8 @@ class Connection(Timed):
         "loop",
         "moved",
         "patience",
-        "reported",
         "rule",
+        "settled",
         "started",
         "state",
         "target",
@@ -114,7 +117,7 @@ class Connection(Timed):
         self.rule: str | None = None
         self.state = _DIALLING
         self.counted = False
-        self.reported = False
+        self.settled = False
         self.downstream = Leg(loop, sock, accepted=True)
         self.upstream: Leg | None = None
 
@@ -145,17 +148,21 @@ class Connection(Timed):
             # Nothing may refer in a circle: what has ended is to be freed at once, not by the garbage collector.
             del self.upstream.other, self.downstream.other
 
-    def time_out_dial(self) -> None:
-        """The upstream has not answered within `connect_timeout`."""
-        self.end("upstream_timeout")
-
-    def settle(self) -> None:
-        """Called once, when it has been silent for some seconds: from now on the kernel watches whether the server is there."""
-        if self.upstream is not None and self.state == _RELAYING:
-            try:
-                watch_peer(self.upstream.sock)
-            except OSError as error:
-                self._fail(error)
+    def settle(self) -> bool:
+        """It has been silent for some seconds, and is worth the system calls with which the kernel watches whether the server is still
+        there; from now on its time-out runs. False if it is still dialling."""
+        upstream = self.upstream
+        if self.state == _DIALLING or upstream is None:
+            return False
+        self.settled = True
+        try:
+            watch_peer(upstream.sock)
+        except OSError as error:
+            self._fail(error)
+        else:
+            half_closed = upstream.passed_on or self.downstream.passed_on
+            (self.loop.half_closed if half_closed else self.loop.idle).add(self)
+        return True
 
     def flush(self) -> None:
         """One side has broken: gives the other one what came before, for as long as it takes it, and then ends both.
@@ -165,8 +172,7 @@ class Connection(Timed):
         source = self.broken[0]
         sink = source.other
         try:
-            if not source.ended:
-                source.pump()
+            source.pump()
         except LegBrokenError as error:
             source.ended = True
             if error.leg is sink:
@@ -284,7 +290,8 @@ class Connection(Timed):
         self.state = _RELAYING
         loop.count_connect(loop.now - self.started)
         self.active = loop.now
-        loop.settling.add(self)
+        if not loop.lazy:
+            loop.settling.add(self)
         downstream = self.downstream
         if downstream.readable:
             self._relay(downstream, 0)
@@ -340,7 +347,9 @@ class Connection(Timed):
         except OSError as error:
             raise LegBrokenError(leg.other, error) from error
         self.active = self.loop.now
-        return self.loop.half_closed.add(self)
+        if self.settled or not self.loop.lazy:
+            self.loop.half_closed.add(self)
+        return None
 
     def _break(self, leg: Leg, number: int) -> None:
         client = leg is self.downstream
@@ -348,13 +357,13 @@ class Connection(Timed):
         self.state = _FLUSHING
         self.leave_wheel()
         # Without what the flags say: read to the very end of what is there.
-        leg.readable = leg.doubtful = True
+        leg.readable = leg.doubtful = leg.broken = True
         loop = self.loop
         self.bytes_left, self.moved = -1, loop.now
         self.flush_end = loop.now + loop.half_closed.seconds
-        self.patience = _FLUSH_STALL
+        self.patience = _APP_STALL if client else _CLIENT_STALL
         with contextlib.suppress(OSError):
-            self.patience = max(_FLUSH_STALL, 2 * round_trip_seconds(leg.other.sock))
+            self.patience = max(self.patience, 2 * round_trip_seconds(leg.other.sock))
         loop.flushing.add(self)
         self.flush()
 

@@ -16,6 +16,7 @@ import select
 import socket
 import time
 import traceback
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, cast
 
@@ -90,10 +91,14 @@ class RelayLoop:
         self.pipes = PipePool(setup.pipes if self.engine != "copy" else 0)
         self.keeps_source = config.upstream.source == "auto"
         self.decide = compile_policy(config.policy)
+        shortest = min(config.relay.idle_timeout, config.relay.half_close_timeout)
         self.dialling: Wheel[Connection] = Wheel(config.upstream.connect_timeout)
-        self.settling: Wheel[Connection] = Wheel(min(_SETTLE, config.relay.idle_timeout))
+        self.settling: Wheel[Connection] = Wheel(min(_SETTLE, shortest))
         self.idle: Wheel[Connection] = Wheel(config.relay.idle_timeout)
-        self.half_closed: Wheel[Connection] = Wheel(min(config.relay.half_close_timeout, config.relay.idle_timeout))
+        self.half_closed: Wheel[Connection] = Wheel(shortest)
+        # A connection stays where it waited for its upstream, and what it waits for now is asked when that time is up: most have
+        # ended by then, and have entered one wheel instead of three.
+        self.lazy = self.dialling.seconds <= self.settling.seconds
         self.flushing: set[Connection] = set()
 
         self._alone = setup.alone
@@ -120,9 +125,9 @@ class RelayLoop:
         self._records: list[Record] = []
         self._encode = msgspec.json.Encoder()
         self._said: dict[object, float] = {}
-        self._second = -1  # of the wall clock, whose text is kept
+        self._second = -1.0  # of the wall clock, whose text is kept
         self._second_text = ""
-        self._asked_idle = False
+        self._asked_idle = self._tells_idle = False
         self._stopping = False
         self._report_due = math.inf
         self._stalls_due = math.inf
@@ -162,12 +167,19 @@ class RelayLoop:
             if self._again:
                 again, self._again = self._again, []
                 for leg in again:
+                    leg.queued = False
                     if leg.handle is not None:
                         leg.handle(0)
             if self._ready:
                 ready, self._ready = self._ready, []
                 for listener in ready:
                     self._accept(listener)
+            if self._asked_idle and not self._tells_idle:
+                # Whoever's handshake is complete is served, too.
+                while sum(self._accept(listener) for listener in self._listeners):
+                    pass
+                self._tells_idle = True
+                self._report_due = self.now
             self._keep_time()
 
     def close(self) -> None:
@@ -202,22 +214,24 @@ class RelayLoop:
 
     def watch(self, leg: Leg, handle: Callable[[int], None]) -> None:
         """Calls `handle` with what epoll says of the leg's socket, from now on until `part`."""
-        leg.handle = self._handlers[leg.fd] = handle
         self._epoll.register(leg.fd, WATCHED | select.EPOLLOUT if leg.watches_out else WATCHED)
+        leg.handle = self._handlers[leg.fd] = handle
 
     def watch_writable(self, leg: Leg) -> None:
         """A send has blocked: from now on it is told, too, when one would not."""
         self._epoll.modify(leg.fd, WATCHED | select.EPOLLOUT)
-        self._note_blocked(leg)
 
-    def _note_blocked(self, leg: Leg) -> None:
+    def note_blocked(self, leg: Leg) -> None:
+        """A send has blocked; should that last, somebody has to look why."""
         self._blocked.add(leg)
         if self._stalls_due == math.inf:
             self._stalls_due = self.now + _STALLS
 
     def again(self, leg: Leg) -> None:
         """There is more to do for this leg, after the others have had their turn."""
-        self._again.append(leg)
+        if not leg.queued:
+            leg.queued = True
+            self._again.append(leg)
 
     def part(self, leg: Leg, *, orderly: bool) -> None:
         """Closes the leg's socket, with a reset unless `orderly`."""
@@ -238,12 +252,7 @@ class RelayLoop:
         """An upstream has answered after so many seconds."""
         counters = self._counters
         counters.connect_seconds_sum += seconds
-        bucket = 0
-        for bound in CONNECT_SECONDS:
-            if seconds <= bound:
-                break
-            bucket += 1
-        counters.connect_seconds[bucket] += 1
+        counters.connect_seconds[bisect_left(CONNECT_SECONDS, seconds)] += 1
 
     def leave(self, connection: Connection, outcome: Outcome) -> None:
         """One connection less, and its record."""
@@ -265,7 +274,7 @@ class RelayLoop:
         self._records.append(record)
         if self._report_due == math.inf:
             self._report_due = self.now + _REPORT
-        if self._asked_idle and not self._connections:
+        if self._tells_idle and not self._connections:
             self._report_due = self.now
         if not self._accepting and self._resume_due == math.inf and counters.active < self._limit:
             self._resume_accepting()
@@ -307,11 +316,12 @@ class RelayLoop:
     def _wall_clock(self) -> str:
         """RFC 3339 in UTC with milliseconds."""
         now = time.time()
-        second = int(now)
-        if second != self._second:
-            self._second = second
-            self._second_text = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
-        return f"{self._second_text}.{int((now - second) * 1000):03d}Z"
+        past = now - self._second
+        if not 0 <= past < 1:
+            self._second = math.floor(now)
+            self._second_text = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now))
+            past = now - self._second
+        return f"{self._second_text}.{int(past * 1000):03d}Z"
 
     def _timeout(self) -> float | None:
         """Seconds until something is due; None without anything."""
@@ -348,14 +358,11 @@ class RelayLoop:
                 connection.flush()
         if now >= self.dialling.due:
             for connection in self.dialling.expire(now):
-                connection.end("upstream_timeout")
+                if not connection.settle():
+                    connection.end("upstream_timeout")
         if now >= self.settling.due:
             for connection in self.settling.expire(now):
                 connection.settle()
-                if now - connection.active >= self._idle_timeout:
-                    connection.end("idle_timeout")
-                else:
-                    self.idle.add(connection)
         if now >= self.idle.due:
             for connection in self.idle.expire(now):
                 connection.end("idle_timeout")
@@ -440,11 +447,7 @@ class RelayLoop:
             order = b""
         match order[:1]:
             case report.TELL_IDLE:
-                # Whoever's handshake is complete is served, too.
-                while sum(self._accept(listener) for listener in self._listeners):
-                    pass
                 self._asked_idle = True
-                self._report_due = self.now
             case report.TELL_COUNTERS:
                 self._outbox.put(report.COUNTED, msgspec.msgpack.encode(self._counters_now()))
                 self._report_due = self.now
@@ -463,8 +466,9 @@ class RelayLoop:
         return counters
 
     def _log(self, level: Literal["info", "warning", "error"], text: str, trace: str | None = None) -> None:
-        self._outbox.put(report.LOG, msgspec.msgpack.encode(LogLine(level, text, trace))[: report.MESSAGE - 1])
-        self._report_due = self.now
+        if not self._outbox.full:
+            self._outbox.put(report.LOG, msgspec.msgpack.encode(LogLine(level, text[:4000], trace and trace[-16000:])))
+            self._report_due = self.now
 
     def _report(self) -> None:
         """Tells the owner what has happened since it was told last."""
@@ -480,9 +484,10 @@ class RelayLoop:
         if self._records:
             records, self._records = self._records, []
             self._put_lines(report.RECORDS, records)
-        outbox.put(report.COUNTERS, msgspec.msgpack.encode(self._counters))
-        if self._asked_idle and not self._connections:
-            self._asked_idle = False
+        if not outbox.full:
+            outbox.put(report.COUNTERS, msgspec.msgpack.encode(self._counters))
+        if self._tells_idle and not self._connections:
+            self._asked_idle = self._tells_idle = False
             outbox.put(report.IDLE)
         self._send_reports()
 

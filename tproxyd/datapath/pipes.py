@@ -7,14 +7,33 @@ from __future__ import annotations
 
 import fcntl
 import os
+import socket
 from typing import NamedTuple
 
-__all__ = ["PIPE_BYTES", "Pipe", "PipePool"]
+__all__ = ["PIPE_BYTES", "Pipe", "PipePool", "splice_error"]
 
 # What one splice moves at most. Unprivileged users may have pipes of up to 1 MiB (fs.pipe-max-size).
 PIPE_BYTES = 256 * 1024
 _SMALL = 64 * 1024
 _SPARE = 64  # empty pipes that are kept open
+
+
+def splice_error() -> OSError | None:
+    """Tries splice(2) as it will be used; what is wrong with it, if anything (a seccomp filter refuses it, or there are no pipes)."""
+    try:
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            read, write = os.pipe2(os.O_CLOEXEC)
+            try:
+                ours.send(b"x")
+                os.splice(theirs.fileno(), write, 1, flags=os.SPLICE_F_NONBLOCK)
+                os.splice(read, theirs.fileno(), 1, flags=os.SPLICE_F_NONBLOCK)
+            finally:
+                os.close(read)
+                os.close(write)
+    except OSError as error:
+        return error
+    return None
 
 
 class Pipe(NamedTuple):

@@ -51,6 +51,7 @@ class Owner(Protocol):
     engine: Engine
 
     def watch_writable(self, leg: Leg) -> None: ...
+    def note_blocked(self, leg: Leg) -> None: ...
     def again(self, leg: Leg) -> None: ...
 
 
@@ -71,6 +72,7 @@ class Leg:
     """
 
     __slots__ = (
+        "broken",
         "doubtful",
         "ended",
         "fd",
@@ -84,6 +86,7 @@ class Leg:
         "owner",
         "passed_on",
         "pipe",
+        "queued",
         "readable",
         "received",
         "sent",
@@ -104,7 +107,9 @@ class Leg:
         self.hup = False
         self.doubtful = False
         self.ended = False
+        self.broken = False  # with a reset behind it, there is no FIN that the last bytes could wait for
         self.passed_on = False
+        self.queued = False
         self.watches_out = not accepted  # the upstream's connect is waited for
         self.nonblocking = not accepted
         self.nodelay = accepted  # accepted sockets have it from the listener
@@ -129,8 +134,11 @@ class Leg:
         """Moves bytes from here to the other socket until one of them has to be waited for; whether any byte moved."""
         other = self.other
         moved = False
-        if self.pipe is not None:
-            return self._splice()
+        pipe = self.pipe
+        if pipe is not None:
+            moved = self._splice(pipe)
+            if self.pipe is pipe:
+                return moved
         if self.held:
             if not other.writable:
                 return False
@@ -139,8 +147,10 @@ class Leg:
             moved = len(self.held) < before
             if self.held:
                 return moved
-        if self.owner.engine == "splice" and self.readable and not self.ended and self._start_splicing():
-            return True
+        if self.owner.engine == "splice" and self.readable and not (self.ended or self.doubtful):
+            moved = self._start_splicing() or moved
+            if self.pipe is not None:
+                return moved
         size = READ
         turns = TURNS
         while self.readable and not self.ended and other.writable:
@@ -168,8 +178,10 @@ class Leg:
                 break
             if length == size and not self.held:
                 if self.owner.engine != "copy" and not self.doubtful and self._start_splicing():
-                    return True
-                size = BULK_READ
+                    if self.pipe is not None or not self.readable:
+                        return True
+                else:
+                    size = BULK_READ
             if turns == 0:
                 self.owner.again(self)
                 break
@@ -186,11 +198,6 @@ class Leg:
             self.pipe = None
             self.in_pipe = 0
 
-    @property
-    def waiting(self) -> int:
-        """Bytes that were read from here and not given to the other socket yet."""
-        return len(self.held) + self.in_pipe
-
     def _give(self, data: bytes) -> None:
         """Sends to the other socket; what it does not take is held."""
         other = self.other
@@ -200,7 +207,7 @@ class Leg:
             other.nodelay = True
         try:
             # With the end behind it: data and FIN in one packet.
-            count = other.sock.send(data, _MORE if self.ended else _DONTWAIT)
+            count = other.sock.send(data, _MORE if self.ended and not self.broken else _DONTWAIT)
         except BlockingIOError:
             count = 0
         except OSError as error:
@@ -215,6 +222,7 @@ class Leg:
     def block(self) -> None:
         """The socket takes nothing at the moment."""
         self.writable = False
+        self.owner.note_blocked(self)
         if not self.watches_out:
             self.watches_out = True
             self.owner.watch_writable(self)
@@ -231,12 +239,12 @@ class Leg:
         if not self.other.nodelay:
             send_at_once(self.other.sock)
             self.other.nodelay = True
-        self._splice()
+        self._splice(pipe)
         return True
 
-    def _splice(self) -> bool:
-        other, pipe = self.other, self.pipe
-        assert pipe is not None
+    def _splice(self, pipe: Pipe) -> bool:
+        """Moves through the pipe; whether any byte moved. The pipe is given back when nothing more is to be read for now."""
+        other = self.other
         moved = False
         for _ in range(TURNS):
             if not self.in_pipe:
@@ -245,13 +253,14 @@ class Leg:
                 try:
                     count = os.splice(self.fd, pipe.write, PIPE_BYTES, flags=_SPLICE)
                 except BlockingIOError:
-                    self.readable = False
+                    # Also where urgent data comes next, at which splice stops; recv does not.
+                    self.readable = self.doubtful
                     break
                 except OSError as error:
                     raise LegBrokenError(self, error) from error
                 if count == 0:
-                    self.ended = True
-                    self.readable = False
+                    # The end, or urgent data with the end somewhere behind it: recv can tell.
+                    self.doubtful = True
                     break
                 self.received += count
                 self.in_pipe = count

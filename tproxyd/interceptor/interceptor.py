@@ -21,8 +21,8 @@ import trio
 
 from tproxyd import kernel
 from tproxyd.config import Config
-from tproxyd.datapath import Counters, Record, Setup
-from tproxyd.errors import ConfigError, KernelError, TproxydError
+from tproxyd.datapath import Counters, Record, Setup, splice_error
+from tproxyd.errors import ConfigError, KernelError, MissingError, TproxydError
 from tproxyd.interceptor.relays import OnLines, Relays
 from tproxyd.net.capabilities import require_capabilities
 from tproxyd.net.proc_net import Connections, closing_connections, half_open_connections, open_file_count, port_holder
@@ -116,6 +116,7 @@ async def open_interceptor(
     surroundings = kernel.look_around()
     _warn(surroundings)
     listen = make_plan(config, surroundings=surroundings).listen
+    config = _with_engine(config)
     setups = _make_setups(config, listen)
 
     async with AsyncExitStack() as stack:
@@ -221,6 +222,20 @@ async def _until_gone(look: Callable[[Callable[[int], bool]], Connections], capt
         _log.warning("cannot look for connections that are beginning or ending: %s", error)
         return 0
     return len(left)
+
+
+def _with_engine(config: Config) -> Config:
+    """The config, with an engine that works here. Raises MissingError where that is not the one that is asked for."""
+    error = splice_error() if config.relay.engine != "copy" else None
+    if error is None:
+        return config
+    if config.relay.engine == "splice":
+        raise MissingError(
+            f'`relay.engine` = "splice", but splice(2) does not work here: {error.strerror}; allow it (in a systemd unit: '
+            'SystemCallFilter=splice), or set engine = "copy"'
+        )
+    _log.warning("splice(2) does not work here (%s): bulk data is copied, which costs more CPU", error.strerror)
+    return msgspec.structs.replace(config, relay=msgspec.structs.replace(config.relay, engine="copy"))
 
 
 def _make_setups(config: Config, listen: tuple[tuple[str, int], ...]) -> list[Setup]:

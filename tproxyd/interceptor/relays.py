@@ -113,6 +113,7 @@ class _Relay:
         self.counters = Counters()
         self._living: dict[str, Record] = {}
         self._ready = trio.Event()
+        self._started = False
         self._idle: trio.Event | None = None
         self._counted: trio.Event | None = None
 
@@ -124,7 +125,7 @@ class _Relay:
         tries = 0
         while True:
             began = trio.current_time()
-            reason = await self._live(task_status if tries == 0 and not self._ready.is_set() else None)
+            reason = await self._live(task_status)
             self._bury(reason)
             tries = tries + 1 if trio.current_time() - began < _YOUNG else 1
             if tries >= _TRIES:
@@ -134,24 +135,25 @@ class _Relay:
             await trio.sleep(0.05 * 2**tries)
 
     async def wait_idle(self) -> None:
-        self._idle = trio.Event()
+        idle = self._idle = trio.Event()
         await self._tell(report.TELL_IDLE)
-        await self._idle.wait()
+        await idle.wait()
 
     async def count(self) -> None:
-        if self._counted is None:
-            self._counted = trio.Event()
+        counted = self._counted
+        if counted is None:
+            counted = self._counted = trio.Event()
             await self._tell(report.TELL_COUNTERS)
         with trio.move_on_after(_COUNT):
-            await self._counted.wait()
+            await counted.wait()
 
     async def _tell(self, order: bytes) -> None:
         if self._channel is not None:
             with suppress(OSError):  # it has died, which is noticed elsewhere
                 await self._channel.send(order)
 
-    async def _live(self, task_status: trio.TaskStatus[None] | None) -> str:
-        """One loop's life. Gives why it ended; when this is cancelled, the loop is ended in order."""
+    async def _live(self, task_status: trio.TaskStatus[None]) -> str:
+        """One loop's life; tells when the first one has answered. Gives why it ended; when this is cancelled, the loop is ended in order."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with ours:
             for sock in (ours, theirs):
@@ -170,9 +172,9 @@ class _Relay:
                         nursery.start_soon(self._tell, report.TELL_IDLE)
                     async for message in _messages(channel):
                         self._take(message)
-                        if task_status is not None and self._ready.is_set():
+                        if self._ready.is_set() and not self._started:
+                            self._started = True
                             task_status.started()
-                            task_status = None
                     nursery.cancel_scope.cancel()
                 return await home.ended()
             except BaseException:
@@ -239,6 +241,9 @@ class _Relay:
         if lost:
             self._before.outcomes["worker_lost"] = self._before.outcomes.get("worker_lost", 0) + lost
         self.counters = Counters()
+        if self._counted is not None:
+            self._counted.set()  # there is nothing to wait for
+            self._counted = None
 
 
 def _identity(line: bytes) -> str:
