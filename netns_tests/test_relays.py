@@ -14,7 +14,7 @@ from netns_tests.reference_relay import reset
 from netns_tests.test_contract import Bench, Seen, family_of, read, read_exactly
 from tproxyd.config import Config
 from tproxyd.datapath import Setup
-from tproxyd.interceptor import relays
+from tproxyd.interceptor import homes, relays
 from tproxyd.interceptor.relays import Relays
 from tproxyd.testing import SIDECAR
 from tproxyd.testing.daemon import open_daemon
@@ -93,11 +93,11 @@ async def test_a_loop_may_answer_before_the_question_is_through(
 
 async def test_a_loop_that_dies_before_it_is_ready_does_not_hold_up_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     """The second one serves, and nobody is told: the daemon never says that it is ready."""
-    start = relays._Process.start
+    start = homes.ProcessHome.start
     started = 0
 
     async def start_and_kill_first(
-        self: relays._Process, channel: socket.socket, listeners: Sequence[socket.socket]
+        self: homes.ProcessHome, channel: socket.socket, listeners: Sequence[socket.socket]
     ) -> None:
         nonlocal started
         await start(self, channel, listeners)
@@ -106,7 +106,7 @@ async def test_a_loop_that_dies_before_it_is_ready_does_not_hold_up_the_start(mo
             assert self._process is not None
             os.kill(self._process.pid, signal.SIGKILL)
 
-    monkeypatch.setattr(relays._Process, "start", start_and_kill_first)
+    monkeypatch.setattr(homes.ProcessHome, "start", start_and_kill_first)
     with unused_listener() as listener:
         relay = Relays([setup(True)], [[listener]], ignore)
         async with trio.open_nursery() as nursery:

@@ -4,6 +4,9 @@ The public names, imported when they are first used: reading a config needs neit
 
     load_config, config_from_mapping    a file or a mapping becomes a frozen Config
     make_plan, render                   a Config becomes what the kernel should hold, and its text
+    open_interceptor                    captures, and serves what is captured, in a trio program
+    Connection; Forward, Refuse, Handle what its policy is asked, and may answer
+    Record                              what a connection leaves behind
     TproxydError and its branches       what is raised on purpose
 """
 
@@ -14,22 +17,33 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tproxyd.config import Config, config_from_mapping, load_config
+    from tproxyd.datapath import Record
     from tproxyd.errors import CapabilityError, ConfigError, KernelError, MissingError, TproxydError, UsageError
+    from tproxyd.interceptor import Interceptor, open_interceptor
     from tproxyd.plan import Plan, make_plan, render
+    from tproxyd.proxy import Connection, ConnectionStream, Forward, Handle, Refuse
 
 __all__ = [
     "CapabilityError",
     "Config",
     "ConfigError",
+    "Connection",
+    "ConnectionStream",
+    "Forward",
+    "Handle",
+    "Interceptor",
     "KernelError",
     "MissingError",
     "Plan",
+    "Record",
+    "Refuse",
     "TproxydError",
     "UsageError",
     "__version__",
     "config_from_mapping",
     "load_config",
     "make_plan",
+    "open_interceptor",
     "render",
 ]
 
@@ -38,7 +52,10 @@ __version__ = "0.1.0"
 _HOME = {
     "tproxyd.config": ("Config", "config_from_mapping", "load_config"),
     "tproxyd.errors": ("CapabilityError", "ConfigError", "KernelError", "MissingError", "TproxydError", "UsageError"),
+    "tproxyd.datapath": ("Record",),
+    "tproxyd.interceptor": ("Interceptor", "open_interceptor"),
     "tproxyd.plan": ("Plan", "make_plan", "render"),
+    "tproxyd.proxy": ("Connection", "ConnectionStream", "Forward", "Handle", "Refuse"),
 }
 
 

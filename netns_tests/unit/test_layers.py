@@ -13,12 +13,12 @@ import pytest
 import tproxyd
 
 PACKAGE = Path(tproxyd.__file__).parent
-ROOMS = ["errors", "config", "policy", "plan", "net", "kernel", "datapath", "interceptor", "daemon", "testing"]
+ROOMS = ["errors", "config", "policy", "plan", "net", "kernel", "datapath", "proxy", "interceptor", "daemon", "testing"]
 """A room may import itself and those before it."""
 
 ONLY_THERE = {
     "pyroute2": {"kernel", "testing"},
-    "trio": {"interceptor", "daemon", "testing"},
+    "trio": {"proxy", "interceptor", "daemon", "testing"},
     "h11": {"daemon"},
     "prometheus_client": {"daemon"},
     "pytest": {"testing"},

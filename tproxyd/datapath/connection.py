@@ -5,8 +5,9 @@ way in which it can end has an outcome, and only a surprise is logged. The rule 
 orderly close for something that went wrong. It gets a reset, after the bytes that came before it.
 
     dialling ──connected──▶ relaying ──both FINs passed on──▶ closed
-        │                      │
-        └──refused, reset, ... └──one side broke──▶ flushing ──▶ closed
+      ▲ │                      │
+      │ └──refused, reset, ... └──one side broke──▶ flushing ──▶ closed
+      └── handed over to the embedding program, and taken back, or ended there
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ _UPSTREAM: dict[int, Outcome] = {
 _CLIENT_STALL = 2.0
 _APP_STALL = 0.05
 
-_DIALLING, _RELAYING, _FLUSHING, _CLOSED = range(4)
+_DIALLING, _RELAYING, _FLUSHING, _HANDED, _CLOSED = range(5)
 
 _AS_CLIENT, _AS_ADDRESS, _AS_PROXY = range(3)  # whose address the upstream socket bears, in the order of trying
 
@@ -86,6 +87,7 @@ class Connection(Timed):
         "destination",
         "downstream",
         "flush_end",
+        "handed_upstream",
         "identity",
         "loop",
         "moved",
@@ -117,6 +119,7 @@ class Connection(Timed):
         self.rule: str | None = None
         self.state = _DIALLING
         self.counted = False
+        self.handed_upstream = 0
         self.settled = False
         self.downstream = Leg(loop, sock, accepted=True)
         self.upstream: Leg | None = None
@@ -137,10 +140,11 @@ class Connection(Timed):
         """Closes both sockets, in order if the outcome is `closed` and with a reset otherwise, and leaves the record."""
         if self.state == _CLOSED:
             return
+        handed = self.state == _HANDED  # its socket is elsewhere
         self.state = _CLOSED
         self.leave_wheel()
         for leg in (self.downstream, self.upstream):
-            if leg is not None:
+            if leg is not None and not handed:
                 leg.drop()
                 self.loop.part(leg, orderly=outcome == "closed")
         self.loop.leave(self, outcome)
@@ -210,8 +214,37 @@ class Connection(Timed):
             local = loop.is_local(verdict.target[0])
             if loop.is_listener(verdict.target, local=local):
                 return self.end("self_call")
-        loop.watch(self.downstream, self._on_client)
-        keeps = loop.keeps_source and not local and (":" in client[0]) == (":" in self.target[0])
+        if loop.asks:
+            self.state = _HANDED
+            return loop.hand_over(self)
+        return self._start(local)
+
+    def take_back(self, sock: socket.SocketType, target: tuple[str, int] | None) -> None:
+        """The embedding program has decided that it is forwarded, to another `target` or to the one that the configuration says."""
+        self.downstream = Leg(self.loop, sock, accepted=True)
+        self.state = _DIALLING
+        try:
+            if target is not None:
+                self.target = target
+            assert self.target is not None
+            local = self.loop.is_local(self.target[0])
+            if self.loop.is_listener(self.target, local=local):
+                return self.end("self_call")
+            return self._start(local)
+        except Exception as error:  # a target that is no address, for example
+            return self._fail(error)
+
+    def end_handed(self, outcome: Outcome, bytes_from_client: int, bytes_from_upstream: int) -> None:
+        """The embedding program is through with it."""
+        self.downstream.received = bytes_from_client
+        self.handed_upstream = bytes_from_upstream
+        self.end(outcome)
+
+    def _start(self, local: bool) -> None:
+        client, target = self.client, self.target
+        assert target is not None
+        self.loop.watch(self.downstream, self._on_client)
+        keeps = self.loop.keeps_source and not local and (":" in client[0]) == (":" in target[0])
         return self._dial(_AS_CLIENT if keeps else _AS_PROXY)
 
     def _dial(self, source: int) -> None:

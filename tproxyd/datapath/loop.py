@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import math
-import pickle
+import os
 import secrets
 import select
 import socket
@@ -67,10 +67,9 @@ def serve_loop(channel: socket.socket, listeners: Sequence[socket.socket]) -> No
     The first message on `channel` has to be the Setup. Every listener must be non-blocking.
     """
     with channel:
-        data = channel.recv(1 << 20)
-        if not data:
+        setup = report.receive_setup(channel)
+        if setup is None:
             return  # the owner has changed its mind
-        setup: Setup = pickle.loads(data)  # noqa: S301  # comes from the parent alone, over a socket without a name
         loop = RelayLoop(setup, listeners, channel)
         try:
             loop.run()
@@ -101,7 +100,10 @@ class RelayLoop:
         self.lazy = self.dialling.seconds <= self.settling.seconds
         self.flushing: set[Connection] = set()
 
+        self.asks = setup.asks
         self._alone = setup.alone
+        self._handed: dict[str, Connection] = {}
+        self._forward: list[tuple[report.ForwardOrder, int]] = []
         self._listen_port = config.listen.port
         self._listen_hosts = frozenset(host for host, _ in setup.listen)
         self._limit = setup.limit
@@ -174,6 +176,10 @@ class RelayLoop:
                 ready, self._ready = self._ready, []
                 for listener in ready:
                     self._accept(listener)
+            if self._forward:
+                orders, self._forward = self._forward, []
+                for order, fd in orders:
+                    self._take_back(order, fd)
             if self._asked_idle and not self._tells_idle:
                 # Whoever's handshake is complete is served, too.
                 while sum(self._accept(listener) for listener in self._listeners):
@@ -248,6 +254,22 @@ class RelayLoop:
         else:
             abort(leg.sock)
 
+    def hand_over(self, connection: Connection) -> None:
+        """Gives the connection's socket to the owner, whose program decides; it stays in the books here."""
+        if self._outbox.full:
+            # Nobody takes anything: the program that is to decide does not run.
+            abort(connection.downstream.sock)
+            return connection.end("policy_error")
+        handed = report.HandedOver(
+            id=f"{connection.identity:016x}",
+            source=connection.client[:2],
+            original_destination=connection.target[:2] if connection.target else ("", 0),
+            rule=connection.rule,
+        )
+        self._handed[handed.id] = connection
+        self._outbox.put(report.HAND_OVER, msgspec.msgpack.encode(handed), sock=connection.downstream.sock)
+        return self._send_reports()
+
     def count_connect(self, seconds: float) -> None:
         """An upstream has answered after so many seconds."""
         counters = self._counters
@@ -308,7 +330,7 @@ class RelayLoop:
             upstream_source=format_address(source) if source else None,
             rule=connection.rule,
             bytes_from_client=connection.downstream.received,
-            bytes_from_upstream=upstream.received if upstream else 0,
+            bytes_from_upstream=upstream.received if upstream else connection.handed_upstream,
             duration_ms=round((self.now - connection.started) * 1000, 3),
             outcome=outcome,
         )
@@ -440,12 +462,20 @@ class RelayLoop:
 
     def _on_orders(self, _: int) -> None:
         try:
-            order = self._channel.recv(report.MESSAGE)
+            order, fds, _, _ = socket.recv_fds(self._channel, report.MESSAGE, 1)
         except BlockingIOError:
             return
         except OSError:
-            order = b""
+            order, fds = b"", []
         match order[:1]:
+            case report.FORWARD:
+                # Dialled after this batch of events, as every new connection.
+                self._forward.append((msgspec.msgpack.decode(order[1:], type=report.ForwardOrder), fds[0]))
+            case report.ENDED:
+                ended = msgspec.msgpack.decode(order[1:], type=report.EndedOrder)
+                handed = self._handed.pop(ended.id, None)
+                if handed is not None:
+                    handed.end_handed(ended.outcome, ended.bytes_from_client, ended.bytes_from_upstream)
             case report.TELL_IDLE:
                 self._asked_idle = True
             case report.TELL_COUNTERS:
@@ -455,6 +485,14 @@ class RelayLoop:
                 self._stopping = True
             case _:
                 self._stopping = True  # the owner is gone
+
+    def _take_back(self, order: report.ForwardOrder, fd: int) -> None:
+        connection = self._handed.pop(order.id, None)
+        if connection is None:
+            os.close(fd)
+            return
+        family = socket.AF_INET6 if ":" in connection.client[0] else socket.AF_INET
+        connection.take_back(accepted_socket(family, fd), order.target)
 
     def _counters_now(self) -> Counters:
         """With what living connections have moved so far."""

@@ -20,8 +20,10 @@ Outcome = Literal[
     "idle_timeout",
     "half_close_timeout",
     "drained",
+    "handled",
     "limit",
     "no_ports",
+    "policy_error",
     "worker_lost",
     "error",
 ]

@@ -3,12 +3,13 @@
 The first byte of a message tells its kind. A loop never waits for its owner: what does not fit is kept for later, and access-log
 lines beyond a bound are dropped and counted. The end of the socket is the end of the other side, however that came about.
 
-    owner ▶ loop    setup (pickled), idle?, counters?, stop
-    loop ▶ owner    ready, records, living connections, counters, log lines, idle
+    owner ▶ loop    setup (pickled), idle?, counters?, stop; about a connection that was handed over: forward it, it has ended
+    loop ▶ owner    ready, records, living connections, counters, log lines, idle; a connection that the program wants to decide about
 """
 
 from __future__ import annotations
 
+import pickle
 import socket
 from collections import deque
 from typing import Literal
@@ -18,12 +19,16 @@ import msgspec
 from tproxyd.config import Config
 from tproxyd.datapath.record import Outcome
 
-__all__ = ["Counters", "LogLine", "Outbox", "Setup"]
+__all__ = ["Counters", "EndedOrder", "ForwardOrder", "HandedOver", "LogLine", "Outbox", "Setup"]
 
 # Owner to loop.
+SETUP_PART = b"P"
+SETUP_END = b"E"
 TELL_IDLE = b"I"
 TELL_COUNTERS = b"C"
 STOP = b"S"
+FORWARD = b"F"  # with the socket that was handed over
+ENDED = b"D"
 # Loop to owner.
 READY = b"R"
 RECORDS = b"r"
@@ -32,6 +37,7 @@ COUNTERS = b"c"
 COUNTED = b"C"
 LOG = b"l"
 IDLE = b"i"
+HAND_OVER = b"h"  # with a socket
 
 MESSAGE = 64 * 1024
 """Bytes of a message at most, the kind included."""
@@ -42,13 +48,41 @@ CONNECT_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0,
 
 class Setup(msgspec.Struct, frozen=True, kw_only=True):
     """All that a loop has to know. `listen` are the addresses of all listeners; `limit` and `pipes` are how many connections and
-    pipes this loop may have; `alone` that nothing else in the process starts programs."""
+    pipes this loop may have; `alone` that nothing else in the process starts programs; `asks` that an embedding program wants to see
+    every connection that is not refused."""
 
     config: Config
     listen: tuple[tuple[str, int], ...]
     limit: int
     pipes: int
     alone: bool
+    asks: bool = False
+
+
+class HandedOver(msgspec.Struct):
+    """A connection whose socket goes to the owner with this; `data` is what has been read from it already."""
+
+    id: str
+    source: tuple[str, int]
+    original_destination: tuple[str, int]
+    rule: str | None
+    data: bytes = b""
+
+
+class ForwardOrder(msgspec.Struct):
+    """Its socket comes back: relay it, to `target` if that is given."""
+
+    id: str
+    target: tuple[str, int] | None
+
+
+class EndedOrder(msgspec.Struct):
+    """It has ended, and how."""
+
+    id: str
+    outcome: Outcome
+    bytes_from_client: int
+    bytes_from_upstream: int
 
 
 class Counters(msgspec.Struct, kw_only=True, array_like=True):
@@ -79,27 +113,52 @@ class Outbox:
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
-        self._queue: deque[bytes] = deque()
+        self._queue: deque[tuple[bytes, socket.SocketType | None]] = deque()
 
     @property
     def full(self) -> bool:
         """Nobody has read for so long that nothing more is kept."""
         return len(self._queue) >= self._BOUND
 
-    def put(self, kind: bytes, content: bytes = b"") -> None:
-        """Queues one message; to be followed by `send`."""
-        self._queue.append(kind + content)
+    def put(self, kind: bytes, content: bytes = b"", *, sock: socket.SocketType | None = None) -> None:
+        """Queues one message; to be followed by `send`. A socket goes with it, and is closed here then."""
+        self._queue.append((kind + content, sock))
 
     def send(self) -> bool:
         """Sends what the socket takes; whether that was all. Raises OSError when the owner is gone."""
         queue = self._queue
         while queue:
+            message, sock = queue[0]
             try:
-                self._sock.send(queue[0])
+                if sock is None:
+                    self._sock.send(message)
+                else:
+                    socket.send_fds(self._sock, [message], [sock.fileno()])
+                    sock.close()
             except BlockingIOError:
                 return False
             queue.popleft()
         return True
+
+
+def split_setup(setup: Setup) -> list[bytes]:
+    """The setup as messages. With thousands of networks it is larger than one may be."""
+    data = pickle.dumps(setup)
+    parts = [data[begin : begin + MESSAGE - 1] for begin in range(0, len(data), MESSAGE - 1)]
+    return [SETUP_PART + part for part in parts[:-1]] + [SETUP_END + parts[-1]]
+
+
+def receive_setup(channel: socket.socket) -> Setup | None:
+    """Waits for the setup, the first that is said; None if the owner has gone instead."""
+    data = b""
+    while True:
+        message = channel.recv(MESSAGE)
+        if not message:
+            return None
+        data += message[1:]
+        if message[:1] == SETUP_END:
+            setup: Setup = pickle.loads(data)  # noqa: S301  # from the parent alone, over a socket that has no name
+            return setup
 
 
 def lines_to_messages(lines: bytes) -> list[bytes]:

@@ -28,6 +28,7 @@ from tproxyd.net.capabilities import require_capabilities
 from tproxyd.net.proc_net import Connections, closing_connections, half_open_connections, open_file_count, port_holder
 from tproxyd.net.sockets import format_address, open_listener, spread_by_source
 from tproxyd.plan import Plan, Surroundings, make_plan
+from tproxyd.proxy import Policy
 
 __all__ = ["Interceptor", "open_interceptor"]
 
@@ -97,10 +98,19 @@ class Interceptor:
 
 @asynccontextmanager
 async def open_interceptor(
-    config: Config, *, on_record: Callable[[Record], None] | None = None, on_lines: OnLines | None = None
+    config: Config,
+    *,
+    policy: Policy | None = None,
+    policy_timeout: float = 1.0,
+    on_record: Callable[[Record], None] | None = None,
+    on_lines: OnLines | None = None,
 ) -> AsyncIterator[Interceptor]:
     """Captures in the own network namespace, and serves until the block ends; then nothing of ours is left in the kernel, unless
     `tproxyd apply` had put it there: then its place is taken, and kept.
+
+    `policy` is asked about every connection that the configuration does not refuse: Forward relays it, Refuse resets it, and
+    Handle gives a stream to a handler of the program. It has `policy_timeout` seconds; if it fails, that connection is refused. Without
+    it no connection costs a task.
 
     `on_record` gets each connection's Record at its end, or some hundredths of a second later; `on_lines` gets the same as it
     stands in the access log: whole lines of JSON, several at a time. Neither may block. On entry capture is on and checked: the
@@ -117,7 +127,7 @@ async def open_interceptor(
     _warn(surroundings)
     listen = make_plan(config, surroundings=surroundings).listen
     config = _with_engine(config)
-    setups = _make_setups(config, listen)
+    setups = _make_setups(config, listen, asks=policy is not None)
 
     async with AsyncExitStack() as stack:
         listeners = [
@@ -128,7 +138,7 @@ async def open_interceptor(
             for listener in listeners[0]:
                 # What one client has is counted where all of it arrives.
                 spread_by_source(listener, len(setups))
-        relays = Relays(setups, listeners, _lines_to(on_record, on_lines))
+        relays = Relays(setups, listeners, _lines_to(on_record, on_lines), policy=policy, policy_timeout=policy_timeout)
         # Shielded, and ended by nothing but the line below: however this ends, clients must not be steered to listeners that
         # nobody serves. An event and not `nursery.start`, which with a cancellation pending would never give control back.
         serving, ready = trio.CancelScope(shield=True), trio.Event()
@@ -238,7 +248,7 @@ def _with_engine(config: Config) -> Config:
     return msgspec.structs.replace(config, relay=msgspec.structs.replace(config.relay, engine="copy"))
 
 
-def _make_setups(config: Config, listen: tuple[tuple[str, int], ...]) -> list[Setup]:
+def _make_setups(config: Config, listen: tuple[tuple[str, int], ...], *, asks: bool) -> list[Setup]:
     """What each relay loop is told: one in this process, or as many as there are to be processes."""
     workers = config.relay.workers
     if workers == "auto":
@@ -273,6 +283,7 @@ def _make_setups(config: Config, listen: tuple[tuple[str, int], ...]) -> list[Se
             limit=most // loops + (index < most % loops),
             pipes=pipes,
             alone=workers > 0,
+            asks=asks,
         )
         for index in range(loops)
     ]

@@ -7,22 +7,21 @@ socket (datapath/report.py). What a loop tells costs this side a wake-up every 5
 from __future__ import annotations
 
 import logging
-import pickle
-import signal
 import socket
-import subprocess
-import sys
-import threading
+import struct
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
-from pathlib import Path
+from datetime import UTC, datetime
+from functools import partial
 
 import msgspec
 import trio
 
-from tproxyd.datapath import Counters, LogLine, Record, Setup, report, worker
-from tproxyd.datapath.loop import serve_loop
+from tproxyd.datapath import Counters, LogLine, Outcome, Record, Setup, report
 from tproxyd.errors import KernelError
+from tproxyd.interceptor.homes import ProcessHome, ThreadHome
+from tproxyd.net.sockets import abort, format_address
+from tproxyd.proxy import Connection, Policy, serve_handed
 
 __all__ = ["Relays", "merge_counters"]
 
@@ -41,13 +40,22 @@ OnLines = Callable[[bytes], None]
 class Relays:
     """`count` loops in processes, or one in a thread if `count` is 0, on listeners that stay the caller's.
 
-    `on_lines` gets the records of ended connections, as whole lines of JSON, several at a time; it must not block.
+    `on_lines` gets the records of ended connections, as whole lines of JSON, several at a time; it must not block. `policy` is asked
+    about every connection that the configuration does not refuse, if the setups say so, and has `policy_timeout` seconds.
     """
 
     def __init__(
-        self, setups: Sequence[Setup], listeners: Sequence[Sequence[socket.socket]], on_lines: OnLines
+        self,
+        setups: Sequence[Setup],
+        listeners: Sequence[Sequence[socket.socket]],
+        on_lines: OnLines,
+        *,
+        policy: Policy | None = None,
+        policy_timeout: float = 1.0,
     ) -> None:
-        self._relays = [_Relay(setup, own, on_lines) for setup, own in zip(setups, listeners, strict=True)]
+        self._relays = [
+            _Relay(setup, own, on_lines, policy, policy_timeout) for setup, own in zip(setups, listeners, strict=True)
+        ]
         self._ended = trio.Event()
 
     @property
@@ -104,14 +112,26 @@ def merge_counters(many: Sequence[Counters]) -> Counters:
 class _Relay:
     """One place for a loop, and whoever fills it at the moment."""
 
-    def __init__(self, setup: Setup, listeners: Sequence[socket.socket], on_lines: OnLines) -> None:
+    def __init__(
+        self,
+        setup: Setup,
+        listeners: Sequence[socket.socket],
+        on_lines: OnLines,
+        policy: Policy | None,
+        policy_timeout: float,
+    ) -> None:
+        self._policy = policy
+        self._policy_timeout = policy_timeout
         self._setup = setup
         self._listeners = listeners
-        self._on_lines = on_lines
+        self.on_lines = on_lines
         self._channel: trio.socket.SocketType | None = None
         self._before = Counters()  # of those that died
         self.counters = Counters()
         self._living: dict[str, Record] = {}
+        self.handed: set[str] = set()
+        """Connections that are with the embedding program."""
+        self.nothing_handed = trio.Event()
         self._ready = trio.Event()
         self._started = False
         self._idle: trio.Event | None = None
@@ -123,16 +143,18 @@ class _Relay:
 
     async def serve(self, *, task_status: trio.TaskStatus[None]) -> None:
         tries = 0
-        while True:
-            began = trio.current_time()
-            reason = await self._live(task_status)
-            self._bury(reason)
-            tries = tries + 1 if trio.current_time() - began < _YOUNG else 1
-            if tries >= _TRIES:
-                raise KernelError(
-                    f"relay loops die as soon as they are started ({reason}), so connections cannot be served"
-                )
-            await trio.sleep(0.05 * 2**tries)
+        # What the program has in its hands outlives the loop that it came from.
+        async with trio.open_nursery() as handed:
+            while True:
+                began = trio.current_time()
+                reason = await self._live(handed, task_status)
+                self._bury(reason)
+                tries = tries + 1 if trio.current_time() - began < _YOUNG else 1
+                if tries >= _TRIES:
+                    raise KernelError(
+                        f"relay loops die as soon as they are started ({reason}), so connections cannot be served"
+                    )
+                await trio.sleep(0.05 * 2**tries)
 
     async def wait_idle(self) -> None:
         idle = self._idle = trio.Event()
@@ -152,26 +174,30 @@ class _Relay:
             with suppress(OSError):  # it has died, which is noticed elsewhere
                 await self._channel.send(order)
 
-    async def _live(self, task_status: trio.TaskStatus[None]) -> str:
+    async def _live(self, handed: trio.Nursery, task_status: trio.TaskStatus[None]) -> str:
         """One loop's life; tells when the first one has answered. Gives why it ended; when this is cancelled, the loop is ended in order."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with ours:
-            for sock in (ours, theirs):
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _CHANNEL_BYTES)
+        home = ProcessHome() if self._setup.alone else ThreadHome()
+        try:
+            for end in (ours, theirs):
+                end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _CHANNEL_BYTES)
             with theirs:
-                home: _Home = _Thread() if not self._setup.alone else _Process()
                 await home.start(theirs, self._listeners)
             ours.setblocking(False)
             channel = self._channel = trio.socket.from_stdlib_socket(ours)
             self._ready = trio.Event()
             try:
-                await channel.send(pickle.dumps(self._setup))
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._require_ready)
+                    for part in report.split_setup(self._setup):
+                        await self._tell(part)
                     if self._idle is not None:
-                        nursery.start_soon(self._tell, report.TELL_IDLE)
-                    async for message in _messages(channel):
-                        self._take(message)
+                        await self._tell(report.TELL_IDLE)
+                    async for message, sock in _messages(channel):
+                        if sock is None:
+                            self._take(message)
+                        else:
+                            self._take_socket(message, sock, handed, channel)
                         if self._ready.is_set() and not self._started:
                             self._started = True
                             task_status.started()
@@ -179,15 +205,21 @@ class _Relay:
                 return await home.ended()
             except BaseException:
                 with trio.CancelScope(shield=True), trio.move_on_after(_STOP):
+                    # Those that are with the program are being cancelled, too, and each is still to say how it ended.
+                    if self.handed:
+                        await self.nothing_handed.wait()
                     await self._tell(report.STOP)
-                    async for message in _messages(channel):
-                        self._take(message)
+                    async for message, sock in _messages(channel):
+                        if sock is None:
+                            self._take(message)
+                        else:
+                            abort(sock)  # too late for anybody to decide
                 raise
-            finally:
-                self._channel = None
-                ours.close()
-                with trio.CancelScope(shield=True):
-                    await home.end()
+        finally:
+            self._channel = None
+            ours.close()
+            with trio.CancelScope(shield=True):
+                await home.end()
 
     async def _require_ready(self) -> None:
         with trio.move_on_after(_START) as scope:
@@ -202,10 +234,11 @@ class _Relay:
                 if self._living:
                     for line in content.splitlines():
                         self._living.pop(_identity(line), None)
-                self._on_lines(content)
+                self.on_lines(content)
             case report.LIVING:
                 for line in content.splitlines():
-                    self._living[_identity(line)] = msgspec.json.decode(line, type=Record)
+                    if (identity := _identity(line)) not in self.handed:
+                        self._living[identity] = msgspec.json.decode(line, type=Record)
             case report.COUNTERS | report.COUNTED:
                 self.counters = msgspec.msgpack.decode(content, type=Counters)
                 if kind == report.COUNTED and self._counted is not None:
@@ -223,6 +256,24 @@ class _Relay:
             case report.READY:
                 self._ready.set()
 
+    def _take_socket(
+        self, message: bytes, sock: socket.socket, handed: trio.Nursery, channel: trio.socket.SocketType
+    ) -> None:
+        """A connection that the embedding program is to decide about."""
+        assert self._policy is not None
+        told = msgspec.msgpack.decode(message[1:], type=report.HandedOver)
+        if not self.handed:
+            self.nothing_handed = trio.Event()
+        self.handed.add(told.id)
+        connection = Connection(
+            id=told.id, source=told.source, original_destination=told.original_destination, rule=told.rule
+        )
+        books = _Books(self, channel)
+        handed.start_soon(
+            partial(serve_handed, policy=self._policy, timeout=self._policy_timeout, loop=books),
+            *(connection, sock, told.data),
+        )
+
     def _bury(self, reason: str) -> None:
         """What a loop leaves behind that died: its connections are lost, and every one that was known gets its record."""
         lost = self.counters.active
@@ -234,7 +285,7 @@ class _Relay:
         if self._living:
             now = msgspec.structs.replace
             records = [now(record, outcome="worker_lost") for record in self._living.values()]
-            self._on_lines(msgspec.json.Encoder().encode_lines(records))
+            self.on_lines(msgspec.json.Encoder().encode_lines(records))
         self._living = {}
         self._before = self.total
         self._before.active = 0
@@ -246,87 +297,67 @@ class _Relay:
             self._counted = None
 
 
+class _Books:
+    """Where account is kept of a connection that is with the embedding program: in the loop that it came from, if it lives."""
+
+    def __init__(self, relay: _Relay, channel: trio.socket.SocketType) -> None:
+        self._relay = relay
+        self._channel = channel
+
+    async def forward(self, connection: Connection, sock: socket.socket, target: tuple[str, int] | None) -> None:
+        """Gives the connection back to the loop, which relays it; the caller closes its own copy of the socket."""
+        order = report.FORWARD + msgspec.msgpack.encode(report.ForwardOrder(connection.id, target))
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", sock.fileno()))]
+        try:
+            await self._channel.sendmsg([order], rights)
+        except OSError:
+            abort(sock)
+            self._record(connection, "worker_lost", 0, 0)
+        finally:
+            self._forget(connection)
+
+    async def end(self, connection: Connection, outcome: Outcome, received: int, sent: int) -> None:
+        """The connection has ended here."""
+        order = report.EndedOrder(connection.id, outcome, received, sent)
+        try:
+            await self._channel.send(report.ENDED + msgspec.msgpack.encode(order))
+        except OSError:
+            self._record(connection, outcome, received, sent)
+        finally:
+            self._forget(connection)
+
+    def _forget(self, connection: Connection) -> None:
+        self._relay.handed.discard(connection.id)
+        if not self._relay.handed:
+            self._relay.nothing_handed.set()
+
+    def _record(self, connection: Connection, outcome: Outcome, received: int, sent: int) -> None:
+        record = Record(
+            ts=datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+            id=connection.id,
+            source=format_address(connection.source),
+            original_destination=format_address(connection.original_destination),
+            rule=connection.rule,
+            bytes_from_client=received,
+            bytes_from_upstream=sent,
+            outcome=outcome,
+        )
+        self._relay.on_lines(msgspec.json.encode(record) + b"\n")
+
+
 def _identity(line: bytes) -> str:
     """The id in a record's line. It stands behind the time: `{"ts":"2026-11-24T08:00:00.000Z","id":"0123456789abcdef",`."""
     begin = line.index(b'"id":"') + 6
     return line[begin : begin + 16].decode()
 
 
-async def _messages(channel: trio.socket.SocketType) -> AsyncIterator[bytes]:
+async def _messages(channel: trio.socket.SocketType) -> AsyncIterator[tuple[bytes, socket.socket | None]]:
+    """Messages, each with the socket that came with it, until the other end is gone."""
     while True:
         try:
-            message = await channel.recv(report.MESSAGE)
+            message, rights, _, _ = await channel.recvmsg(report.MESSAGE, socket.CMSG_SPACE(4))
         except OSError:
             return
         if not message:
             return
-        yield message
-
-
-class _Process:
-    """A loop in a process of its own."""
-
-    def __init__(self) -> None:
-        self._process: trio.Process | None = None
-
-    async def start(self, channel: socket.socket, listeners: Sequence[socket.socket]) -> None:
-        fds = [channel.fileno(), *(listener.fileno() for listener in listeners)]
-        # -I -S: no environment and no search for site-packages; it gets the path that this process has. Shielded, because a process
-        # that is being started when this is cancelled would be nobody's.
-        command = [sys.executable, "-I", "-S", str(Path(worker.__file__)), ":".join(sys.path), *map(str, fds)]
-        try:
-            with trio.CancelScope(shield=True):
-                self._process = await trio.lowlevel.open_process(
-                    command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=fds
-                )
-        except OSError as error:
-            raise KernelError(f"cannot start a relay process ({sys.executable}): {error.strerror}") from error
-        await trio.lowlevel.checkpoint_if_cancelled()
-
-    async def ended(self) -> str:
-        assert self._process is not None
-        code = await self._process.wait()
-        what = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        return f"pid {self._process.pid}, {what}"
-
-    async def end(self) -> None:
-        if self._process is not None:
-            with trio.move_on_after(_STOP):
-                await self._process.wait()
-            if self._process.returncode is None:
-                self._process.kill()
-            await self._process.wait()
-
-
-class _Thread:
-    """A loop in a thread of this process."""
-
-    def __init__(self) -> None:
-        self._thread: threading.Thread | None = None
-        self._reason = "returned"
-
-    async def start(self, channel: socket.socket, listeners: Sequence[socket.socket]) -> None:
-        own, copies = channel.dup(), [listener.dup() for listener in listeners]
-        for copy in copies:
-            copy.setblocking(False)
-
-        def run() -> None:
-            try:
-                serve_loop(own, copies)
-            except BaseException as error:
-                self._reason = repr(error)
-
-        self._thread = threading.Thread(target=run, name="tproxyd relay")
-        self._thread.start()
-
-    async def ended(self) -> str:
-        await self.end()
-        return self._reason
-
-    async def end(self) -> None:
-        if self._thread is not None:
-            # It has been told to stop, or that its owner is gone: it ends within one turn of its loop.
-            await trio.to_thread.run_sync(self._thread.join)
-
-
-_Home = _Process | _Thread
+        yield message, socket.socket(fileno=struct.unpack("i", rights[0][2])[0]) if rights else None

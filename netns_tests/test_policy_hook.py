@@ -1,0 +1,131 @@
+"""An embedding program's own policy: what it may answer, what it may do wrong, and that connections come to it and go back whole."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+import trio
+
+from netns_tests.way import Way
+from tproxyd.net.sockets import format_address
+from tproxyd.testing import LabProcess, serve_echo
+
+# Decides by the port that was dialled; serves until SIGTERM; prints records.
+PROGRAM = """
+import signal, sys, trio
+from tproxyd import Connection, ConnectionStream, Forward, Handle, Refuse, config_from_mapping, open_interceptor
+
+async def shout(stream: ConnectionStream) -> None:
+    with_end = bytearray()
+    while chunk := await stream.receive_some():
+        with_end += chunk
+    await stream.send_all(str(stream.connection.original_destination[1]).encode() + bytes(with_end).upper())
+
+async def fail(stream):
+    await stream.receive_some(1)
+    raise ValueError("the handler's own mistake")
+
+async def policy(connection: Connection):
+    match connection.original_destination[1]:
+        case 8080: return Forward()
+        case 8081: return Forward(target=(connection.original_destination[0], 8080))
+        case 8082: return Refuse()
+        case 8083: return Handle(shout)
+        case 8084: raise ValueError("the policy's own mistake")
+        case 8085: await trio.sleep_forever()
+        case 8086: return "forward"
+        case 8087: return Handle(fail)
+        case 8088: return Forward(target=("no address", 1))
+
+async def main():
+    config = config_from_mapping({
+        "capture": {"ports": ["8080-8099"]}, "relay": {"workers": int(sys.argv[1])},
+        "policy": {"rule": [{"name": "never", "ports": ["8099"], "action": "refuse"}]},
+    })
+    def on_record(record):
+        print(record.source, record.outcome, record.bytes_from_client, record.bytes_from_upstream, record.rule, flush=True)
+    with trio.open_signal_receiver(signal.SIGTERM) as signals:
+        async with open_interceptor(config, policy=policy, policy_timeout=0.3, on_record=on_record) as interceptor:
+            print("open", flush=True)
+            async for _ in signals:
+                await interceptor.drain()
+                break
+            counters = await interceptor.counters()
+            print("left", interceptor.connections, counters.active, sum(counters.outcomes.values()), flush=True)
+
+trio.run(main)
+"""
+
+
+@asynccontextmanager
+async def program(way: Way, workers: int) -> AsyncIterator[LabProcess]:
+    async with way.proxy.process(sys.executable, "-c", PROGRAM, str(workers), collect=True) as process:
+        await process.wait_for_output("open")
+        yield process
+
+
+async def exchange(way: Way, port: int, data: bytes) -> tuple[str, bytes | None]:
+    """The client's address, and what came back by the server's FIN; None if it was reset."""
+    try:
+        stream = await way.client.connect(way.address, port)
+    except ConnectionResetError:
+        return "", None
+    async with stream:
+        own = format_address(stream.socket.getsockname())
+        try:
+            with trio.fail_after(3):
+                await stream.send_all(data)
+                await stream.send_eof()
+                return own, b"".join([bytes(chunk) async for chunk in stream])
+        except trio.BrokenResourceError:
+            return own, None
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+@pytest.mark.parametrize("way", ["gateway v4", "sidecar v6"], indirect=True)
+async def test_42_a_policy_decides_and_whatever_it_does_wrong_costs_one_connection(
+    way: Way, nursery: trio.Nursery, workers: int
+) -> None:
+    before = await way.proxy.dump()
+    await nursery.start(serve_echo, way.app, 8080)
+    async with program(way, workers) as process:
+        answers = {}
+        for port, expected in {
+            8080: (b"hello", "closed 5 5 None"),
+            8081: (b"hello", "closed 5 5 None"),
+            8082: (None, "refused_by_policy 0 0 None"),
+            8083: (b"8083HELLO", "handled 5 9 None"),
+            8084: (None, "policy_error 0 0 None"),
+            8085: (None, "policy_error 0 0 None"),
+            8086: (None, "policy_error 0 0 None"),
+            8087: (None, "policy_error 1 0 None"),
+            8088: (None, "error 0 0 None"),
+            8099: (None, "refused_by_policy 0 0 never"),
+        }.items():
+            own, answer = await exchange(way, port, b"hello")
+            answers[port] = answer
+            assert answer == expected[0], port
+            line = await process.wait_for_output(f"{own} " if own else expected[1])
+            assert line.partition(" ")[2] == expected[1]
+        process.send_signal(signal.SIGTERM)
+        assert await process.wait_for_output("left") == f"left 0 0 {len(answers)}"
+        assert await process.wait() == 0
+    assert "the policy's own mistake" in process.stderr_text
+    assert "the handler's own mistake" in process.stderr_text
+    assert await way.proxy.dump() == before
+
+
+@pytest.mark.parametrize("way", ["sidecar v4"], indirect=True)
+async def test_42_a_hanging_policy_holds_nobody_else_up(way: Way, nursery: trio.Nursery) -> None:
+    await nursery.start(serve_echo, way.app, 8080)
+    async with program(way, 1), trio.open_nursery() as many:
+        for _ in range(50):
+            many.start_soon(exchange, way, 8085, b"x")
+        began = trio.current_time()
+        for _ in range(20):
+            assert (await exchange(way, 8080, b"y"))[1] == b"y"
+        assert trio.current_time() - began < 2

@@ -1,0 +1,89 @@
+"""Where a relay loop lives: in a process of its own, or in a thread of this one. Either is started with its end of the channel and ends
+when it is told to, or when the other end is gone.
+"""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import trio
+
+from tproxyd.datapath import worker
+from tproxyd.datapath.loop import serve_loop
+from tproxyd.errors import KernelError
+
+__all__ = ["ProcessHome", "ThreadHome"]
+
+_STOP = 3.0  # seconds for a process to end when it has been told to; then it is killed
+
+
+class ProcessHome:
+    """A loop in a process of its own."""
+
+    def __init__(self) -> None:
+        self._process: trio.Process | None = None
+
+    async def start(self, channel: socket.socket, listeners: Sequence[socket.socket]) -> None:
+        fds = [channel.fileno(), *(listener.fileno() for listener in listeners)]
+        # -I -S: no environment and no search for site-packages; it gets the path that this process has. Shielded, because a process
+        # that is being started when this is cancelled would be nobody's.
+        command = [sys.executable, "-I", "-S", str(Path(worker.__file__)), ":".join(sys.path), *map(str, fds)]
+        try:
+            with trio.CancelScope(shield=True):
+                self._process = await trio.lowlevel.open_process(
+                    command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=fds
+                )
+        except OSError as error:
+            raise KernelError(f"cannot start a relay process ({sys.executable}): {error.strerror}") from error
+        await trio.lowlevel.checkpoint_if_cancelled()
+
+    async def ended(self) -> str:
+        assert self._process is not None
+        code = await self._process.wait()
+        what = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        return f"pid {self._process.pid}, {what}"
+
+    async def end(self) -> None:
+        if self._process is not None:
+            with trio.move_on_after(_STOP):
+                await self._process.wait()
+            if self._process.returncode is None:
+                self._process.kill()
+            await self._process.wait()
+
+
+class ThreadHome:
+    """A loop in a thread of this process."""
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._reason = "returned"
+
+    async def start(self, channel: socket.socket, listeners: Sequence[socket.socket]) -> None:
+        own, copies = channel.dup(), [listener.dup() for listener in listeners]
+        for copy in copies:
+            copy.setblocking(False)
+
+        def run() -> None:
+            try:
+                serve_loop(own, copies)
+            except BaseException as error:
+                self._reason = repr(error)
+
+        self._thread = threading.Thread(target=run, name="tproxyd relay")
+        self._thread.start()
+
+    async def ended(self) -> str:
+        await self.end()
+        return self._reason
+
+    async def end(self) -> None:
+        if self._thread is not None:
+            # It has been told to stop, or that its owner is gone: it ends within one turn of its loop.
+            await trio.to_thread.run_sync(self._thread.join)
