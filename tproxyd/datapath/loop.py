@@ -63,11 +63,15 @@ _OF_THE_CONNECTION = {
 def serve_loop(channel: socket.socket, listeners: Sequence[socket.socket]) -> None:
     """Runs a loop on these listeners until the owner says stop or is gone; closes all that it was given.
 
-    The first message on `channel` has to be the Setup. Every listener must be non-blocking.
+    What comes first on `channel` has to be the Setup. Every listener must be non-blocking.
     """
     with channel:
-        data = channel.recv(1 << 20)
-        if not data:
+        data, kind = bytearray(), report.SETUP
+        while kind == report.SETUP:
+            message = channel.recv(report.MESSAGE)
+            data += message[1:]
+            kind = message[:1]
+        if kind != report.SETUP_END:
             return  # the owner has changed its mind
         setup: Setup = pickle.loads(data)  # noqa: S301  # comes from the parent alone, over a socket without a name
         loop = RelayLoop(setup, listeners, channel)
@@ -425,6 +429,8 @@ class RelayLoop:
             connection = Connection(self, accepted_socket(family, fd), client, self._next_identity)
             self._connections.add(connection)
             self._new.append(connection)
+            if self._report_due == math.inf:
+                self._report_due = self.now + _REPORT
             connection.begin()
         self._ready.append(listener)
         return _ACCEPTS

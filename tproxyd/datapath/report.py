@@ -20,7 +20,9 @@ from tproxyd.datapath.record import Outcome
 
 __all__ = ["Counters", "LogLine", "Outbox", "Setup"]
 
-# Owner to loop.
+# Owner to loop. The setup comes first, in as many messages as it takes.
+SETUP = b"s"
+SETUP_END = b"e"
 TELL_IDLE = b"I"
 TELL_COUNTERS = b"C"
 STOP = b"S"
@@ -100,6 +102,12 @@ class Outbox:
                 return False
             queue.popleft()
         return True
+
+
+def setup_to_messages(data: bytes) -> list[bytes]:
+    """The pickled Setup in pieces: ten thousand rules are more than the kernel takes as one message."""
+    pieces = [data[begin : begin + MESSAGE - 1] for begin in range(0, len(data), MESSAGE - 1)]
+    return [*(SETUP + piece for piece in pieces[:-1]), SETUP_END + pieces[-1]]
 
 
 def lines_to_messages(lines: bytes) -> list[bytes]:

@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -111,7 +112,7 @@ class _Relay:
         self._channel: trio.socket.SocketType | None = None
         self._before = Counters()  # of those that died
         self.counters = Counters()
-        self._living: dict[str, Record] = {}
+        self._living: dict[str, tuple[float, Record]] = {}  # and when they were told
         self._ready = trio.Event()
         self._idle: trio.Event | None = None
         self._counted: trio.Event | None = None
@@ -122,9 +123,12 @@ class _Relay:
 
     async def serve(self, *, task_status: trio.TaskStatus[None]) -> None:
         tries = 0
+        starting: trio.TaskStatus[None] | None = task_status
         while True:
             began = trio.current_time()
-            reason = await self._live(task_status if tries == 0 and not self._ready.is_set() else None)
+            reason = await self._live(starting)
+            if self._ready.is_set():
+                starting = None
             self._bury(reason)
             tries = tries + 1 if trio.current_time() - began < _YOUNG else 1
             if tries >= _TRIES:
@@ -134,16 +138,17 @@ class _Relay:
             await trio.sleep(0.05 * 2**tries)
 
     async def wait_idle(self) -> None:
-        self._idle = trio.Event()
+        idle = self._idle = trio.Event()
         await self._tell(report.TELL_IDLE)
-        await self._idle.wait()
+        await idle.wait()
 
     async def count(self) -> None:
-        if self._counted is None:
-            self._counted = trio.Event()
+        counted = self._counted
+        if counted is None:
+            counted = self._counted = trio.Event()
             await self._tell(report.TELL_COUNTERS)
         with trio.move_on_after(_COUNT):
-            await self._counted.wait()
+            await counted.wait()
 
     async def _tell(self, order: bytes) -> None:
         if self._channel is not None:
@@ -163,7 +168,9 @@ class _Relay:
             channel = self._channel = trio.socket.from_stdlib_socket(ours)
             self._ready = trio.Event()
             try:
-                await channel.send(pickle.dumps(self._setup))
+                with suppress(BrokenPipeError):  # it has died already, which is seen below
+                    for piece in report.setup_to_messages(pickle.dumps(self._setup)):
+                        await channel.send(piece)
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._require_ready)
                     if self._idle is not None:
@@ -202,10 +209,14 @@ class _Relay:
                         self._living.pop(_identity(line), None)
                 self._on_lines(content)
             case report.LIVING:
+                now = trio.current_time()
                 for line in content.splitlines():
-                    self._living[_identity(line)] = msgspec.json.decode(line, type=Record)
+                    self._living[_identity(line)] = now, msgspec.json.decode(line, type=Record)
             case report.COUNTERS | report.COUNTED:
-                self.counters = msgspec.msgpack.decode(content, type=Counters)
+                before, self.counters = self.counters, msgspec.msgpack.decode(content, type=Counters)
+                # Only COUNTED has what living connections have moved, and a counter must not fall.
+                self.counters.bytes_from_client = max(self.counters.bytes_from_client, before.bytes_from_client)
+                self.counters.bytes_from_upstream = max(self.counters.bytes_from_upstream, before.bytes_from_upstream)
                 if kind == report.COUNTED and self._counted is not None:
                     self._counted.set()
                     self._counted = None
@@ -230,15 +241,31 @@ class _Relay:
             lost,
         )
         if self._living:
-            now = msgspec.structs.replace
-            records = [now(record, outcome="worker_lost") for record in self._living.values()]
+            ts, now = _wall_clock(time.time()), trio.current_time()
+            records = [
+                msgspec.structs.replace(
+                    record,
+                    ts=ts,
+                    duration_ms=round(record.duration_ms + (now - told) * 1000, 3),
+                    outcome="worker_lost",
+                )
+                for told, record in self._living.values()
+            ]
             self._on_lines(msgspec.json.Encoder().encode_lines(records))
         self._living = {}
+        if self._counted is not None:
+            self._counted.set()  # nobody is left to answer
+            self._counted = None
         self._before = self.total
         self._before.active = 0
         if lost:
             self._before.outcomes["worker_lost"] = self._before.outcomes.get("worker_lost", 0) + lost
         self.counters = Counters()
+
+
+def _wall_clock(now: float) -> str:
+    """RFC 3339 in UTC with milliseconds, as in the records of the loops."""
+    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(now))}.{int(now % 1 * 1000):03d}Z"
 
 
 def _identity(line: bytes) -> str:
@@ -276,7 +303,6 @@ class _Process:
                 )
         except OSError as error:
             raise KernelError(f"cannot start a relay process ({sys.executable}): {error.strerror}") from error
-        await trio.lowlevel.checkpoint_if_cancelled()
 
     async def ended(self) -> str:
         assert self._process is not None
