@@ -81,6 +81,8 @@ async def test_a_killed_worker_costs_its_own_connections_and_nothing_else(
         counted = await metrics(way.proxy)
         assert counted['tproxyd_connections_total{outcome="worker_lost"}'] >= len(lost)
         assert counted["tproxyd_connections_active"] == 20 - len(lost)
+        for stream in streams:
+            await stream.aclose()
         assert await daemon.stop() == 0
     print(f"{number} workers: {len(lost)} of 20 lost, others served again after {took * 1000:.0f} ms; {refused}")
     assert daemon.process.stderr_text.count("a relay loop ended unexpectedly") == 1
