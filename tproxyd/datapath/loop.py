@@ -178,6 +178,7 @@ class RelayLoop:
         """Resets what is left and closes everything, the listeners first."""
         for listener in self._listeners:
             listener.close()
+        self._listeners = []  # nothing is accepted any more, however much room there is
         for connection in list(self._connections):
             connection.end("drained")
         with contextlib.suppress(OSError):  # the last words, if there is anybody to hear them
@@ -487,7 +488,8 @@ class RelayLoop:
             records, self._records = self._records, []
             self._put_lines(report.RECORDS, records)
         outbox.put(report.COUNTERS, msgspec.msgpack.encode(self._counters))
-        if self._asked_idle and not self._connections:
+        # Who waited for room while others lived is served before it is said that nobody is left.
+        if self._asked_idle and not self._connections and not sum(map(self._accept, self._listeners)):
             self._asked_idle = False
             outbox.put(report.IDLE)
         self._send_reports()
