@@ -8,6 +8,7 @@ address of a client.
 from __future__ import annotations
 
 import errno
+import logging
 import platform
 import socket
 from collections.abc import Awaitable, Callable, Iterator
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from prometheus_client import Metric
 
 __all__ = ["open_metrics_listener", "serve_metrics"]
+
+_log = logging.getLogger(__name__)
 
 _CLIENTS = 64  # at once; those beyond wait in the queue
 _PATIENCE = 10.0  # seconds for a request to come, and for its answer to be taken
@@ -90,20 +93,26 @@ async def _serve_client(
 ) -> None:
     try:
         async with stream:
-            connection = h11.Connection(h11.SERVER)
-            try:
-                while True:
-                    with trio.fail_after(_PATIENCE):
-                        if not await _answer(stream, connection, pages):
-                            return
-                        connection.start_next_cycle()
-            except h11.RemoteProtocolError as error:
-                with trio.move_on_after(_PATIENCE):
-                    await _send(stream, connection, error.error_status_hint, "text/plain", b"bad request\n", close=True)
-            except (trio.BrokenResourceError, trio.TooSlowError, h11.LocalProtocolError):
-                pass  # gone, or too slow to be waited for
+            await _converse(stream, pages)
+    except (trio.BrokenResourceError, trio.TooSlowError, h11.LocalProtocolError):
+        pass  # gone, or too slow to be waited for
+    except Exception:  # a surprise costs this client only, never the daemon
+        _log.exception("an answer on the metrics port failed; this is a bug")
     finally:
         room.release_on_behalf_of(token)
+
+
+async def _converse(stream: trio.SocketStream, pages: dict[bytes, Page]) -> None:
+    connection = h11.Connection(h11.SERVER)
+    try:
+        while True:
+            with trio.fail_after(_PATIENCE):
+                if not await _answer(stream, connection, pages):
+                    return
+                connection.start_next_cycle()
+    except h11.RemoteProtocolError as error:
+        with trio.fail_after(_PATIENCE):
+            await _send(stream, connection, error.error_status_hint, "text/plain", b"bad request\n", close=True)
 
 
 async def _answer(stream: trio.SocketStream, connection: h11.Connection, pages: dict[bytes, Page]) -> bool:
@@ -127,18 +136,26 @@ async def _answer(stream: trio.SocketStream, connection: h11.Connection, pages: 
         status, kind, body = 404, "text/plain", b"/metrics, /healthz, /readyz\n"
     else:
         status, kind, body = await page()
-    await _send(stream, connection, status, kind, body, close=False)
+    await _send(stream, connection, status, kind, body, close=False, head=request.method == b"HEAD")
     return connection.our_state is h11.DONE and connection.their_state is h11.DONE
 
 
 async def _send(
-    stream: trio.SocketStream, connection: h11.Connection, status: int, kind: str, body: bytes, *, close: bool
+    stream: trio.SocketStream,
+    connection: h11.Connection,
+    status: int,
+    kind: str,
+    body: bytes,
+    *,
+    close: bool,
+    head: bool = False,
 ) -> None:
     headers = [("Content-Type", kind), ("Content-Length", str(len(body)))]
     if close:
         headers.append(("Connection", "close"))
     data = connection.send(h11.Response(status_code=status, headers=headers)) or b""
-    data += connection.send(h11.Data(data=body)) or b""
+    if not head:
+        data += connection.send(h11.Data(data=body)) or b""
     data += connection.send(h11.EndOfMessage()) or b""
     await stream.send_all(data)
 

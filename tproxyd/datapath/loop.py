@@ -64,7 +64,7 @@ _OF_THE_CONNECTION = {
 def serve_loop(channel: socket.socket, listeners: Sequence[socket.socket]) -> None:
     """Runs a loop on these listeners until the owner says stop or is gone; closes all that it was given.
 
-    The first message on `channel` has to be the Setup. Every listener must be non-blocking.
+    What comes first on `channel` has to be the Setup. Every listener must be non-blocking.
     """
     with channel:
         setup = report.receive_setup(channel)
@@ -192,6 +192,7 @@ class RelayLoop:
         """Resets what is left and closes everything, the listeners first."""
         for listener in self._listeners:
             listener.close()
+        self._listeners = []  # nothing is accepted any more, however much room there is
         for connection in list(self._connections):
             connection.end("drained")
         with contextlib.suppress(OSError):  # the last words, if there is anybody to hear them
@@ -454,6 +455,8 @@ class RelayLoop:
             connection = Connection(self, accepted_socket(family, fd), client, self._next_identity)
             self._connections.add(connection)
             self._new.append(connection)
+            if self._report_due == math.inf:
+                self._report_due = self.now + _REPORT
             connection.begin()
         self._ready.append(listener)
         return _ACCEPTS
@@ -524,7 +527,8 @@ class RelayLoop:
             self._put_lines(report.RECORDS, records)
         if not outbox.full:
             outbox.put(report.COUNTERS, msgspec.msgpack.encode(self._counters))
-        if self._tells_idle and not self._connections:
+        # Who waited for room while others lived is served before it is said that nobody is left.
+        if self._tells_idle and not self._connections and not sum(map(self._accept, self._listeners)):
             self._asked_idle = self._tells_idle = False
             outbox.put(report.IDLE)
         self._send_reports()

@@ -266,9 +266,12 @@ def _make_setups(config: Config, listen: tuple[tuple[str, int], ...], *, asks: b
     if most == "auto":
         most = room * loops
     elif most > room * loops:
+        need = used + 2 * -(-most // loops)
+        # And what the pipes take of the higher limit.
+        enough = min(need * _FILES_A_PIPE // (_FILES_A_PIPE - 2) + 2, need + 2 * _MOST_PIPES)
         raise ConfigError(
             f"`limits.max_connections` = {most} does not fit: {files} open files leave room for {room * loops} connections; "
-            f"raise the limit of open files (LimitNOFILE, ulimit -n) to {used + 2 * pipes + 2 * -(-most // loops) + 64} or more, "
+            f"raise the limit of open files (LimitNOFILE, ulimit -n) to {enough} or more, "
             "or lower the number"
         )
     elif most < loops:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import logging
 import socket
 import struct
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
-from datetime import UTC, datetime
 from functools import partial
 
 import msgspec
@@ -128,7 +128,7 @@ class _Relay:
         self._channel: trio.socket.SocketType | None = None
         self._before = Counters()  # of those that died
         self.counters = Counters()
-        self._living: dict[str, Record] = {}
+        self._living: dict[str, tuple[float, Record]] = {}  # and when they were told
         self.handed: set[str] = set()
         """Connections that are with the embedding program."""
         self.nothing_handed = trio.Event()
@@ -236,11 +236,15 @@ class _Relay:
                         self._living.pop(_identity(line), None)
                 self.on_lines(content)
             case report.LIVING:
+                now = trio.current_time()
                 for line in content.splitlines():
                     if (identity := _identity(line)) not in self.handed:
-                        self._living[identity] = msgspec.json.decode(line, type=Record)
+                        self._living[identity] = now, msgspec.json.decode(line, type=Record)
             case report.COUNTERS | report.COUNTED:
-                self.counters = msgspec.msgpack.decode(content, type=Counters)
+                before, self.counters = self.counters, msgspec.msgpack.decode(content, type=Counters)
+                # Only COUNTED has what living connections have moved, and a counter must not fall.
+                self.counters.bytes_from_client = max(self.counters.bytes_from_client, before.bytes_from_client)
+                self.counters.bytes_from_upstream = max(self.counters.bytes_from_upstream, before.bytes_from_upstream)
                 if kind == report.COUNTED and self._counted is not None:
                     self._counted.set()
                     self._counted = None
@@ -283,18 +287,26 @@ class _Relay:
             lost,
         )
         if self._living:
-            now = msgspec.structs.replace
-            records = [now(record, outcome="worker_lost") for record in self._living.values()]
+            ts, now = _wall_clock(time.time()), trio.current_time()
+            records = [
+                msgspec.structs.replace(
+                    record,
+                    ts=ts,
+                    duration_ms=round(record.duration_ms + (now - told) * 1000, 3),
+                    outcome="worker_lost",
+                )
+                for told, record in self._living.values()
+            ]
             self.on_lines(msgspec.json.Encoder().encode_lines(records))
         self._living = {}
+        if self._counted is not None:
+            self._counted.set()  # nobody is left to answer
+            self._counted = None
         self._before = self.total
         self._before.active = 0
         if lost:
             self._before.outcomes["worker_lost"] = self._before.outcomes.get("worker_lost", 0) + lost
         self.counters = Counters()
-        if self._counted is not None:
-            self._counted.set()  # there is nothing to wait for
-            self._counted = None
 
 
 class _Books:
@@ -333,7 +345,7 @@ class _Books:
 
     def _record(self, connection: Connection, outcome: Outcome, received: int, sent: int) -> None:
         record = Record(
-            ts=datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+            ts=_wall_clock(time.time()),
             id=connection.id,
             source=format_address(connection.source),
             original_destination=format_address(connection.original_destination),
@@ -343,6 +355,11 @@ class _Books:
             outcome=outcome,
         )
         self._relay.on_lines(msgspec.json.encode(record) + b"\n")
+
+
+def _wall_clock(now: float) -> str:
+    """RFC 3339 in UTC with milliseconds, as in the records of the loops."""
+    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(now))}.{int(now % 1 * 1000):03d}Z"
 
 
 def _identity(line: bytes) -> str:

@@ -1,0 +1,188 @@
+"""`[admin] metrics`: what it tells is what the access log says, and whoever asks badly hurts nobody."""
+
+from __future__ import annotations
+
+import re
+import signal
+from collections import Counter
+
+import pytest
+import trio
+
+from netns_tests.watch import METRICS, attempt, get, many, metrics, outcomes, processes, reset, until
+from netns_tests.way import Way
+from tproxyd.testing import LabError, serve_echo
+from tproxyd.testing.daemon import open_daemon
+
+CONFIG = '[capture]\nports = ["8080", "9999"]\n' + METRICS
+GATEWAY_V4 = pytest.mark.parametrize("way", ["gateway v4"], indirect=True)
+
+
+async def works(stream: trio.SocketStream) -> None:
+    with trio.fail_after(5):
+        await stream.send_all(b"hello")
+        assert await stream.receive_some() == b"hello"
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+@GATEWAY_V4
+async def test_counters_are_what_the_access_log_says(way: Way, nursery: trio.Nursery, number: int) -> None:
+    """50 connections with three kinds of end, in whichever home; and two that live, whose bytes count already."""
+    await nursery.start(serve_echo, way.app, 8080)
+    async with open_daemon(way.proxy, CONFIG + f"[relay]\nworkers = {number}\n") as daemon:
+        for index in range(50):
+            if index % 5 == 0:
+                await attempt(way.client, way.address, 9999)  # nobody listens there
+                continue
+            stream = await way.client.connect(way.address, 8080)
+            await works(stream)
+            if index % 5 == 1:
+                await reset(stream)
+            else:
+                await stream.send_eof()
+                assert await stream.receive_some() == b""
+                await stream.aclose()
+        await until(lambda: len(daemon.records()) == 50)
+        ended = await metrics(way.proxy)
+        told = outcomes(daemon)
+        assert told == {"closed": 30, "client_reset": 10, "upstream_refused": 10}
+        counted = Counter({
+            match[1]: int(value)
+            for name, value in ended.items()
+            if (match := re.fullmatch(r'tproxyd_connections_total{outcome="(\w+)"}', name)) and value
+        })  # fmt: skip
+        assert counted == told
+        records = daemon.records()
+        for side in ("client", "upstream"):
+            assert ended[f'tproxyd_bytes_total{{from="{side}"}}'] == sum(one[f"bytes_from_{side}"] for one in records)
+        assert ended["tproxyd_accepted_total"] == 50
+        assert ended["tproxyd_connections_active"] == 0
+        assert ended["tproxyd_connect_seconds_count"] == 40
+        assert ended["tproxyd_access_log_dropped_total"] == 0
+        async with many(way.client, way.address, 2) as streams:
+            for stream in streams:
+                await works(stream)
+            for _ in range(10):  # also when asked again and again
+                living = await metrics(way.proxy)
+                assert living["tproxyd_connections_active"] == 2
+                for side in ("client", "upstream"):
+                    assert (
+                        living[f'tproxyd_bytes_total{{from="{side}"}}']
+                        == 10 + ended[f'tproxyd_bytes_total{{from="{side}"}}']
+                    )
+
+
+@GATEWAY_V4
+async def test_readyz_while_it_serves_and_while_it_drains(way: Way, nursery: trio.Nursery) -> None:
+    await nursery.start(serve_echo, way.app, 8080)
+    async with open_daemon(way.proxy, CONFIG) as daemon, await way.client.connect(way.address, 8080) as stream:
+        await works(stream)
+        for path in ("/healthz", "/readyz"):
+            assert (await get(way.proxy, path)).status == 200
+        assert (await get(way.proxy, "/metrics?x=1")).status == 200
+        assert (await get(way.proxy, "/nothing")).status == 404
+        assert (await get(way.proxy, "/metrics", method="POST")).status == 405
+        daemon.process.send_signal(signal.SIGTERM)
+        await daemon.process.wait_for_output("stopping")
+        assert (await get(way.proxy, "/readyz")).status == 503
+        assert (await get(way.proxy, "/healthz")).status == 200
+        assert (await get(way.proxy, "/metrics")).status == 200
+        await works(stream)
+        await stream.send_eof()
+        assert await daemon.process.wait() == 0
+
+
+@GATEWAY_V4
+async def test_curl_gets_the_metrics_and_their_head(way: Way) -> None:
+    async with open_daemon(way.proxy, CONFIG):
+        url = "http://127.0.0.1:9101/metrics"
+        got = await way.proxy.run("curl", "-sS", "-i", url)
+        assert got.stdout.startswith("HTTP/1.1 200 ")
+        assert "tproxyd_build_info{" in got.stdout
+        head = await way.proxy.run("curl", "-sS", "-I", "-m", "3", url)
+        assert head.stdout.startswith("HTTP/1.1 200 ")
+        twice = await way.proxy.run(
+            "curl", "-sS", "-o", "/dev/null", "-o", "/dev/null", "-w", "%{num_connects} ", url, url
+        )
+        assert twice.stdout == "1 0 "
+
+
+BAD = [
+    b"nonsense\r\n\r\n",
+    b"GET /metrics HTTP/1.1\r\n\r\n",  # without Host
+    b"GET /metrics HTTP/1.1\r\nHost: x\r\nX: " + b"x" * 1_000_000,
+    b"\x16\x03\x01\x02\x00" + b"\0" * 600,  # TLS
+    b"POST /metrics HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+    b"GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: upgrade\r\nUpgrade: x\r\n\r\n",
+    b"CONNECT x:1 HTTP/1.1\r\nHost: x\r\n\r\n",
+    b"GET /metrics HTTP/9.9\r\nHost: x\r\n\r\n",
+]
+
+
+@GATEWAY_V4
+async def test_59_bad_requests_hurt_nobody(way: Way, nursery: trio.Nursery) -> None:
+    """Each sent and waited for, sent and half-closed, and sent and reset at once."""
+    await nursery.start(serve_echo, way.app, 8080)
+    async with open_daemon(way.proxy, CONFIG) as daemon, await way.client.connect(way.address, 8080) as stream:
+        pids = processes(daemon)
+        for data in BAD:
+            for ending in ("wait", "half-close", "reset", "reset", "reset"):
+                asking = await way.proxy.connect("127.0.0.1", 9101)
+                answer = b""
+                try:
+                    with trio.move_on_after(1):
+                        await asking.send_all(data)
+                        if ending == "half-close":
+                            await asking.send_eof()
+                        if ending != "reset":
+                            answer = await asking.receive_some()
+                except trio.BrokenResourceError:
+                    pass  # it does not read all of a huge header
+                await reset(asking)
+                print(f"{data[:40]!r} {ending}: {answer[:30]!r}")
+            await works(stream)
+            assert (await get(way.proxy, "/healthz")).status == 200
+        assert processes(daemon) == pids
+    assert "Traceback" not in daemon.process.stderr_text
+
+
+@GATEWAY_V4
+async def test_59_slow_clients_and_a_storm_of_scrapes_hurt_nobody(way: Way, nursery: trio.Nursery) -> None:
+    """80 clients that say half a word, more than are served at once, and scrapes from 20 at a time."""
+    await nursery.start(serve_echo, way.app, 8080)
+    async with open_daemon(way.proxy, CONFIG) as daemon, await way.client.connect(way.address, 8080) as stream:
+        async with trio.open_nursery() as scrapes:
+
+            async def scrape() -> None:
+                for _ in range(5):
+                    assert (await get(way.proxy, "/metrics", within=20)).status == 200
+
+            for _ in range(20):
+                scrapes.start_soon(scrape)
+            for _ in range(20):
+                await works(stream)
+        slow = [await way.proxy.connect("127.0.0.1", 9101) for _ in range(80)]
+        for each in slow:
+            await each.send_all(b"GET /metr")
+        await works(stream)
+        for each in slow:
+            await reset(each)
+        assert (await get(way.proxy, "/metrics")).status == 200
+        await works(stream)
+        assert await get(way.proxy, "/healthz")
+        daemon.process.send_signal(signal.SIGTERM)
+        await daemon.process.wait_for_output("stopping")
+        await stream.send_eof()
+        assert await daemon.process.wait() == 0
+
+
+@GATEWAY_V4
+async def test_19_the_holder_of_the_port_of_the_metrics_is_named_and_nothing_is_left(way: Way) -> None:
+    before = await way.proxy.dump()
+    async with way.proxy.listen("127.0.0.1", 9101):
+        with pytest.raises(LabError, match=r"ended with 71") as failed:
+            async with open_daemon(way.proxy, CONFIG):
+                pass
+    (line,) = [line for line in str(failed.value).splitlines() if line.startswith("tproxyd: ")]
+    assert re.search(r"127\.0\.0\.1:9101 for metrics: Address already in use, by (python|pytest)", line)
+    assert await way.proxy.dump() == before
