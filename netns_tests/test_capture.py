@@ -270,6 +270,6 @@ async def test_upstream_mark_brings_the_apps_answers_back(sidecar_lab: Lab, nurs
 
 def _marked_socket(source: str) -> socket.socket:
     family = socket.AF_INET6 if ":" in source else socket.AF_INET
-    sock = open_upstream(family, source=(source, 0))
+    sock = socket.socket(fileno=open_upstream(family, source=(source, 0)).detach())
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, 0x2000000)
     return sock

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tproxyd.config import Config, Mark, Network, PortRange, config_from_mapping
+from tproxyd.config import Config, Endpoint, Mark, Network, PortRange, config_from_mapping
 from tproxyd.config.schema import keys_of
 from tproxyd.config.wording import toml_kind
 from tproxyd.errors import ConfigError
@@ -46,12 +46,22 @@ source = "auto"
 proxy_protocol = "off"
 connect_timeout = "5s"
 [relay]
+engine = "auto"
+workers = 1
+busy_poll = "0us"
 idle_timeout = "1h"
 half_close_timeout = "60s"
+[limits]
+max_connections = "auto"
+max_connections_per_source = 0
 [policy]
+default = "forward"
+rule = []
 allow_special = []
 [drain]
 timeout = "30s"
+[admin]
+metrics = ""
 [log]
 level = "info"
 format = "auto"
@@ -114,6 +124,8 @@ def test_two_lines_are_enough_and_nothing_captures_nothing() -> None:
 
 
 GOOD = [
+    ("refuse by default", 'policy.default = "refuse"', "refuse"),
+    ("no rule", "policy.rule = []", ()),
     ("mode off", 'capture.mode = "off"', "off"),
     ("one port, a range, a number", 'capture.ports = ["1", "9000-9099", 65535]', (1, (9000, 9099), 65535)),
     ("neighbouring ranges", 'capture.ports = ["2-3", "1", "4"]', ((2, 3), 1, 4)),
@@ -161,6 +173,22 @@ GOOD = [
     ("minutes", 'relay.idle_timeout = "2m"', 120.0),
     ("thirty days", 'relay.half_close_timeout = "720h"', 30 * 86400.0),
     ("no draining", 'drain.timeout = "0s"', 0.0),
+    ("splice", 'relay.engine = "splice"', "splice"),
+    ("a loop inside", "relay.workers = 0", 0),
+    ("64 workers", "relay.workers = 64", 64),
+    ("a worker a core", 'relay.workers = "auto"', "auto"),
+    ("spin a little", 'relay.busy_poll = "50us"', pytest.approx(50e-6)),
+    ("spin for long", 'relay.busy_poll = "10ms"', 0.01),
+    ("spin for long, in other words", 'relay.busy_poll = "10000us"', 0.01),
+    ("one connection", "limits.max_connections = 1", 1),
+    ("a million connections", "limits.max_connections = 1_000_000", 1_000_000),
+    ("as many as can be", 'limits.max_connections = "auto"', "auto"),
+    ("one a source", "limits.max_connections_per_source = 1", 1),
+    ("a million a source", "limits.max_connections_per_source = 1_000_000", 1_000_000),
+    ("metrics", 'admin.metrics = "127.0.0.1:15020"', Endpoint("127.0.0.1", 15020)),
+    ("metrics for everybody", 'admin.metrics = "[::]:1"', Endpoint("::", 1)),
+    ("metrics over IPv6, not as usually spelt", 'admin.metrics = "[2001:DB8:0::1]:080"', Endpoint("2001:db8::1", 80)),
+    ("no metrics", 'admin.metrics = ""', None),
     ("warning", 'log.level = "warning"', "warning"),
     ("json", 'log.format = "json"', "json"),
     ("no access log", "log.access = false", False),
@@ -281,6 +309,92 @@ BAD = [
     ("zero connect", 'upstream.connect_timeout = "0s"', '= "0s" would end every connection at once; write a time ab'),
     ("zero idle", 'relay.idle_timeout = "0.000h"', "would end every connection at once;"),
     ("zero half-close", 'relay.half_close_timeout = "0us"', "would end every connection at once;"),
+    ("default", 'policy.default = "drop"', '= "drop" is none of its values; use "forward" or "refuse"'),
+    ("engine", 'relay.engine = "zero-copy"', '= "zero-copy" is none of its values; use "auto", "copy" or "splice"'),
+    ("65 workers", "relay.workers = 65", '= 65 is out of range; write a whole number from 0 to 64, or "auto"'),
+    (
+        "fewer than no workers",
+        "relay.workers = -1",
+        '= -1 is out of range; write a whole number from 0 to 64, or "auto"',
+    ),
+    (
+        "half a worker",
+        "relay.workers = 0.5",
+        '= 0.5 is a float; write a whole number from 0 to 64, without quotes, or "auto"',
+    ),
+    (
+        "workers in quotes",
+        'relay.workers = "2"',
+        '= "2" is a string; write a whole number from 0 to 64, without quotes,',
+    ),
+    ("endlessly many workers", f"relay.workers = 0x{'f' * 5000}", "`relay.workers` = a huge number is out of range;"),
+    ("spin for too long", 'relay.busy_poll = "10.1ms"', "is longer than 10ms: it would burn a core for nothing; write"),
+    ("spin for a year", 'relay.busy_poll = "8760h"', "is longer than 30 days;"),
+    (
+        "no connections",
+        "limits.max_connections = 0",
+        '= 0 is out of range; write a whole number from 1 to 1000000, or "auto"',
+    ),
+    ("too many connections", "limits.max_connections = 1_000_001", "= 1000001 is out of range;"),
+    (
+        "connections in quotes",
+        'limits.max_connections = "100"',
+        '"100" is a string; write a whole number from 1 to 1000000',
+    ),
+    (
+        "fewer than none a source",
+        "limits.max_connections_per_source = -1",
+        "= -1 is out of range; write a whole number from 0",
+    ),
+    ("too many a source", "limits.max_connections_per_source = 1_000_001", "= 1000001 is out of range;"),
+    (
+        "auto a source",
+        'limits.max_connections_per_source = "auto"',
+        '"auto" is a string; write a whole number from 0 to',
+    ),
+    (
+        "metrics without port",
+        'admin.metrics = "127.0.0.1"',
+        '"127.0.0.1" is no address and port; write an address and a port',
+    ),
+    (
+        "metrics without address",
+        'admin.metrics = ":80"',
+        '":80" has no address before its port (names are not looked up);',
+    ),
+    (
+        "a port alone",
+        'admin.metrics = "15020"',
+        '"15020" is no address and port; write an address and a port, such as "127.',
+    ),
+    (
+        "a name",
+        'admin.metrics = "localhost:80"',
+        '"localhost:80" has no address before its port (names are not looked up);',
+    ),
+    (
+        "no brackets",
+        'admin.metrics = "::1:80"',
+        '"::1:80" is an IPv6 address, or one whose port cannot be told from it;',
+    ),
+    (
+        "IPv4 in brackets",
+        'admin.metrics = "[127.0.0.1]:80"',
+        "has no address before its port (names are not looked up);",
+    ),
+    (
+        "scope in brackets",
+        'admin.metrics = "[fe80::1%eth0]:80"',
+        "has a scope, which cannot be given here; write an addr",
+    ),
+    ("mapped", 'admin.metrics = "[::ffff:127.0.0.1]:80"', 'is IPv4 mapped into IPv6; write "127.0.0.1:80"'),
+    (
+        "metrics at port 0",
+        'admin.metrics = "127.0.0.1:0"',
+        '"127.0.0.1:0" has a port out of range; ports are 1 to 65535',
+    ),
+    ("metrics at port 65536", 'admin.metrics = "[::1]:65536"', "has a port out of range;"),
+    ("metrics in a file", 'admin.metrics = "unix:/run/metrics"', '"unix:/run/metrics" is no address and port;'),
     ("text cut short", f'log.level = "{"x" * 1000}"', f'= "{"x" * 59}... is none of its values;'),
     ("control characters", 'log.level = "\\u001b[2J\\u0007"', '= "\\x1b[2J\\x07" is none of its values;'),
     ("right-to-left", 'log.level = "\\u202e"', '= "\\u202e" is none of its values;'),
@@ -342,6 +456,7 @@ WRONG_TYPES = [
     for key in KEYS
     for kind in KINDS
     if toml_kind(tomllib.loads(f"x = {kind}")["x"]) != toml_kind(value_of_toml(DEFAULTS, key))
+    and (key, kind) != ("limits.max_connections", "7")
 ]
 
 
@@ -406,19 +521,8 @@ LATER = [
     'upstream.source = ["127.0.0.6"]',
     'upstream.proxy_protocol = "v1"',
     'upstream.proxy_protocol = "v2"',
-    'relay.engine = "auto"',
-    "relay.workers = 1",
-    'relay.busy_poll = "0us"',
-    "limits.max_connections = 1",
-    "limits.max_connections_per_source = 0",
-    'policy.default = "forward"',
     'policy.sniff_timeout = "300ms"',
-    'policy.rule = [{ name = "x" }]',
-    '[[policy.rule]]\nname = "x"\naction = "refuse"',
     'admin.socket = "auto"',
-    'admin.metrics = ""',
-    "[admin]",
-    "[limits]",
     '[[workload]]\nname = "web"\n[workload.capture]\nmode = "redirect"',
     'outbound.ports = "all"',
     "outbound.dns_port = 0",
@@ -466,6 +570,16 @@ TOGETHER = [
         "excludes every port of `capture.ports`: nothing would be captured",
     ),
     (
+        "a rule that forwards to the listener",
+        'policy.rule = [{ name = "a", action = "refuse" }, { name = "b", action = { forward = "[0::1]:15006" } }]',
+        '`policy.rule[1].action.forward` (rule "b") = "[::1]:15006" is tproxyd\'s own listener (`listen.port`), which',
+    ),
+    (
+        "metrics where clients arrive",
+        'admin.metrics = "0.0.0.0:15006"',
+        '`admin.metrics` = "0.0.0.0:15006" has the port of `listen.port`, where clients arrive; choose another',
+    ),
+    (
         "interface in both lists",
         'capture.interfaces = ["eth0", "eth1"]\ncapture.exclude_interfaces = ["eth1"]',
         '`capture.exclude_interfaces` has "eth1", which is in `capture.interfaces` too; remove it from one',
@@ -497,6 +611,10 @@ def test_a_port_excluded_by_default_is_named() -> None:
     assert '`capture.exclude_ports` = ["22", "23"] excludes' in problem
 
 
+def test_metrics_may_have_the_listeners_port_at_another_address() -> None:
+    config_from_mapping({"admin": {"metrics": "192.0.2.1:15006"}, "listen": {"port": 15006}})
+
+
 def test_an_interface_may_be_taken_out_of_a_wildcard() -> None:
     config_from_mapping({"capture": {"interfaces": ["eth*", "wg0"], "exclude_interfaces": ["eth1", "eth2*", "wg1"]}})
     config_from_mapping({"capture": {"exclude_interfaces": ["e*"]}})
@@ -512,8 +630,8 @@ def test_two_values_of_one_mask_and_disjoint_masks_are_marks() -> None:
 AT_ONCE = [
     (
         "over tables and lists",
-        'prots = 1\ncapture.ports = ["0", "80", "x"]\nlisten.port = 0\nlog.level = 1\nadmin.metrics = ""',
-        ["`prots`", "`capture.ports[0]`", "`capture.ports[2]`", "`listen.port`", "`log.level`", "`admin`"],
+        'prots = 1\ncapture.ports = ["0", "80", "x"]\nlisten.port = 0\nlog.level = 1\nadmin.socket = ""',
+        ["`prots`", "`capture.ports[0]`", "`capture.ports[2]`", "`listen.port`", "`log.level`", "`admin.socket`"],
     ),
     ("a bad name and lo", 'capture.interfaces = ["lo", "a/b"]', ["`capture.interfaces[0]`", "`capture.interfaces[1]`"]),
     ("two duplicates", 'capture.sources = ["::1", "::2", "::1", "::2"]', ["sources[2]`", "sources[3]`"]),

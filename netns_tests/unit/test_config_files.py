@@ -287,9 +287,14 @@ ORIGINS = [
     ("unknown key", {"tproxyd.toml": "[log]\n", "conf.d/1.toml": "[log]\nx = 1\n"}, ["conf.d/1.toml"]),
     ("unknown key, table there again", {"tproxyd.toml": "log.x = 1", "conf.d/1.toml": "[log]"}, ["tproxyd.toml"]),
     ("unknown table", {"tproxyd.toml": "", "conf.d/1.toml": "[x]", "conf.d/2.toml": ""}, ["conf.d/1.toml"]),
-    ("a later table", {"tproxyd.toml": "", "conf.d/1.toml": "[admin]"}, ["conf.d/1.toml"]),
-    ("a later key", {"tproxyd.toml": "relay.workers = 1", "conf.d/1.toml": "[relay]"}, ["tproxyd.toml"]),
+    ("a later table", {"tproxyd.toml": "", "conf.d/1.toml": "[outbound]"}, ["conf.d/1.toml"]),
+    ("a later key", {"tproxyd.toml": "admin.socket = 1", "conf.d/1.toml": "[admin]"}, ["tproxyd.toml"]),
     ("no table", {"tproxyd.toml": "", "conf.d/1.toml": "capture = 1", "conf.d/2.toml": "[log]"}, ["conf.d/1.toml"]),
+    (
+        "no table, which a later file would hide",
+        {"tproxyd.toml": "listen = 1", "conf.d/1.toml": "[listen]", "conf.d/2.toml": "listen = 2"},
+        ["tproxyd.toml"],
+    ),
     ("bad value", {"tproxyd.toml": "listen.port = 0", "conf.d/1.toml": "listen.backlog = 1"}, ["tproxyd.toml"]),
     ("worse value", {"tproxyd.toml": "listen.port = 0", "conf.d/1.toml": "listen.port = -1"}, ["conf.d/1.toml"]),
     ("item of a list", {"tproxyd.toml": "[capture]", "conf.d/1.toml": "capture.ports = [1, 0]"}, ["conf.d/1.toml"]),
@@ -343,6 +348,61 @@ def test_a_problem_names_the_file_that_it_is_in(here: Path, files: dict[str, str
     with pytest.raises(ConfigError) as caught:
         load_config(default=Path("tproxyd.toml"))
     assert [problem.partition(": ")[0] for problem in caught.value.problems] == expected
+
+
+RULES = """
+[[policy.rule]]
+name = "{}"
+action = "refuse"
+[[policy.rule]]
+name = "{}"
+action = "forward"
+"""
+
+
+def test_rules_are_added_to_those_of_the_files_before(here: Path) -> None:
+    write(
+        here,
+        {
+            "tproxyd.toml": '[policy]\ndefault = "refuse"\n' + RULES.format("a", "b"),
+            "conf.d/1.toml": "[policy]\nallow_special = []\nrule = []\n",
+            "conf.d/2.toml": RULES.format("A", "c"),
+        },
+    )
+    policy = load_config(default=Path("tproxyd.toml")).policy
+    assert [rule.name for rule in policy.rule] == ["a", "b", "A", "c"]
+    assert policy.default == "refuse"
+
+
+def test_a_bad_rule_is_counted_in_its_own_file(here: Path) -> None:
+    bad = '\n[[policy.rule]]\nname = "d"\naction = "drop"\n'
+    write(here, {"tproxyd.toml": RULES.format("a", "b"), "conf.d/1.toml": RULES.format("b", "c") + bad})
+    problems = problems_of(lambda: load_config(default=Path("tproxyd.toml")))
+    assert problems == (
+        'conf.d/1.toml: `policy.rule[0].name` = "b" is the name of `policy.rule[1]` in tproxyd.toml, too; '
+        "give each its own, for the access log",
+        'conf.d/1.toml: `policy.rule[2].action` (rule "d") = "drop" is no action; '
+        'write "forward", "refuse" or { forward = "192.0.2.1:80" }',
+    )
+
+
+@pytest.mark.parametrize("name", ["tproxyd.toml", "conf.d/1.toml", "conf.d/2.toml"])
+@pytest.mark.parametrize("bad", ["policy.rule = 1", "policy = 1"])
+def test_what_is_no_list_of_rules_is_not_hidden_by_other_files(here: Path, name: str, bad: str) -> None:
+    files = {file: RULES.format(file, file[::-1]) for file in ("tproxyd.toml", "conf.d/1.toml", "conf.d/2.toml")}
+    write(here, files | {name: bad})
+    (problem,) = problems_of(lambda: load_config(default=Path("tproxyd.toml")))
+    assert problem.startswith(f"{name}: `policy")
+
+
+def test_a_rule_that_calls_the_listener_is_named_with_its_file(here: Path) -> None:
+    bad = '[[policy.rule]]\nname = "loop"\naction = { forward = "127.0.0.1:77" }\n'
+    files = {"tproxyd.toml": RULES.format("a", "b"), "conf.d/1.toml": bad, "conf.d/2.toml": RULES.format("c", "d")}
+    write(here, files | {"conf.d/3.toml": "listen.port = 77"})
+    (problem,) = problems_of(lambda: load_config(default=Path("tproxyd.toml")))
+    assert problem.startswith(
+        'conf.d/1.toml: `policy.rule[0].action.forward` (rule "loop") = "127.0.0.1:77" is tproxyd'
+    )
 
 
 # --port
@@ -476,6 +536,8 @@ TEXTS = (
             "*",
             "1s",
             "0x1/0x3",
+            "[::1]:80",
+            "forward",
             "::1%lo",
             "::ffff:1.2.3.4",
             "10.0.0.1/8",

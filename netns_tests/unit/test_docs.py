@@ -6,7 +6,7 @@ import re
 import tomllib
 from pathlib import Path
 
-from tproxyd.config import Config, config_from_mapping
+from tproxyd.config import Config, PolicyRule, config_from_mapping
 from tproxyd.config.schema import keys_of
 
 ROOT = Path(__file__).parents[2]
@@ -20,6 +20,14 @@ def test_the_readme_shows_every_key_with_its_default() -> None:
     assert {table: set(keys) for table, keys in shown.items()} == {
         table: set(keys_of(kind)) for table, kind in keys_of(Config).items()
     }
+
+
+def test_the_readme_shows_a_rule_with_every_key() -> None:
+    (block,) = (text for text in re.findall(r"```toml\n(.*?)```", README, re.S) if text.startswith("[[policy.rule]]"))
+    shown = tomllib.loads(block)
+    (rule,) = shown["policy"]["rule"]
+    assert len(config_from_mapping(shown).policy.rule) == 1
+    assert set(rule) == set(keys_of(PolicyRule))
 
 
 def test_every_make_target_that_is_named_exists() -> None:

@@ -15,8 +15,9 @@ from typing import Any
 
 import msgspec
 
+from tproxyd.config.rules import MOST_RULES
 from tproxyd.config.schema import LATER, Capture, Config, keys_of
-from tproxyd.config.values import ALL_PORTS, InvalidError, Mark, PortRange, wildcard_over
+from tproxyd.config.values import ALL_PORTS, Endpoint, InvalidError, Mark, PortRange, wildcard_over
 from tproxyd.config.values import ports as read_ports
 from tproxyd.config.wording import printable, short, shown, toml_kind
 from tproxyd.errors import ConfigError, UsageError
@@ -28,8 +29,15 @@ DEFAULT_FILE = Path("/etc/tproxyd/tproxyd.toml")
 
 _LARGEST = 8 * 1024 * 1024  # bytes; 10,000 networks take a few hundred kilobytes
 
+_APPENDED = (("policy", "rule"),)
+"""Arrays of tables: what a file has in one comes behind what those before it had."""
+
 _Keys = tuple[Any, ...]
-"""Where something stands: (table,) or (table, key). No dotted text, because a key may have dots of its own."""
+"""Where something stands: (table,), (table, key), or (table, key, index) in an array of tables. No dotted text, because a
+key may have dots of its own."""
+
+_Say = Callable[..., None]
+"""Takes a sentence and the places that it is about."""
 
 
 def load_config(path: Path | None = None, *, ports: Sequence[str] = (), default: Path = DEFAULT_FILE) -> Config:
@@ -127,17 +135,40 @@ class _Tree:
         self.tables: dict[Any, Any] = dict(tables or {})
         self._origin = origin
         self._origins: dict[_Keys, str] = {}
+        self._offsets: dict[_Keys, int] = {}
 
     def merge(self, new: Mapping[str, Any], *, origin: str) -> None:
-        """Tables merge by key, lists replace."""
+        """Tables merge by key, lists replace, rules are added. What is no table where one belongs stays, so that it is told."""
         for name, content in new.items():
+            before = self.tables.get(name, {})
+            if not isinstance(before, dict):
+                continue
             self._origins[name,] = origin
             if not isinstance(content, dict):
                 self.tables[name] = content
                 continue
-            before = self.tables.get(name)
-            self.tables[name] = before | content if isinstance(before, dict) else content
-            self._origins.update({(name, key): origin for key in content})
+            added = {
+                key: self._append((name, key), before.get(key, []), value, origin)
+                for key, value in content.items()
+                if (name, key) in _APPENDED
+            }
+            self.tables[name] = before | content | added
+            self._origins.update({(name, key): origin for key in content if key not in added})
+
+    def _append(self, place: _Keys, before: Any, new: Any, origin: str) -> Any:
+        if not isinstance(before, list):
+            return before
+        self._origins[place] = origin
+        if not isinstance(new, list):
+            return new
+        for index in range(len(before), len(before) + len(new)):
+            self._origins[*place, index] = origin
+            self._offsets[*place, index] = len(before)
+        return before + new
+
+    def path(self, array: _Keys, index: int) -> str:
+        """A table of an array as it is counted in its own file."""
+        return f"{'.'.join(array)}[{index - self._offsets.get((*array, index), 0)}]"
 
     def origin(self, places: Sequence[_Keys]) -> str:
         """The printable name of where the last of these was written; a default was written nowhere."""
@@ -151,7 +182,7 @@ def _make(tree: _Tree, *, added: tuple[PortRange, ...] = (), unread: Sequence[st
 
     def say(sentence: str, *places: _Keys) -> None:
         problems.append(f"{tree.origin(places)}: {sentence}")
-        bad.update(places)
+        bad.update(place[:2] for place in places)  # a bad rule is missing among the others
 
     def good(places: Sequence[_Keys]) -> bool:
         return not unread and not any(keys in bad or keys[:1] in bad for keys in places)
@@ -166,12 +197,15 @@ def _make(tree: _Tree, *, added: tuple[PortRange, ...] = (), unread: Sequence[st
         elif not isinstance(content, Mapping):
             say(f"`{name}` is {toml_kind(content)}; it is a table: write [{name}] on a line of its own", (name,))
         else:
-            tables[name] = _make_table(name, kinds[name], content, say)
+            tables[name] = kinds[name](**_read_keys(tree, (name,), name, kinds[name], content, say))
     config = Config(**tables)  # where a key is bad, its default stands in; nothing below looks at those
     if added and good(_PORTS):
         config = msgspec.structs.replace(config, capture=_with_ports(config.capture, added))
         for sentence in _check_added(config.capture, added):
             say(sentence, ("capture", "exclude_ports"))
+    if good((_RULES, _LISTEN_PORT)):
+        for index, sentence in _check_targets(config):
+            say(f"`{tree.path(_RULES, index)}.action.forward` {sentence}", (*_RULES, index))
     for places, check in _TOGETHER:
         if good(places):
             for sentence in check(*(getattr(getattr(config, table), key) for table, key in places)):
@@ -181,23 +215,81 @@ def _make(tree: _Tree, *, added: tuple[PortRange, ...] = (), unread: Sequence[st
     return config
 
 
-def _make_table(
-    name: str, kind: type[msgspec.Struct], content: Mapping[Any, Any], say: Callable[[str, _Keys], None]
-) -> msgspec.Struct:
+def _read_keys(
+    tree: _Tree, place: _Keys, path: str, kind: type[msgspec.Struct], content: Mapping[Any, Any], say: _Say
+) -> dict[str, Any]:
+    """The good values of a table, or of one table of an array. `path` is how its place is told."""
     readers = keys_of(kind)
+    table = ".".join(place[:2])
+    named = content.get("name") if len(place) > 1 else None
     fields: dict[str, Any] = {}
     for key, value in content.items():
-        if key in (LATER.get(name) or ()):
-            say(f"`{name}.{key}` is not in this version of tproxyd; remove it", (name, key))
+        where = place if len(place) > 1 else (*place, key)
+        of = f" (rule {shown(named)})" if isinstance(named, str) and key != "name" else ""
+        if key in (LATER.get(table) or ()):
+            say(f"`{path}.{key}`{of} is not in this version of tproxyd; remove it", where)
         elif key not in readers:
-            say(_unknown(name, key), (name, key))
+            say(_unknown(key, table=path, kind=kind, of=of), where)
+        elif isinstance(readers[key], type):
+            fields[key] = _make_tables(tree, where, readers[key], value, say)
         else:
             try:
                 fields[key] = readers[key](value)
             except InvalidError as invalid:
-                for sentence in invalid.sentences(f"{name}.{key}", value):
-                    say(sentence, (name, key))
-    return kind(**fields)
+                for sentence in invalid.sentences(f"{path}.{key}", value, of=of):
+                    say(sentence, where)
+    return fields
+
+
+def _make_tables(
+    tree: _Tree, place: _Keys, kind: type[msgspec.Struct], value: Any, say: _Say
+) -> tuple[msgspec.Struct, ...]:
+    """An array of tables, each with a name of its own."""
+    name = ".".join(place)
+    if not isinstance(value, list | tuple):
+        say(f"`{name}` = {shown(value)} is {toml_kind(value)}; write [[{name}]], in double brackets, above each", place)
+        return ()
+    if len(value) > MOST_RULES:
+        say(
+            f"`{name}` has {len(value)} tables, {MOST_RULES} at most; put what has the same action into lists of one",
+            place,
+        )
+        return ()
+    made: list[msgspec.Struct] = []
+    first: dict[str, int] = {}
+    required = [field.name for field in msgspec.structs.fields(kind) if field.required]
+    for index, content in enumerate(value):
+        where = (*place, index)
+        path = tree.path(place, index)
+        if not isinstance(content, Mapping):
+            say(f"`{path}` = {shown(content)} is {toml_kind(content)}; write [[{name}]] and its keys below", where)
+            continue
+        fields = _read_keys(tree, where, path, kind, content, say)
+        missing = [key for key in required if key not in content]
+        if missing:
+            of = f" (rule {shown(fields['name'])})" if "name" in fields else ""
+            say(f"`{path}`{of} has no {_and(missing)}; write {_and(required)} into every one", where)
+        if "name" in fields and first.setdefault(fields["name"], index) != index:
+            before = first[fields["name"]]
+            file = tree.origin([(*place, before)])
+            say(
+                f"`{path}.name` = {shown(fields['name'])} is the name of `{tree.path(place, before)}`"
+                f"{f' in {file}' if file != tree.origin([where]) else ''}, too; give each its own, for the access log",
+                where,
+            )
+        if all(key in fields for key in required):
+            made.append(kind(**fields))
+    return tuple(made)
+
+
+def _check_targets(config: Config) -> Iterator[tuple[int, str]]:
+    for index, rule in enumerate(config.policy.rule):
+        if rule.action in (Endpoint("127.0.0.1", config.listen.port), Endpoint("::1", config.listen.port)):
+            yield (
+                index,
+                f"(rule {shown(rule.name)}) = {shown(str(rule.action))} is tproxyd's own listener (`listen.port`), which would "
+                "call itself; name another",
+            )
 
 
 def _check_marks(mark: Mark | str, upstream_mark: Mark | str) -> Iterator[str]:
@@ -236,10 +328,19 @@ def _check_interfaces(interfaces: Sequence[str], exclude_interfaces: Sequence[st
             )
 
 
+def _check_metrics(metrics: Endpoint | None, port: int) -> Iterator[str]:
+    # A port of every address or of a loopback address would be bound twice: by the transparent listeners, too.
+    if metrics is not None and metrics.port == port and metrics.host in ("127.0.0.1", "::1", "0.0.0.0", "::"):  # noqa: S104
+        yield f"`admin.metrics` = {shown(str(metrics))} has the port of `listen.port`, where clients arrive; choose another"
+
+
+_LISTEN_PORT = ("listen", "port")
+_RULES = ("policy", "rule")
 _PORTS = (("capture", "mode"), ("capture", "ports"), ("capture", "exclude_ports"))
 _TOGETHER: tuple[tuple[Sequence[tuple[str, str]], Callable[..., Iterator[str]]], ...] = (
     ((("routing", "mark"), ("routing", "upstream_mark")), _check_marks),
     (_PORTS, _check_ports),
+    ((("admin", "metrics"), ("listen", "port")), _check_metrics),
     ((("capture", "interfaces"), ("capture", "exclude_interfaces")), _check_interfaces),
 )
 """What must fit together: keys, and what finds the problems of their values."""
@@ -256,22 +357,31 @@ def _excluded(ports: Sequence[PortRange]) -> str:
     return f"`capture.exclude_ports` = {shown('all' if ports == ALL_PORTS else [str(one) for one in ports])}{default}"
 
 
-def _unknown(*keys: Any) -> str:
+def _unknown(key: Any, *, table: str = "", kind: type[msgspec.Struct] = Config, of: str = "") -> str:
+    """`kind` is that of the table `table`. At the top level and in its tables the key of another table may be meant, too."""
     import difflib  # only for a message; costs a few milliseconds
 
     def nearest(word: str, words: Mapping[str, str], cutoff: float) -> str | None:
         return next((words[match] for match in difflib.get_close_matches(word, words, 1, cutoff)), None)
 
-    shown_keys = [key if isinstance(key, str) else shown(key) for key in keys]
-    name, key = short(".".join(shown_keys)), short(shown_keys[-1])
-    known = list(keys_of(Config))
-    known += [f"{table}.{inner}" for table, kind in keys_of(Config).items() for inner in keys_of(kind)]
-    by_name = {one: one for one in known}
+    key = key if isinstance(key, str) else shown(key)
+    name, key = short(f"{table}.{key}" if table else key), short(key)
+    whole = kind in (Config, *keys_of(Config).values())
+    if whole:
+        known = list(keys_of(Config))
+        known += [f"{outer}.{inner}" for outer, keys in keys_of(Config).items() for inner in keys_of(keys)]
+    else:
+        known = [f"{table}.{inner}" for inner in keys_of(kind)]
+    by_name = {one: one for one in known if whole}  # all names of one rule begin alike, which is no likeness
     by_key = {one.rpartition(".")[2]: one for one in reversed(known)}  # of two tables with such a key, the first
     # The nearest full name, then the nearest key of another table, as `ports` at the top level; then with less likeness.
     near = nearest(name, by_name, 0.75) or nearest(key, by_key, 0.75) or nearest(name, by_name, 0.5)
     near = near or nearest(key, by_key, 0.6)
-    return f"`{name}` is not a key of the configuration; " + (f"did you mean `{near}`?" if near else "remove it")
+    return f"`{name}`{of} is not a key of the configuration; " + (f"did you mean `{near}`?" if near else "remove it")
+
+
+def _and(keys: Sequence[str]) -> str:
+    return " and ".join(f"`{key}`" for key in keys)
 
 
 def _read_ports(values: Sequence[str]) -> tuple[PortRange, ...]:

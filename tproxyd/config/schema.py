@@ -11,11 +11,26 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
+from tproxyd.config import rules
 from tproxyd.config import values as read
-from tproxyd.config.values import Mark, Network, PortRange
+from tproxyd.config.values import ALL_PORTS, Endpoint, Mark, Network, PortRange
 from tproxyd.errors import ConfigError
 
-__all__ = ["LATER", "Capture", "Config", "Drain", "Listen", "Log", "Policy", "Relay", "Routing", "Upstream"]
+__all__ = [
+    "LATER",
+    "Admin",
+    "Capture",
+    "Config",
+    "Drain",
+    "Limits",
+    "Listen",
+    "Log",
+    "Policy",
+    "PolicyRule",
+    "Relay",
+    "Routing",
+    "Upstream",
+]
 
 
 class Capture(msgspec.Struct, frozen=True, kw_only=True):
@@ -70,15 +85,41 @@ class Upstream(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Relay(msgspec.Struct, frozen=True, kw_only=True):
-    """How long a relayed connection may be silent, in seconds."""
+    """Who moves the bytes (0 workers: a loop in this process), and how long something may last, in seconds."""
 
+    engine: Annotated[Literal["auto", "copy", "splice"], read.choice("auto", "copy", "splice")] = "auto"
+    workers: Annotated[int | Literal["auto"], read.or_auto(read.integer(0, 64))] = 1
+    busy_poll: Annotated[float, read.spinning_seconds] = 0.0
     idle_timeout: Annotated[float, read.some_seconds] = 3600.0
     half_close_timeout: Annotated[float, read.some_seconds] = 60.0
 
 
-class Policy(msgspec.Struct, frozen=True, kw_only=True):
-    """Special destinations that are relayed all the same."""
+class Limits(msgspec.Struct, frozen=True, kw_only=True):
+    """How many connections at once; "auto": as many as files may be open. 0 a source: as many as there are."""
 
+    max_connections: Annotated[int | Literal["auto"], read.or_auto(read.integer(1, 1_000_000))] = "auto"
+    max_connections_per_source: Annotated[int, read.integer(0, 1_000_000)] = 0
+
+
+class PolicyRule(msgspec.Struct, frozen=True, kw_only=True):
+    """Matches where all of its lists do; an empty one means every one. An Endpoint is where to forward instead."""
+
+    name: Annotated[str, rules.rule_name]
+    sources: Annotated[tuple[Network, ...], read.networks] = ()
+    destinations: Annotated[tuple[Network, ...], read.networks] = ()
+    ports: Annotated[tuple[PortRange, ...], rules.rule_ports] = ALL_PORTS
+    protocols: Annotated[tuple[str, ...], read.protocols] = ("tcp",)
+    action: Annotated[Literal["forward", "refuse"] | Endpoint, rules.action]
+
+
+class Policy(msgspec.Struct, frozen=True, kw_only=True):
+    """What becomes of a connection: the first rule that matches says it, else `default`.
+
+    `allow_special`: special destinations for which that is so, too; the others are refused before any rule.
+    """
+
+    default: Annotated[Literal["forward", "refuse"], read.choice("forward", "refuse")] = "forward"
+    rule: Annotated[tuple[PolicyRule, ...], PolicyRule] = ()
     allow_special: Annotated[tuple[Network, ...], read.special_networks] = ()
 
 
@@ -86,6 +127,12 @@ class Drain(msgspec.Struct, frozen=True, kw_only=True):
     """How long live connections have after SIGTERM, in seconds."""
 
     timeout: Annotated[float, read.seconds] = 30.0
+
+
+class Admin(msgspec.Struct, frozen=True, kw_only=True):
+    """Where the daemon tells about itself; None: nowhere."""
+
+    metrics: Annotated[Endpoint | None, read.listen_endpoint] = None
 
 
 class Log(msgspec.Struct, frozen=True, kw_only=True):
@@ -106,8 +153,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     routing: Routing = Routing()
     upstream: Upstream = Upstream()
     relay: Relay = Relay()
+    limits: Limits = Limits()
     policy: Policy = Policy()
     drain: Drain = Drain()
+    admin: Admin = Admin()
     log: Log = Log()
 
     @property
@@ -124,10 +173,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
 
 
 LATER: dict[str, tuple[str, ...] | None] = {
-    "relay": ("engine", "workers", "busy_poll"),
-    "policy": ("default", "sniff_timeout", "rule"),
-    "limits": None,
-    "admin": None,
+    "policy": ("sniff_timeout",),
+    "policy.rule": ("interfaces", "workloads", "sni", "alpn", "http_host"),
+    "admin": ("socket",),
     "workload": None,
     "outbound": None,
 }
@@ -136,7 +184,7 @@ LATER: dict[str, tuple[str, ...] | None] = {
 
 @functools.cache
 def keys_of(table: type[msgspec.Struct]) -> Mapping[str, Any]:
-    """A table's keys and their readers; a reader of Config's keys is the type of that table."""
+    """A table's keys and their readers. In place of one stands a type: of the table, or of each table of an array."""
     from typing import get_type_hints
 
     hints = get_type_hints(table, include_extras=True)

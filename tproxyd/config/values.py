@@ -17,6 +17,7 @@ from tproxyd.config.wording import shown, toml_kind
 
 __all__ = [
     "ALL_PORTS",
+    "Endpoint",
     "InvalidError",
     "Mark",
     "Network",
@@ -24,17 +25,21 @@ __all__ = [
     "Reader",
     "choice",
     "destinations",
+    "endpoint",
     "excluded_interfaces",
     "flag",
     "integer",
     "interfaces",
+    "listen_endpoint",
     "mark",
     "networks",
+    "or_auto",
     "ports",
     "protocols",
     "seconds",
     "some_seconds",
     "special_networks",
+    "spinning_seconds",
     "upstream_source",
     "upstream_target",
     "wildcard_over",
@@ -46,24 +51,28 @@ Network = IPv4Network | IPv6Network
 
 _LATER = "is not in this version of tproxyd"
 _LONGEST = 30 * 86400  # seconds; a longer time-out is a slip of the unit
+_LONGEST_SPIN = 0.01  # seconds
 _UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 _MAPPED = IPv6Network("::ffff:0:0/96")
 _INTERFACES = 'interface names, such as ["eth0", "eth*"]'
 
 
 class InvalidError(Exception):
-    """What is wrong with a value, and the way out; or, in `items`, what is wrong with some items of a list, by index."""
+    """What is wrong with a value, and the way out; or, in `items`, what is wrong with some items of a list, or of a table."""
 
-    def __init__(self, cause: str = "", *, items: Mapping[int, str] | None = None) -> None:
+    def __init__(self, cause: str = "", *, items: Mapping[Any, str] | None = None) -> None:
         super().__init__(cause)
         self.cause = cause
         self.items = items or {}
 
-    def sentences(self, name: str, value: Any) -> list[str]:
-        """One sentence a problem; `name` is where the value stands."""
+    def sentences(self, name: str, value: Any, *, of: str = "") -> list[str]:
+        """One sentence a problem; `name` is where the value stands, `of` what more there is to say about the place."""
         if not self.items:
-            return [f"`{name}` = {shown(value)} {self.cause}"]
-        return [f"`{name}[{index}]` = {shown(value[index])} {cause}" for index, cause in self.items.items()]
+            return [f"`{name}`{of} = {shown(value)} {self.cause}"]
+        return [
+            f"`{name}{f'[{at}]' if isinstance(at, int) else f'.{at}'}`{of} = {shown(value[at])} {cause}"
+            for at, cause in self.items.items()
+        ]
 
 
 class PortRange(msgspec.Struct, frozen=True, order=True):
@@ -78,6 +87,16 @@ class PortRange(msgspec.Struct, frozen=True, order=True):
 
 ALL_PORTS = (PortRange(1, 65535),)
 """What the word "all" stands for."""
+
+
+class Endpoint(msgspec.Struct, frozen=True):
+    """An address, IPv4 or IPv6 in its usual spelling and without scope, and a port."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
 class Mark(msgspec.Struct, frozen=True, kw_only=True):
@@ -144,6 +163,20 @@ def integer(low: int, high: int, *, never: Sequence[int] = (), why: str = "") ->
     return read
 
 
+def or_auto(read: Reader) -> Reader:
+    """What `read` takes, or the word "auto"."""
+
+    def read_either(value: Any) -> Any:
+        if isinstance(value, str) and value == "auto":
+            return value
+        try:
+            return read(value)
+        except InvalidError as invalid:
+            raise InvalidError(f'{invalid.cause}, or "auto"') from None
+
+    return read_either
+
+
 def seconds(value: Any) -> float:
     """A duration such as "300ms", "5s", "2m", "1h", as seconds."""
     text = _string(value, 'a number and a unit, such as "5s"')
@@ -161,6 +194,14 @@ def some_seconds(value: Any) -> float:
     duration = seconds(value)
     if not duration:
         raise InvalidError("would end every connection at once; write a time above zero")
+    return duration
+
+
+def spinning_seconds(value: Any) -> float:
+    """A duration for which a loop may keep a core busy."""
+    duration = seconds(value)
+    if duration > _LONGEST_SPIN:
+        raise InvalidError('is longer than 10ms: it would burn a core for nothing; write "0us" to "10ms"')
     return duration
 
 
@@ -206,6 +247,36 @@ def ports(value: Any) -> tuple[PortRange, ...]:
     return _list(
         value, port_range, 'ports and ranges, such as ["8080", "9000-9099"], or the word "all"', fit=_overlapping
     )
+
+
+def endpoint(value: Any, example: str) -> Endpoint:
+    """An address and a port, "ADDR:PORT" or "[ADDR]:PORT"; `example` says how they may be written."""
+    text = _string(value, example)
+    match = re.fullmatch(r"(?:\[([^\[\]]*)\]|([^:\[\]]*)):([0-9]{1,5})", text)
+    if match is None:
+        if _is_address(text) and ":" in text:
+            raise InvalidError(
+                f"is an IPv6 address, or one whose port cannot be told from it; write {example}, IPv6 in brackets"
+            )
+        raise InvalidError(f"is no address and port; write {example}")
+    host, port = match[2] if match[1] is None else match[1], int(match[3])
+    if "%" in host:
+        raise InvalidError(f"has a scope, which cannot be given here; write {example}")
+    if not _is_address(host) or (match[1] is not None) != (":" in host):
+        raise InvalidError(f"has no address before its port (names are not looked up); write {example}")
+    address = ip_address(host)
+    if address.version == 6 and address.ipv4_mapped is not None:
+        raise InvalidError(f'is IPv4 mapped into IPv6; write "{address.ipv4_mapped}:{port}"')
+    if not 1 <= port <= 65535:
+        raise InvalidError("has a port out of range; ports are 1 to 65535")
+    return Endpoint(str(address), port)
+
+
+def listen_endpoint(value: Any) -> Endpoint | None:
+    """Where to listen, "ADDR:PORT"; nowhere: ""."""
+    if isinstance(value, str) and not value:
+        return None
+    return endpoint(value, 'an address and a port, such as "127.0.0.1:15020", or "" for none')
 
 
 def network(value: Any) -> Network:

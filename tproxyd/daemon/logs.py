@@ -12,76 +12,71 @@ import queue
 import select
 import threading
 from collections.abc import Callable, Iterator
-from typing import Generic, TypeVar
 
 import msgspec
 
 from tproxyd.config import Config
 from tproxyd.datapath import Record
 
-__all__ = ["LineWriter", "access_format", "set_up_logging"]
-
-T = TypeVar("T")
+__all__ = ["LineWriter", "access_format", "encode_line", "set_up_logging"]
 
 _QUEUE = 8192  # lines; at 300 bytes a line some 2 MiB, and a second of full load
 # Bytes a write: a pipe takes up to PIPE_BUF (linux/limits.h) in one piece or not at all, so no line of that length is ever cut.
 _BATCH = 4096
-_TURN = 256  # lines taken from the queue at once: fewer system calls under load, none late when there is little
 _FLUSH = 1.0  # seconds given to the last lines at the end of the process
 
 
-class LineWriter(Generic[T]):
-    """Writes lines to a file descriptor from a thread of its own; `encode` makes the line of what is given to `write`.
+class LineWriter:
+    """Writes lines to a file descriptor from a thread of its own; `convert` makes of the lines given what is written.
 
     Close it to have the last lines written. `dropped` counts the lines that were not written, and is final after that.
     """
 
-    def __init__(self, fd: int, encode: Callable[[T], bytes]) -> None:
+    def __init__(self, fd: int, convert: Callable[[bytes], bytes] | None = None) -> None:
         self._fd = fd
-        self._encode = encode
-        self._lines: queue.Queue[T | None] = queue.Queue(_QUEUE)
-        self._taken = self._written = 0
+        self._convert = convert
+        self._chunks: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._taken = self._done = 0
+        self._failed = 0
         self._torn = self._closed = False
         self.dropped = 0
         # A daemon thread: a reader that never reads again must not keep the process from ending.
         self._thread = threading.Thread(target=self._run, name=f"lines to {fd}", daemon=True)
         self._thread.start()
 
-    def write(self, line: T) -> None:
-        """Queues one line. Never blocks: with a full queue it is dropped and counted."""
-        try:
-            self._lines.put_nowait(line)
-            self._taken += 1
-        except queue.Full:
-            self.dropped += 1
+    def write(self, lines: bytes) -> None:
+        """Queues whole lines, one or more. Never blocks: when too many wait, they are dropped and counted."""
+        count = lines.count(b"\n")
+        if self._taken - self._done + count > _QUEUE:
+            self.dropped += count
+        else:
+            self._taken += count
+            self._chunks.put(lines)
 
     def close(self) -> None:
-        """Waits up to two seconds for the queued lines; what nobody took by then counts as dropped, and is not written any more (but
+        """Waits up to a second for the queued lines; what nobody took by then counts as dropped, and is not written any more (but
         for the few lines of a write that is under way)."""
-        try:
-            self._lines.put(None, timeout=_FLUSH)
-            self._thread.join(_FLUSH)
-        except queue.Full:
-            pass  # not even the word of the end fits in: the thread is blocked, and reads the flag if it ever goes on
+        self._chunks.put(None)
+        self._thread.join(_FLUSH)
         self._closed = True
-        self.dropped += self._taken - self._written
+        self.dropped += self._taken - self._done + self._failed
 
     def _run(self) -> None:
-        running = True
-        while running:
-            lines = [self._lines.get()]
-            while len(lines) < _TURN and not self._lines.empty():
-                lines.append(self._lines.get_nowait())
-            running = None not in lines and not self._closed
-            for batch in _batches([self._encoded(line) for line in lines if line is not None]):
-                if not self._closed and self._write_whole(b"".join(batch)):
-                    self._written += len(batch)
+        while (chunk := self._chunks.get()) is not None:
+            for batch in _batches(self._converted(chunk).splitlines(keepends=True)):
+                if self._closed:
+                    return
+                if not self._write_whole(b"".join(batch)):
+                    self._failed += len(batch)
+                self._done += len(batch)
 
-    def _encoded(self, line: T) -> bytes:
+    def _converted(self, chunk: bytes) -> bytes:
+        if self._convert is None:
+            return chunk
         try:
-            return self._encode(line)
+            return self._convert(chunk)
         except Exception as error:  # whatever is wrong with one line, the thread must live on for the others
-            return f"a line that cannot be written: {error!r}\n".encode(errors="backslashreplace")
+            return f"lines that cannot be written: {error!r}\n".encode(errors="backslashreplace")
 
     def _write_whole(self, data: bytes) -> bool:
         # After a disk was full in the middle of a line, the next one begins on a line of its own.
@@ -114,13 +109,13 @@ def _batches(lines: list[bytes]) -> Iterator[list[bytes]]:
         yield batch
 
 
-def access_format(config: Config, fd: int) -> Callable[[Record], bytes]:
-    """How a record becomes a line of the access log that goes to `fd`, by `log.format`."""
+def access_format(config: Config, fd: int) -> Callable[[bytes], bytes] | None:
+    """How records in JSON become lines of the access log that goes to `fd`, by `log.format`. None: as they are."""
     text = os.isatty(fd) if config.log.format == "auto" else config.log.format == "text"
-    return _text_line if text else _json_line
+    return _text_lines if text else None
 
 
-def set_up_logging(config: Config, stderr: LineWriter[str]) -> None:
+def set_up_logging(config: Config, stderr: LineWriter) -> None:
     """Sends the daemon's own messages to stderr, as `tproxyd: level: message`."""
     for level in (logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR, logging.CRITICAL):
         logging.addLevelName(level, logging.getLevelName(level).lower())
@@ -130,19 +125,24 @@ def set_up_logging(config: Config, stderr: LineWriter[str]) -> None:
 
 
 class _Handler(logging.Handler):
-    def __init__(self, stderr: LineWriter[str]) -> None:
+    def __init__(self, stderr: LineWriter) -> None:
         super().__init__()
         self._stderr = stderr
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            self._stderr.write(self.format(record))
+            self._stderr.write(encode_line(self.format(record)))
         except Exception:  # as every handler of the standard library: a wrong argument is told, and hurts nobody
             self.handleError(record)
 
 
-def _json_line(record: Record) -> bytes:
-    return msgspec.json.encode(record) + b"\n"
+def encode_line(text: str) -> bytes:
+    """A line of text as bytes, its end included, whatever is in it."""
+    return f"{text}\n".encode(errors="backslashreplace")
+
+
+def _text_lines(lines: bytes) -> bytes:
+    return b"".join(_text_line(msgspec.json.decode(line, type=Record)) for line in lines.splitlines())
 
 
 def _text_line(record: Record) -> bytes:

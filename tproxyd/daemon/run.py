@@ -8,13 +8,14 @@ import resource
 import signal
 import sys
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import trio
 
+from tproxyd import __version__
 from tproxyd.config import Config
 from tproxyd.daemon.lock import namespace_lock
-from tproxyd.daemon.logs import LineWriter, access_format, set_up_logging
-from tproxyd.datapath import Record
+from tproxyd.daemon.logs import LineWriter, access_format, encode_line, set_up_logging
 from tproxyd.errors import TproxydError
 from tproxyd.interceptor import Interceptor, open_interceptor
 from tproxyd.net.sockets import format_address
@@ -28,9 +29,7 @@ _STOP = (signal.SIGTERM, signal.SIGINT)
 
 def run(config: Config) -> int:
     """Serves until SIGTERM or SIGINT and drains; a second one ends it at once. 0 after a clean stop. Raises TproxydError."""
-    stderr: LineWriter[str] = LineWriter(
-        sys.stderr.fileno(), lambda line: f"{line}\n".encode(errors="backslashreplace")
-    )
+    stderr = LineWriter(sys.stderr.fileno())
     set_up_logging(config, stderr)
     _allow_all_files()
     stdout = sys.stdout.fileno()
@@ -54,20 +53,48 @@ def run(config: Config) -> int:
     return os.EX_OK
 
 
-async def _serve(config: Config, stderr: LineWriter[str], access_log: LineWriter[Record] | None) -> None:
-    on_record = access_log.write if access_log is not None else _forget
+async def _serve(config: Config, stderr: LineWriter, access_log: LineWriter | None) -> None:
     stop = _Stop()
     with trio.open_signal_receiver(*_STOP, signal.SIGHUP) as signals:
-        async with trio.open_nursery() as nursery:
+        async with trio.open_nursery() as nursery, _metrics_listener(config) as metrics:
             nursery.start_soon(_listen_to_signals, signals, stop)
             # A signal that comes while this starts is answered as soon as it has: that takes a fraction of a second.
-            async with open_interceptor(config, on_record=on_record) as interceptor:
+            on_lines = access_log.write if access_log is not None else None
+            async with open_interceptor(config, on_lines=on_lines) as interceptor:
+                if metrics is not None:
+                    nursery.start_soon(_serve_metrics, metrics, interceptor, stop, access_log)
                 # At any log level, and on one line: others wait for it.
                 listen = ",".join(format_address(address) for address in interceptor.listen)
-                stderr.write(f"tproxyd: ready pid={os.getpid()} listen={listen}")
+                stderr.write(encode_line(f"tproxyd: ready pid={os.getpid()} listen={listen}"))
                 await stop.drain.wait()
                 await _drain(config, interceptor, stop)
             nursery.cancel_scope.cancel()
+
+
+@asynccontextmanager
+async def _metrics_listener(config: Config) -> AsyncIterator[trio.SocketListener | None]:
+    """Open before anything else: that its address is taken is to be known while nothing has been changed."""
+    if config.admin.metrics is None:
+        yield None
+    else:
+        from tproxyd.daemon.metrics import open_metrics_listener  # late: who has no metrics need not load it
+
+        async with open_metrics_listener(config.admin.metrics) as listener:
+            yield listener
+
+
+async def _serve_metrics(
+    listener: trio.SocketListener, interceptor: Interceptor, stop: _Stop, access_log: LineWriter | None
+) -> None:
+    from tproxyd.daemon.metrics import serve_metrics
+
+    await serve_metrics(
+        listener,
+        interceptor.counters,
+        dropped=lambda: access_log.dropped if access_log is not None else 0,
+        ready=lambda: not stop.drain.is_set(),
+        version=__version__,
+    )
 
 
 class _Stop:
@@ -120,7 +147,3 @@ def _only(group: BaseExceptionGroup[BaseException]) -> TproxydError | None:
     if isinstance(errors[0], BaseExceptionGroup):
         return _only(errors[0])
     return errors[0] if isinstance(errors[0], TproxydError) else None
-
-
-def _forget(record: Record) -> None:
-    """With `log.access = false` nobody wants the record."""

@@ -1,5 +1,9 @@
-"""What a connection leaves behind, shared by everything that relays. No trio, no pyroute2: a relay process stays small."""
+"""The relay loop and what a connection leaves behind. No trio, no pyroute2: a relay process stays small.
 
-from tproxyd.datapath.record import EndedError, Outcome, Record
+Accept, decide, dial, relay, record: `connection.Connection` is the life of one; `loop.RelayLoop` drives them.
+"""
 
-__all__ = ["EndedError", "Outcome", "Record"]
+from tproxyd.datapath.record import Outcome, Record
+from tproxyd.datapath.report import CONNECT_SECONDS, Counters, LogLine, Setup
+
+__all__ = ["CONNECT_SECONDS", "Counters", "LogLine", "Outcome", "Record", "Setup"]

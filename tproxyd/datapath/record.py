@@ -6,7 +6,7 @@ from typing import Literal
 
 import msgspec
 
-__all__ = ["EndedError", "Outcome", "Record"]
+__all__ = ["Outcome", "Record"]
 
 Outcome = Literal[
     "closed",
@@ -20,18 +20,12 @@ Outcome = Literal[
     "idle_timeout",
     "half_close_timeout",
     "drained",
+    "limit",
     "no_ports",
+    "worker_lost",
     "error",
 ]
 """How a connection ended. `error` is the only one that points at a fault of tproxyd."""
-
-
-class EndedError(Exception):
-    """The connection is over, with this outcome, and not by two FINs."""
-
-    def __init__(self, outcome: Outcome) -> None:
-        super().__init__(outcome)
-        self.outcome = outcome
 
 
 class Record(msgspec.Struct, kw_only=True):

@@ -1,8 +1,10 @@
-"""Is an address local to this namespace? The kernel's own answer, with no cache that could go stale.
+"""Is an address local to this namespace? The kernel's own answer, kept until something about routes, rules, links or addresses changes.
 
 The layout of a connection depends on it: local (sidecar) or forwarded (gateway). A list of interface addresses would miss
 `local` routes (a load balancer's any-IP prefix), and a trial bind is fooled by ip_nonlocal_bind; a route look-up is what
-the kernel itself would do with the packet. One netlink exchange, about 10 us.
+the kernel itself would do with the packet. One netlink exchange, about 10 us, the first time; then a look into a dict. Nothing
+goes stale: the kernel queues the news of a change while it makes it, and any news empties the dict. (Deleting a link tells of the link
+but not of its IPv4 routes, hence news of everything that a look-up depends on.)
 """
 
 from __future__ import annotations
@@ -27,12 +29,35 @@ _ATTRIBUTE = struct.Struct("=HH")  # struct rtattr: length, type
 _NOT_ROUTED = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EACCES, errno.EINVAL, errno.EAFNOSUPPORT, errno.ENODEV}
 
 
+# RTNLGRP_LINK, IPV4_IFADDR, IPV4_ROUTE, IPV4_RULE, IPV6_IFADDR, IPV6_ROUTE, IPV6_RULE (linux/rtnetlink.h), as bits.
+_NEWS = sum(1 << (group - 1) for group in (1, 5, 7, 8, 9, 11, 19))
+_KEPT = 8192  # answers; clients' addresses are theirs to choose
+
+
 class Locality:
-    """Answers `is_local` for the namespace in which it was made. A context manager; close it."""
+    """Answers `is_local` for the namespace in which it was made. A context manager; close it.
+
+    Whoever holds it calls `forget` when `fileno()` becomes readable.
+    """
 
     def __init__(self) -> None:
         self._sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE)
+        try:
+            self._news = socket.socket(
+                socket.AF_NETLINK,
+                socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK,
+                socket.NETLINK_ROUTE,
+            )
+            try:
+                self._news.bind((0, _NEWS))
+            except BaseException:
+                self._news.close()
+                raise
+        except BaseException:
+            self._sock.close()
+            raise
         self._sequence = 0
+        self._answers: dict[str, bool] = {}
 
     def __enter__(self) -> Locality:
         return self
@@ -41,11 +66,36 @@ class Locality:
         self.close()
 
     def close(self) -> None:
-        """Closes the netlink socket; harmless when repeated."""
+        """Closes the netlink sockets; harmless when repeated."""
         self._sock.close()
+        self._news.close()
+
+    def fileno(self) -> int:
+        """The descriptor that becomes readable when answers may have changed."""
+        return self._news.fileno()
+
+    def forget(self) -> None:
+        """Takes in the news: every answer will be asked for again. Never blocks."""
+        self._answers.clear()
+        while True:
+            try:
+                self._news.recv(8192)
+            except BlockingIOError:
+                return
+            except OSError:  # ENOBUFS: there was more news than the socket holds, which comes to the same
+                continue
 
     def is_local(self, host: str) -> bool:
         """Whether packets to this address (text, no scope) are delivered to this namespace. Raises OSError."""
+        answer = self._answers.get(host)
+        if answer is None:
+            answer = self._look_up(host)
+            if len(self._answers) >= _KEPT:
+                self._answers.clear()
+            self._answers[host] = answer
+        return answer
+
+    def _look_up(self, host: str) -> bool:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         address = socket.inet_pton(family, host)
         self._sequence = self._sequence % 0xFFFFFFFF + 1

@@ -1,0 +1,197 @@
+"""`[admin] metrics`: Prometheus metrics, /healthz and /readyz, over HTTP.
+
+Served by the daemon's own loop, with a deadline for each request and a bound on how many there are. It asks the relay loops for their
+counters when it is asked itself; they answer between two events, so a scrape costs a connection nothing. No label ever bears an
+address of a client.
+"""
+
+from __future__ import annotations
+
+import errno
+import platform
+import socket
+from collections.abc import Awaitable, Callable, Iterator
+from functools import partial
+from typing import TYPE_CHECKING, get_args
+
+import h11
+import trio
+
+from tproxyd.config import Endpoint
+from tproxyd.datapath import CONNECT_SECONDS, Counters, Outcome
+from tproxyd.errors import KernelError
+from tproxyd.net.proc_net import port_holder
+from tproxyd.net.sockets import format_address
+
+if TYPE_CHECKING:
+    from prometheus_client import Metric
+
+__all__ = ["open_metrics_listener", "serve_metrics"]
+
+_CLIENTS = 64  # at once; those beyond wait in the queue
+_PATIENCE = 10.0  # seconds for a request to come, and for its answer to be taken
+_READ = 8192
+
+Page = Callable[[], Awaitable[tuple[int, str, bytes]]]
+"""Gives a status, a content type and a body."""
+
+
+def open_metrics_listener(where: Endpoint) -> trio.SocketListener:
+    """A listener for `serve_metrics`, which closes it. KernelError if the address cannot be had."""
+    sock = socket.socket(socket.AF_INET6 if ":" in where.host else socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((where.host, where.port))
+        sock.listen(_CLIENTS)
+        sock.setblocking(False)
+        return trio.SocketListener(trio.socket.from_stdlib_socket(sock))
+    except OSError as error:
+        holder = port_holder(where.port, family=sock.family) if error.errno == errno.EADDRINUSE else None
+        sock.close()
+        raise KernelError(
+            f"cannot listen on {format_address((where.host, where.port))} for metrics: {error.strerror}"
+            f"{f', by {holder}' if holder else ''}; choose another admin.metrics or stop what uses it"
+        ) from error
+
+
+async def serve_metrics(
+    listener: trio.SocketListener,
+    count: Callable[[], Awaitable[Counters]],
+    *,
+    dropped: Callable[[], int],
+    ready: Callable[[], bool],
+    version: str,
+) -> None:
+    """Answers until cancelled, and closes the listener then.
+
+    `count` gives the counters of all relay loops, `dropped` how many lines of the access log were not written, `ready` whether
+    capture is on.
+    """
+    pages: dict[bytes, Page] = {
+        b"/metrics": partial(_metrics, count, dropped, version),
+        b"/healthz": partial(_word, lambda: True),
+        b"/readyz": partial(_word, ready),
+    }
+    room = trio.CapacityLimiter(_CLIENTS)
+    async with listener, trio.open_nursery() as nursery:
+        while True:
+            await room.acquire_on_behalf_of(token := object())
+            try:
+                stream = await listener.accept()
+            except OSError:  # no file left: connections that are relayed come first
+                room.release_on_behalf_of(token)
+                await trio.sleep(0.1)
+                continue
+            nursery.start_soon(_serve_client, stream, pages, room, token)
+
+
+async def _serve_client(
+    stream: trio.SocketStream, pages: dict[bytes, Page], room: trio.CapacityLimiter, token: object
+) -> None:
+    try:
+        async with stream:
+            connection = h11.Connection(h11.SERVER)
+            try:
+                while True:
+                    with trio.fail_after(_PATIENCE):
+                        if not await _answer(stream, connection, pages):
+                            return
+                        connection.start_next_cycle()
+            except h11.RemoteProtocolError as error:
+                with trio.move_on_after(_PATIENCE):
+                    await _send(stream, connection, error.error_status_hint, "text/plain", b"bad request\n", close=True)
+            except (trio.BrokenResourceError, trio.TooSlowError, h11.LocalProtocolError):
+                pass  # gone, or too slow to be waited for
+    finally:
+        room.release_on_behalf_of(token)
+
+
+async def _answer(stream: trio.SocketStream, connection: h11.Connection, pages: dict[bytes, Page]) -> bool:
+    """One request and its answer; whether another one may follow."""
+    request: h11.Request | None = None
+    while True:
+        event = connection.next_event()
+        if event is h11.NEED_DATA:
+            connection.receive_data(await stream.receive_some(_READ))
+        elif isinstance(event, h11.Request):
+            request = event
+        elif isinstance(event, h11.ConnectionClosed) or event is h11.PAUSED:
+            return False
+        elif isinstance(event, h11.EndOfMessage):
+            break
+    assert request is not None
+    page = pages.get(request.target.partition(b"?")[0])
+    if request.method not in (b"GET", b"HEAD"):
+        status, kind, body = 405, "text/plain", b"only GET\n"
+    elif page is None:
+        status, kind, body = 404, "text/plain", b"/metrics, /healthz, /readyz\n"
+    else:
+        status, kind, body = await page()
+    await _send(stream, connection, status, kind, body, close=False)
+    return connection.our_state is h11.DONE and connection.their_state is h11.DONE
+
+
+async def _send(
+    stream: trio.SocketStream, connection: h11.Connection, status: int, kind: str, body: bytes, *, close: bool
+) -> None:
+    headers = [("Content-Type", kind), ("Content-Length", str(len(body)))]
+    if close:
+        headers.append(("Connection", "close"))
+    data = connection.send(h11.Response(status_code=status, headers=headers)) or b""
+    data += connection.send(h11.Data(data=body)) or b""
+    data += connection.send(h11.EndOfMessage()) or b""
+    await stream.send_all(data)
+
+
+async def _word(good: Callable[[], bool]) -> tuple[int, str, bytes]:
+    return (200, "text/plain", b"ok\n") if good() else (503, "text/plain", b"not ready\n")
+
+
+async def _metrics(
+    count: Callable[[], Awaitable[Counters]], dropped: Callable[[], int], version: str
+) -> tuple[int, str, bytes]:
+    # Late: it takes some hundredths of a second to load, and READY does not wait for it.
+    from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+
+    counters = await count()
+
+    class Collector:
+        def collect(self) -> Iterator[Metric]:
+            return _families(counters, dropped() + counters.records_dropped, version)
+
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(Collector())
+    return 200, CONTENT_TYPE_LATEST, generate_latest(registry)
+
+
+def _families(counters: Counters, dropped: int, version: str) -> Iterator[Metric]:
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+
+    workload = "host"
+    ended = CounterMetricFamily(
+        "tproxyd_connections", "Connections that have ended, by outcome.", labels=["workload", "outcome"]
+    )
+    for outcome in get_args(Outcome):
+        ended.add_metric([workload, outcome], counters.outcomes.get(outcome, 0))
+    yield ended
+    active = GaugeMetricFamily("tproxyd_connections_active", "Connections that live.", labels=["workload"])
+    active.add_metric([workload], counters.active)
+    yield active
+    moved = CounterMetricFamily("tproxyd_bytes", "Bytes received from either side.", labels=["workload", "from"])
+    moved.add_metric([workload, "client"], counters.bytes_from_client)
+    moved.add_metric([workload, "upstream"], counters.bytes_from_upstream)
+    yield moved
+    connect = HistogramMetricFamily("tproxyd_connect_seconds", "Time until the upstream answered, from accept on.")
+    buckets, total = [], 0
+    for bound, number in zip((*map(str, CONNECT_SECONDS), "+Inf"), counters.connect_seconds, strict=True):
+        total += number
+        buckets.append((bound, float(total)))
+    connect.add_metric([], buckets, counters.connect_seconds_sum)
+    yield connect
+    yield CounterMetricFamily("tproxyd_accepted", "Connections accepted by the listeners.", value=counters.accepted)
+    yield CounterMetricFamily(
+        "tproxyd_access_log_dropped", "Lines of the access log that nobody took in time.", value=dropped
+    )
+    build = GaugeMetricFamily("tproxyd_build_info", "1, with what runs here.", labels=["version", "python", "kernel"])
+    build.add_metric([version, platform.python_version(), platform.release()], 1)
+    yield build

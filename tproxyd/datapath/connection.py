@@ -1,0 +1,369 @@
+"""One connection's whole life on the fast path: accepted, decided, dialled, relayed, recorded.
+
+A plain object that the loop's events drive; no task, no coroutine, no stream. A connection that breaks is not an error: every
+way in which it can end has an outcome, and only a surprise is logged. The rule for its last moment: the client never sees an
+orderly close for something that went wrong. It gets a reset, after the bytes that came before it.
+
+    dialling ──connected──▶ relaying ──both FINs passed on──▶ closed
+        │                      │
+        └──refused, reset, ... └──one side broke──▶ flushing ──▶ closed
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import select
+import socket
+from typing import TYPE_CHECKING
+
+from tproxyd.datapath.record import Outcome
+from tproxyd.datapath.timers import Timed
+from tproxyd.datapath.transfer import Leg, LegBrokenError
+from tproxyd.net.sockets import (
+    Address,
+    answer_at_once,
+    format_address,
+    open_upstream,
+    original_destination,
+    round_trip_seconds,
+    unsent_bytes,
+    watch_peer,
+)
+
+if TYPE_CHECKING:
+    from tproxyd.datapath.loop import RelayLoop
+
+__all__ = ["Connection"]
+
+_OUT = select.EPOLLOUT
+_ERROR = select.EPOLLERR
+_FAILED = select.EPOLLERR | select.EPOLLHUP
+
+_UPSTREAM: dict[int, Outcome] = {
+    errno.ECONNREFUSED: "upstream_refused",
+    errno.ECONNRESET: "upstream_reset",
+    errno.EPIPE: "upstream_reset",
+    errno.ETIMEDOUT: "upstream_timeout",
+    errno.ENETUNREACH: "upstream_unreachable",
+    errno.EHOSTUNREACH: "upstream_unreachable",
+    errno.ENETDOWN: "upstream_unreachable",
+    errno.EHOSTDOWN: "upstream_unreachable",
+    errno.ENONET: "upstream_unreachable",
+    errno.ENOPROTOOPT: "upstream_unreachable",  # ICMP "protocol unreachable"
+    errno.EPROTO: "upstream_unreachable",  # ICMPv6 "administratively prohibited" and its like
+    errno.EACCES: "upstream_unreachable",  # a `prohibit` route, or ICMPv6 "policy fail"
+    errno.EPERM: "upstream_unreachable",  # a firewall's output chain dropped it
+    errno.EINVAL: "upstream_unreachable",  # a `blackhole` route
+    errno.EADDRINUSE: "no_ports",
+    errno.EADDRNOTAVAIL: "no_ports",
+}
+
+# Bytes that a reset must not overtake: wait while the peer takes them, until it has taken none for this long, in seconds, or for
+# two round trips, which is how often news of it comes.
+_FLUSH_STALL = 0.05
+
+_DIALLING, _RELAYING, _FLUSHING, _CLOSED = range(4)
+
+_AS_CLIENT, _AS_ADDRESS, _AS_PROXY = range(3)  # whose address the upstream socket bears, in the order of trying
+
+
+class Connection(Timed):
+    """Made by the loop for each accepted socket; `begin` decides about it and dials, and everything else is an event's work.
+
+    `end` may be called at any time, with the outcome; the first one counts.
+    """
+
+    __slots__ = (
+        "broken",
+        "bytes_left",
+        "client",
+        "counted",
+        "destination",
+        "downstream",
+        "flush_end",
+        "identity",
+        "loop",
+        "moved",
+        "patience",
+        "reported",
+        "rule",
+        "started",
+        "state",
+        "target",
+        "upstream",
+        "upstream_source",
+    )
+
+    broken: tuple[Leg, Outcome]
+    bytes_left: int
+    moved: float
+    flush_end: float
+    patience: float
+
+    def __init__(self, loop: RelayLoop, sock: socket.SocketType, client: Address, identity: int) -> None:
+        super().__init__(loop.now)
+        self.loop = loop
+        self.identity = identity
+        self.started = loop.now
+        self.client = client
+        self.destination: Address | None = None
+        self.target: Address | None = None
+        self.upstream_source: Address | None = None
+        self.rule: str | None = None
+        self.state = _DIALLING
+        self.counted = False
+        self.reported = False
+        self.downstream = Leg(loop, sock, accepted=True)
+        self.upstream: Leg | None = None
+
+    def begin(self) -> None:
+        """From accept to the dial: is it meant for us, does it come from us, do limits and policy allow it?"""
+        try:
+            self._begin()
+        except OSError as error:
+            if error.errno in (errno.ENOTCONN, errno.ECONNRESET):
+                self.end("client_reset")  # left before it was looked at
+            else:
+                self._fail(error)
+        except Exception as error:  # a surprise costs this connection only
+            self._fail(error)
+
+    def end(self, outcome: Outcome) -> None:
+        """Closes both sockets, in order if the outcome is `closed` and with a reset otherwise, and leaves the record."""
+        if self.state == _CLOSED:
+            return
+        self.state = _CLOSED
+        self.leave_wheel()
+        for leg in (self.downstream, self.upstream):
+            if leg is not None:
+                leg.drop()
+                self.loop.part(leg, orderly=outcome == "closed")
+        self.loop.leave(self, outcome)
+        if self.upstream is not None:
+            # Nothing may refer in a circle: what has ended is to be freed at once, not by the garbage collector.
+            del self.upstream.other, self.downstream.other
+
+    def time_out_dial(self) -> None:
+        """The upstream has not answered within `connect_timeout`."""
+        self.end("upstream_timeout")
+
+    def settle(self) -> None:
+        """Called once, when it has been silent for some seconds: from now on the kernel watches whether the server is there."""
+        if self.upstream is not None and self.state == _RELAYING:
+            try:
+                watch_peer(self.upstream.sock)
+            except OSError as error:
+                self._fail(error)
+
+    def flush(self) -> None:
+        """One side has broken: gives the other one what came before, for as long as it takes it, and then ends both.
+
+        Called again and again: the kernel has no event for what a peer has taken.
+        """
+        source = self.broken[0]
+        sink = source.other
+        try:
+            if not source.ended:
+                source.pump()
+        except LegBrokenError as error:
+            source.ended = True
+            if error.leg is sink:
+                return self.end(self.broken[1])
+        try:
+            left = len(source.held) + source.in_pipe + unsent_bytes(sink.sock)
+        except OSError:
+            left = 0  # gone: nothing can be flushed
+        now = self.loop.now
+        if left != self.bytes_left:
+            self.bytes_left, self.moved = left, now
+        done = left == 0 and (source.ended or not source.readable)
+        if done or now - self.moved >= self.patience or now >= self.flush_end:
+            self.end(self.broken[1])
+        return None
+
+    def _begin(self) -> None:
+        loop, client = self.loop, self.client
+        destination = self.destination = original_destination(self.downstream.sock)
+        local = loop.is_local(destination[0])
+        # What this host itself sends is never captured, so a client with an address of this host is a connection of ours that a
+        # router has sent back.
+        if loop.is_listener(destination, local=local) or loop.is_local(client[0]):
+            return self.end("self_call")
+        if not loop.enter(self):
+            return self.end("limit")
+        verdict = loop.decide(client[0], destination[0], destination[1])
+        self.rule = verdict.rule
+        if verdict.action == "refuse":
+            return self.end("refused_by_policy")
+        if verdict.target is None:
+            self.target = destination
+        else:
+            self.target = verdict.target
+            local = loop.is_local(verdict.target[0])
+            if loop.is_listener(verdict.target, local=local):
+                return self.end("self_call")
+        loop.watch(self.downstream, self._on_client)
+        keeps = loop.keeps_source and not local and (":" in client[0]) == (":" in self.target[0])
+        return self._dial(_AS_CLIENT if keeps else _AS_PROXY)
+
+    def _dial(self, source: int) -> None:
+        """Towards another host with the client's own address and port, if that is asked for; where the port cannot be had (a
+        wildcard listener has it, a connection before is in TIME_WAIT) with the address alone, and else as the proxy. Towards an
+        address of this host as the proxy: with the client's address the 4-tuple would be the one that was just intercepted."""
+        target, client = self.target, self.client
+        assert target is not None
+        family = socket.AF_INET6 if ":" in target[0] else socket.AF_INET
+        while True:
+            address: Address | None = None
+            if source == _AS_CLIENT:
+                address = client
+            elif source == _AS_ADDRESS:
+                address = (client[0], 0, *client[2:])  # an IPv6 one keeps its scope
+            sock: socket.SocketType | None = None
+            try:
+                sock = open_upstream(family, source=address)
+                number = sock.connect_ex(target)
+            except OSError as error:
+                number = error.errno or errno.EIO
+            if number in (errno.EINPROGRESS, 0):
+                break
+            if sock is not None:
+                sock.close()  # not in the loop's table yet
+            if source == _AS_PROXY or number not in (errno.EADDRINUSE, errno.EADDRNOTAVAIL):
+                return self._not_connected(number)
+            source += 1
+        assert sock is not None
+        upstream = self.upstream = Leg(self.loop, sock, accepted=False)
+        upstream.other, self.downstream.other = self.downstream, upstream
+        if source == _AS_CLIENT:
+            self.upstream_source = client
+        self.loop.watch(upstream, self._on_upstream)
+        if number == 0:
+            return self._connected()
+        return self.loop.dialling.add(self)
+
+    def _on_client(self, events: int) -> None:
+        leg = self.downstream
+        leg.note(events)
+        if self.state == _RELAYING:
+            self._relay(leg, events)
+        elif self.state == _FLUSHING:
+            self.flush()
+        elif events & _ERROR:
+            self.end("client_reset")  # nobody waits for the server any more
+
+    def _on_upstream(self, events: int) -> None:
+        leg = self.upstream
+        assert leg is not None
+        leg.note(events)
+        if self.state == _RELAYING:
+            self._relay(leg, events)
+        elif self.state == _FLUSHING:
+            self.flush()
+        elif events & _FAILED:
+            number = leg.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            if number in (errno.ECONNRESET, errno.EPIPE):
+                # In answer to a SYN a reset is ECONNREFUSED: this one was connected, and may have said something.
+                self._break(leg, number)
+            else:
+                self._not_connected(number or errno.ECONNREFUSED)
+        else:
+            self._connected()
+
+    def _connected(self) -> None:
+        upstream = self.upstream
+        assert upstream is not None
+        loop = self.loop
+        if self.upstream_source is None:
+            self.upstream_source = upstream.sock.getsockname()
+            if self.upstream_source[:2] == self.target[:2]:  # type: ignore[index]  # it has been dialled
+                # Nobody listens, and the kernel happened to pick the very port: the socket is connected to itself.
+                return self._not_connected(errno.ECONNREFUSED)
+        self.state = _RELAYING
+        loop.count_connect(loop.now - self.started)
+        self.active = loop.now
+        loop.settling.add(self)
+        downstream = self.downstream
+        if downstream.readable:
+            self._relay(downstream, 0)
+            if self.state != _RELAYING:
+                return None
+        answer_at_once(upstream.sock)
+        if upstream.readable:
+            self._relay(upstream, 0)
+        return None
+
+    def _not_connected(self, number: int) -> None:
+        outcome = _UPSTREAM.get(number, "error")
+        error = OSError(number, os.strerror(number))
+        if outcome == "error":
+            self.loop.complain(error, "cannot connect to %s", format_address(self.target))  # type: ignore[arg-type]
+        elif outcome == "no_ports":
+            self.loop.complain(
+                error,
+                "no free port for a connection to %s; widen net.ipv4.ip_local_port_range",
+                format_address(self.target),  # type: ignore[arg-type]
+            )
+        self.end(outcome)
+
+    def _relay(self, leg: Leg, events: int) -> None:
+        """What an event on `leg` makes possible: reading from it, and writing to it what the other one has."""
+        try:
+            if events & _ERROR:
+                return self._break(leg, leg.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
+            if leg.readable or leg.pipe is not None:
+                if leg.pump():
+                    self.active = self.loop.now
+                if leg.ended and not (leg.passed_on or leg.held or leg.in_pipe):
+                    self._pass_end(leg)
+            if events & _OUT and self.state == _RELAYING:
+                other = leg.other
+                if other.pump():
+                    self.active = self.loop.now
+                if other.ended and not (other.passed_on or other.held or other.in_pipe):
+                    self._pass_end(other)
+        except LegBrokenError as error:
+            self._break(error.leg, error.error.errno or errno.EIO)
+        except Exception as error:  # a surprise costs this connection only
+            self._fail(error)
+        return None
+
+    def _pass_end(self, leg: Leg) -> None:
+        """All that came from `leg`, its FIN included, is given to the other socket."""
+        leg.passed_on = True
+        if leg.other.passed_on:
+            return self.end("closed")
+        try:
+            leg.other.sock.shutdown(socket.SHUT_WR)
+        except OSError as error:
+            raise LegBrokenError(leg.other, error) from error
+        self.active = self.loop.now
+        return self.loop.half_closed.add(self)
+
+    def _break(self, leg: Leg, number: int) -> None:
+        client = leg is self.downstream
+        self.broken = (leg, "client_reset" if client else _UPSTREAM.get(number, "upstream_reset"))
+        self.state = _FLUSHING
+        self.leave_wheel()
+        # Without what the flags say: read to the very end of what is there.
+        leg.readable = leg.doubtful = True
+        loop = self.loop
+        self.bytes_left, self.moved = -1, loop.now
+        self.flush_end = loop.now + loop.half_closed.seconds
+        self.patience = _FLUSH_STALL
+        with contextlib.suppress(OSError):
+            self.patience = max(_FLUSH_STALL, 2 * round_trip_seconds(leg.other.sock))
+        loop.flushing.add(self)
+        self.flush()
+
+    def _fail(self, error: Exception) -> None:
+        """An end that nobody thought of: logged, with the error behind it."""
+        known = isinstance(error, OSError)
+        self.loop.complain(error, "connection %s failed" if known else "connection %s failed; this is a bug", self)
+        self.end("error")
+
+    def __str__(self) -> str:
+        destination = format_address(self.destination) if self.destination is not None else "an unknown destination"
+        return f"{self.identity:016x} to {destination}"

@@ -1,0 +1,277 @@
+"""One direction's bytes: what is read from one socket of a connection and given to the other. No policy, no addresses, no clock.
+
+Sockets are watched edge-triggered, registered once: two epoll_ctl a connection. So what is known of a socket is kept in flags,
+and a flag is lowered only by what the kernel answers: EAGAIN, a short read, a partial write. A short read says that everything
+has been read, which saves the EAGAIN after every request; where that is not certain (an error or urgent data is in the queue) it is not
+believed. Bytes that the other side does not take are held, at most one read of them, and nothing more is read until they are gone:
+that is the back-pressure.
+
+Small reads are copied: recv and send, 16 KiB. A full read shows that there is more behind it, and the direction goes on through a
+pipe (splice), in which the bytes never come to this process, until the source has nothing more to give for the moment.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+from collections.abc import Callable
+from typing import Literal, Protocol
+
+from tproxyd.datapath.pipes import PIPE_BYTES, Pipe, PipePool
+from tproxyd.net.sockets import send_at_once
+
+__all__ = ["WATCHED", "Engine", "Leg", "LegBrokenError", "Owner"]
+
+Engine = Literal["auto", "copy", "splice"]
+
+READ = 16 * 1024
+"""Bytes read at a time while it may be requests and answers: a TLS record, and what a small write can be."""
+BULK_READ = 128 * 1024
+"""Bytes read at a time once a direction is known to carry bulk and cannot be spliced."""
+TURNS = 16
+"""Reads from one socket before the others have their turn."""
+
+WATCHED = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLPRI | select.EPOLLET
+"""What every socket is registered for; EPOLLOUT joins when a send has blocked, so that being writable wakes nobody before."""
+
+_OUT = select.EPOLLOUT
+_READABLE = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR | select.EPOLLPRI
+_DOUBTFUL = select.EPOLLERR | select.EPOLLPRI
+_RDHUP = select.EPOLLRDHUP
+_DONTWAIT = socket.MSG_DONTWAIT
+_MORE = socket.MSG_DONTWAIT | socket.MSG_MORE
+_SPLICE = os.SPLICE_F_NONBLOCK | os.SPLICE_F_MOVE
+
+
+class Owner(Protocol):
+    """What a leg needs of the loop that it belongs to."""
+
+    pipes: PipePool
+    engine: Engine
+
+    def watch_writable(self, leg: Leg) -> None: ...
+    def again(self, leg: Leg) -> None: ...
+
+
+class LegBrokenError(Exception):
+    """A socket of the connection gave an error: `leg` is whose."""
+
+    def __init__(self, leg: Leg, error: OSError) -> None:
+        super().__init__(leg, error)
+        self.leg = leg
+        self.error = error
+
+
+class Leg:
+    """One socket of a connection, and the direction that begins there: bytes read from it go to `other`.
+
+    `pump` moves what can be moved. Raises LegBrokenError when either socket fails. `received` counts what was read; `ended` is
+    that the peer's FIN has been read; `passed_on` that everything up to it has been given to the other socket.
+    """
+
+    __slots__ = (
+        "doubtful",
+        "ended",
+        "fd",
+        "handle",
+        "held",
+        "hup",
+        "in_pipe",
+        "nodelay",
+        "nonblocking",
+        "other",
+        "owner",
+        "passed_on",
+        "pipe",
+        "readable",
+        "received",
+        "sent",
+        "sock",
+        "watches_out",
+        "writable",
+    )
+
+    other: Leg
+
+    def __init__(self, owner: Owner, sock: socket.SocketType, *, accepted: bool) -> None:
+        self.owner = owner
+        self.sock = sock
+        self.fd = sock.fileno()
+        self.handle: Callable[[int], None] | None = None
+        self.readable = False
+        self.writable = True
+        self.hup = False
+        self.doubtful = False
+        self.ended = False
+        self.passed_on = False
+        self.watches_out = not accepted  # the upstream's connect is waited for
+        self.nonblocking = not accepted
+        self.nodelay = accepted  # accepted sockets have it from the listener
+        self.sent = False
+        self.held: bytes = b""
+        self.pipe: Pipe | None = None
+        self.in_pipe = 0
+        self.received = 0
+
+    def note(self, events: int) -> None:
+        """Takes down what epoll says of the socket."""
+        if events & _OUT:
+            self.writable = True
+        if events & _READABLE:
+            self.readable = True
+            if events & _RDHUP:
+                self.hup = True
+            if events & _DOUBTFUL:
+                self.doubtful = True
+
+    def pump(self) -> bool:
+        """Moves bytes from here to the other socket until one of them has to be waited for; whether any byte moved."""
+        other = self.other
+        moved = False
+        if self.pipe is not None:
+            return self._splice()
+        if self.held:
+            if not other.writable:
+                return False
+            before = len(self.held)
+            self._give(self.held)
+            moved = len(self.held) < before
+            if self.held:
+                return moved
+        if self.owner.engine == "splice" and self.readable and not self.ended and self._start_splicing():
+            return True
+        size = READ
+        turns = TURNS
+        while self.readable and not self.ended and other.writable:
+            try:
+                data = self.sock.recv(size, _DONTWAIT)
+            except BlockingIOError:
+                self.readable = False
+                break
+            except OSError as error:
+                raise LegBrokenError(self, error) from error
+            length = len(data)
+            if length == 0:
+                self.ended = True
+                self.readable = False
+                break
+            self.received += length
+            moved = True
+            if length < size and not self.doubtful:
+                # All that was there. With the FIN in sight before this read, there is nothing behind it.
+                self.readable = False
+                self.ended = self.hup
+            self._give(data)
+            turns -= 1
+            if not self.readable:
+                break
+            if length == size and not self.held:
+                if self.owner.engine != "copy" and not self.doubtful and self._start_splicing():
+                    return True
+                size = BULK_READ
+            if turns == 0:
+                self.owner.again(self)
+                break
+        return moved
+
+    def drop(self) -> None:
+        """Forgets what is on its way, and gives the pipe back. For the connection's end."""
+        self.held = b""
+        if self.pipe is not None:
+            if self.in_pipe:
+                self.owner.pipes.discard(self.pipe)
+            else:
+                self.owner.pipes.put(self.pipe)
+            self.pipe = None
+            self.in_pipe = 0
+
+    @property
+    def waiting(self) -> int:
+        """Bytes that were read from here and not given to the other socket yet."""
+        return len(self.held) + self.in_pipe
+
+    def _give(self, data: bytes) -> None:
+        """Sends to the other socket; what it does not take is held."""
+        other = self.other
+        if other.sent and not other.nodelay:
+            # The first send needs none, and many connections have no second one.
+            send_at_once(other.sock)
+            other.nodelay = True
+        try:
+            # With the end behind it: data and FIN in one packet.
+            count = other.sock.send(data, _MORE if self.ended else _DONTWAIT)
+        except BlockingIOError:
+            count = 0
+        except OSError as error:
+            raise LegBrokenError(other, error) from error
+        other.sent = True
+        if count == len(data):
+            self.held = b""
+        else:
+            self.held = data[count:]
+            other.block()
+
+    def block(self) -> None:
+        """The socket takes nothing at the moment."""
+        self.writable = False
+        if not self.watches_out:
+            self.watches_out = True
+            self.owner.watch_writable(self)
+
+    def _start_splicing(self) -> bool:
+        pipe = self.owner.pipes.take()
+        if pipe is None:
+            return False
+        self.pipe = pipe
+        for leg in (self, self.other):
+            if not leg.nonblocking:
+                os.set_blocking(leg.fd, False)  # splice knows no MSG_DONTWAIT
+                leg.nonblocking = True
+        if not self.other.nodelay:
+            send_at_once(self.other.sock)
+            self.other.nodelay = True
+        self._splice()
+        return True
+
+    def _splice(self) -> bool:
+        other, pipe = self.other, self.pipe
+        assert pipe is not None
+        moved = False
+        for _ in range(TURNS):
+            if not self.in_pipe:
+                if not self.readable or self.ended:
+                    break
+                try:
+                    count = os.splice(self.fd, pipe.write, PIPE_BYTES, flags=_SPLICE)
+                except BlockingIOError:
+                    self.readable = False
+                    break
+                except OSError as error:
+                    raise LegBrokenError(self, error) from error
+                if count == 0:
+                    self.ended = True
+                    self.readable = False
+                    break
+                self.received += count
+                self.in_pipe = count
+                moved = True
+            if not other.writable:
+                return moved
+            try:
+                count = os.splice(pipe.read, other.fd, self.in_pipe, flags=_SPLICE)
+            except BlockingIOError:
+                other.block()
+                return moved
+            except OSError as error:
+                raise LegBrokenError(other, error) from error
+            other.sent = True
+            moved = True
+            self.in_pipe -= count
+        else:
+            self.owner.again(self)
+            return moved
+        # Nothing to read for the moment: what comes next may be small.
+        self.owner.pipes.put(pipe)
+        self.pipe = None
+        return moved

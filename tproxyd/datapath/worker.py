@@ -1,0 +1,41 @@
+"""A relay process: one loop and nothing else. Started by its owner as a program, with its sockets as inherited descriptors:
+
+    python -I -S worker.py SYS_PATH CHANNEL LISTENER...
+
+SYS_PATH is the owner's, separated by colons: without site-packages being searched a process starts in half the time. It ends with its owner:
+at once, on the end of the channel. Signals are for the owner, which says here what is to be done about them.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+
+__all__ = ["main"]
+
+
+def main(arguments: list[str]) -> None:
+    """Serves until the owner ends it, and exits with 0 then; 70 when the loop failed, after the owner has been told why."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        # A terminal sends them to the whole group, and systemd to the whole unit.
+        signal.signal(number, signal.SIG_IGN)
+    sys.path[:] = arguments[0].split(":")
+
+    import socket
+
+    from tproxyd.datapath.loop import serve_loop
+
+    channel, *listeners = (socket.socket(fileno=int(fd)) for fd in arguments[1:])
+    for sock in (channel, *listeners):
+        sock.set_inheritable(False)
+    for listener in listeners:
+        listener.setblocking(False)
+    try:
+        serve_loop(channel, listeners)
+    except Exception:  # the owner has been told, with the traceback
+        sys.exit(os.EX_SOFTWARE)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

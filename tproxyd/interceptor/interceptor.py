@@ -1,0 +1,287 @@
+"""Plan, kernel and data path put together for the caller's own network namespace.
+
+The order is the whole point: listeners first, then the kernel's state with capture last; at the end capture first, then the
+connections, then everything else. Cancelled or broken anywhere, the kernel is left as if this had never run.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import resource
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
+from typing import TypeVar
+
+import msgspec
+import trio
+
+from tproxyd import kernel
+from tproxyd.config import Config
+from tproxyd.datapath import Counters, Record, Setup
+from tproxyd.errors import ConfigError, KernelError, TproxydError
+from tproxyd.interceptor.relays import OnLines, Relays
+from tproxyd.net.capabilities import require_capabilities
+from tproxyd.net.proc_net import Connections, closing_connections, half_open_connections, open_file_count, port_holder
+from tproxyd.net.sockets import format_address, open_listener, spread_by_source
+from tproxyd.plan import Plan, Surroundings, make_plan
+
+__all__ = ["Interceptor", "open_interceptor"]
+
+T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
+
+# Files that connections leave to the rest of the process: listeners, a child's pipes, netlink, and some of the program around.
+_RESERVED_FILES = 32
+_MOST_PIPES = 1024  # of a loop; 256 KiB each at most
+_FILES_A_PIPE = (
+    40  # of all files, one in twenty for pipes, which take two each: a thousand pipes beside nine thousand connections
+)
+_STUCK = 3.0  # seconds without progress: a packet and its retransmissions after one and two more
+_POLL = 0.02  # seconds; the kernel has no event for either of what is waited for
+
+
+class Interceptor:
+    """What `open_interceptor` gives. `listen` has the listeners' addresses, `connections` how many live right now."""
+
+    def __init__(self, config: Config, plan: Plan, relays: Relays) -> None:
+        self._config = config
+        self._plan = plan
+        self._relays = relays
+        self._capturing = True
+
+    @property
+    def listen(self) -> tuple[tuple[str, int], ...]:
+        return self._plan.listen
+
+    @property
+    def connections(self) -> int:
+        return self._relays.active
+
+    async def stop_capture(self) -> None:
+        """Takes no new connection from now on: new clients get what `capture.when_down` says. Harmless when repeated.
+
+        If the kernel refuses, that is logged, and connections go on being taken.
+        """
+        if self._capturing:
+            try:
+                await _in_thread(partial(kernel.stop_capture, self._plan))
+            except TproxydError as error:
+                _log.error("capture cannot be switched off: %s", error)
+            else:
+                self._capturing = False
+
+    async def counters(self) -> Counters:
+        """What has been counted since the start, living connections included."""
+        return await self._relays.count()
+
+    async def drain(self) -> None:
+        """Stops capture, and returns when the last connection has ended. The caller sets the deadline.
+
+        A handshake that is under way is waited for, and its connection is served. A connection has ended when its last bytes have
+        reached the peer, because without our rules they could not. Either is given up when nothing has come of it for three
+        seconds.
+        """
+        await self.stop_capture()
+        captured = self._config.capture.takes_port
+        await _until_gone(half_open_connections, captured)
+        await self._relays.wait_idle()
+        stuck = await _until_gone(closing_connections, captured)
+        if stuck:
+            _log.warning("the last bytes of %d closed connections were not taken by their peers", stuck)
+
+
+@asynccontextmanager
+async def open_interceptor(
+    config: Config, *, on_record: Callable[[Record], None] | None = None, on_lines: OnLines | None = None
+) -> AsyncIterator[Interceptor]:
+    """Captures in the own network namespace, and serves until the block ends; then nothing of ours is left in the kernel, unless
+    `tproxyd apply` had put it there: then its place is taken, and kept.
+
+    `on_record` gets each connection's Record at its end, or some hundredths of a second later; `on_lines` gets the same as it
+    stands in the access log: whole lines of JSON, several at a time. Neither may block. On entry capture is on and checked: the
+    kernel holds what was planned, and the relay loops have answered. On exit, living connections are reset; call `drain` before
+    to let them end.
+
+    Raises ConfigError (nothing to capture, too many connections), CapabilityError, MissingError, and KernelError (a port in use,
+    too few files, a step that the kernel refused); then nothing was changed. What the block itself raises arrives in an
+    ExceptionGroup, as from a nursery.
+    """
+    config.require_captures()
+    require_capabilities("capturing connections", ("CAP_NET_ADMIN", "CAP_NET_RAW"))
+    surroundings = kernel.look_around()
+    _warn(surroundings)
+    listen = make_plan(config, surroundings=surroundings).listen
+    setups = _make_setups(config, listen)
+
+    async with AsyncExitStack() as stack:
+        listeners = [
+            [stack.enter_context(_listen(config, address, port, shared=len(setups) > 1)) for address, port in listen]
+            for _ in setups
+        ]
+        if len(setups) > 1 and config.limits.max_connections_per_source:
+            for listener in listeners[0]:
+                # What one client has is counted where all of it arrives.
+                spread_by_source(listener, len(setups))
+        relays = Relays(setups, listeners, _lines_to(on_record, on_lines))
+        # Shielded, and ended by nothing but the line below: however this ends, clients must not be steered to listeners that
+        # nobody serves. An event and not `nursery.start`, which with a cancellation pending would never give control back.
+        serving, ready = trio.CancelScope(shield=True), trio.Event()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_serve, relays, serving, ready)
+            try:
+                # The loops start meanwhile. Threads are not abandoned on cancellation: half of a change would be left.
+                stays = await _in_thread(kernel.is_applied)
+                plan = make_plan(config, surroundings=surroundings, stays=stays)
+                await ready.wait()
+                # Before the try: what fails here has taken itself back, and a guard from before, that refuses, goes on doing so.
+                changes = await _in_thread(partial(kernel.apply, plan))
+                try:
+                    if stays:
+                        _log.info("the kernel state of `tproxyd apply` is taken over, and stays at the end")
+                    for change in changes:
+                        _log.info("%s", change)
+                    interceptor = Interceptor(config, plan, relays)
+                    try:
+                        yield interceptor
+                    finally:
+                        with trio.CancelScope(shield=True):
+                            await interceptor.stop_capture()
+                finally:
+                    serving.cancel()
+                    for listener in [one for group in listeners for one in group]:
+                        listener.close()  # before the state of `tproxyd apply` steers to them again
+                    with trio.CancelScope(shield=True):
+                        await relays.ended()
+                        await _in_thread(partial(_leave, plan, stays=stays))
+            finally:
+                serving.cancel()
+
+
+def _leave(plan: Plan, *, stays: bool) -> None:
+    """What is left in the kernel at the end: nothing, or what `tproxyd apply` is for, unless `tproxyd revert` came meanwhile."""
+    if stays and not kernel.is_reverted():
+        kernel.apply(plan)
+    else:
+        kernel.revert()
+
+
+async def _in_thread(step: Callable[[], T]) -> T:
+    """Runs a step that blocks, to its end whatever is cancelled. Where the system has no thread left, it blocks us instead: rules
+    that stay behind would be worse."""
+    try:
+        return await trio.to_thread.run_sync(step)
+    except RuntimeError:  # "can't start new thread"
+        return step()
+
+
+async def _serve(relays: Relays, scope: trio.CancelScope, ready: trio.Event) -> None:
+    """Runs the relay loops until the scope is cancelled."""
+    with scope:
+        async with trio.open_nursery() as nursery:
+            await nursery.start(relays.serve)
+            ready.set()
+
+
+def _lines_to(on_record: Callable[[Record], None] | None, on_lines: OnLines | None) -> OnLines:
+    """What the relay loops call, and what becomes of a record from there."""
+    decoder = msgspec.json.Decoder(Record)
+
+    def take(lines: bytes) -> None:
+        if on_lines is not None:
+            on_lines(lines)
+        if on_record is not None:
+            for line in lines.splitlines():
+                record = decoder.decode(line)
+                try:
+                    on_record(record)
+                except Exception:  # the embedding program's, whatever it is; it costs nobody else
+                    _log.exception("on_record failed for connection %s", record.id)
+
+    return take
+
+
+async def _until_gone(look: Callable[[Callable[[int], bool]], Connections], captured: Callable[[int], bool]) -> int:
+    """Waits until none of the connections that `look` finds now is found again (later ones are not ours: capture is off), or
+    nothing about them has changed for `_STUCK` seconds; how many are left then."""
+    try:
+        left = await _in_thread(partial(look, captured))
+        changed = trio.current_time()
+        while left and trio.current_time() - changed < _STUCK:
+            await trio.sleep(_POLL)
+            now = await _in_thread(partial(look, captured))
+            now = {key: queued for key, queued in now.items() if key in left}
+            if now != left:
+                left, changed = now, trio.current_time()
+    except OSError as error:  # no file left to look with: better not to wait than not to drain
+        _log.warning("cannot look for connections that are beginning or ending: %s", error)
+        return 0
+    return len(left)
+
+
+def _make_setups(config: Config, listen: tuple[tuple[str, int], ...]) -> list[Setup]:
+    """What each relay loop is told: one in this process, or as many as there are to be processes."""
+    workers = config.relay.workers
+    if workers == "auto":
+        workers = len(os.sched_getaffinity(0))
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = _RESERVED_FILES + (0 if workers else open_file_count())
+    pipes = min(_MOST_PIPES, files // _FILES_A_PIPE)
+    loops = max(workers, 1)
+    room = (files - used - 2 * pipes) // 2
+    if room < 1:
+        raise KernelError(
+            f"the limit of {files} open files leaves no room for connections; raise it (LimitNOFILE, ulimit -n)"
+        )
+    most = config.limits.max_connections
+    if most == "auto":
+        most = room * loops
+    elif most > room * loops:
+        raise ConfigError(
+            f"`limits.max_connections` = {most} does not fit: {files} open files leave room for {room * loops} connections; "
+            f"raise the limit of open files (LimitNOFILE, ulimit -n) to {used + 2 * pipes + 2 * -(-most // loops) + 64} or more, "
+            "or lower the number"
+        )
+    elif most < loops:
+        raise ConfigError(
+            f"`limits.max_connections` = {most} is less than one for each of `relay.workers` = {loops}; raise the one or lower the other"
+        )
+    # Shares that add up to the number exactly: it is never exceeded, whichever loop a connection comes to.
+    return [
+        Setup(
+            config=config,
+            listen=listen,
+            limit=most // loops + (index < most % loops),
+            pipes=pipes,
+            alone=workers > 0,
+        )
+        for index in range(loops)
+    ]
+
+
+def _warn(surroundings: Surroundings) -> None:
+    if 6 not in surroundings.families:
+        _log.warning(
+            "IPv6 is switched off on lo: only IPv4 is captured (net.ipv6.conf.lo.disable_ipv6=0 switches it on)"
+        )
+    if surroundings.bridge_netfilter:
+        _log.warning(
+            "br_netfilter is on: what arrives on bridges is not captured (net.bridge.bridge-nf-call-iptables=0 and "
+            "-ip6tables=0 switch it off)"
+        )
+
+
+def _listen(config: Config, address: str, port: int, *, shared: bool) -> socket.socket:
+    try:
+        return open_listener(address, port, backlog=config.listen.backlog, shared=shared)
+    except OSError as error:
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        holder = port_holder(port, family=family) if error.errno == errno.EADDRINUSE else None
+        raise KernelError(
+            f"cannot listen on {format_address((address, port))}: {error.strerror}{f', by {holder}' if holder else ''}; "
+            "choose another listen.port or stop what uses it"
+        ) from error
