@@ -72,6 +72,7 @@ class Results:
     """Everything that was measured. `cells` is what is written down; the rest is made of it."""
 
     cells: list[dict[str, Any]] = field(default_factory=list)
+    scaling: list[dict[str, Any]] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
 
     def add(self, group: str, number: int, peer: str, figures: Mapping[str, float], raw: Any = None) -> None:

@@ -93,9 +93,9 @@ def all_peers() -> list[Peer]:
     ]
 
 
-def tproxyd(name: str, extra: str = "", words: str = "its defaults, access log on") -> Peer:
+def tproxyd(name: str, extra: str = "", words: str = "its defaults, access log on", capture: str = CAPTURE) -> Peer:
     """The daemon with further lines of configuration (whole tables)."""
-    return Peer(name, partial(_tproxyd, extra), words)
+    return Peer(name, partial(_tproxyd, capture + extra), words)
 
 
 @asynccontextmanager
@@ -231,8 +231,8 @@ async def _splice(place: Place) -> AsyncIterator[LabProcess]:
 
 
 @asynccontextmanager
-async def _tproxyd(extra: str, place: Place) -> AsyncIterator[LabProcess]:
-    async with open_daemon(place.node, CAPTURE + extra) as daemon:
+async def _tproxyd(config: str, place: Place) -> AsyncIterator[LabProcess]:
+    async with open_daemon(place.node, config) as daemon:
         try:
             yield daemon.process
         finally:

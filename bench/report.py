@@ -8,7 +8,7 @@ from bench.figures import FIGURES, REFERENCE, Results, Spread, spread
 from bench.goals import GOALS, verdict
 from tproxyd.testing.demo import table
 
-__all__ = ["goals_table", "peers_table"]
+__all__ = ["goals_table", "peers_table", "scaling_table"]
 
 _ALREADY_RATIOS = ("x", "%", "")  # units of figures that are not divided by the reference's
 _NOT_COMPARED = ("start", "push", "idle_kib")  # told as they are
@@ -53,6 +53,22 @@ def goals_table(results: Results) -> str:
             )
         )
     return table(("goal", "must", "aim", "measured: median (range)", "met?"), rows)
+
+
+def scaling_table(results: Results) -> str:
+    """What grows, by step: connections/s, also of those at step 0 in the same round, and p99."""
+    rows = []
+    bases = {(one["what"], one["peer"], one["round"]): one["per_second"] for one in results.scaling if not one["step"]}
+    for what, peer, step in dict.fromkeys((one["what"], one["peer"], one["step"]) for one in results.scaling):
+        ones = [one for one in results.scaling if (one["what"], one["peer"], one["step"]) == (what, peer, step)]
+        rates, p99s = spread([one["per_second"] for one in ones]), spread([one["p99_us"] for one in ones])
+        based = [one for one in ones if bases.get((what, peer, one["round"]))]
+        ratios = spread([one["per_second"] / bases[what, peer, one["round"]] for one in based])
+        assert rates is not None
+        assert p99s is not None
+        shown = _spread(ratios, 2) if ratios else "-"
+        rows.append((peer, f"{step:,} {what}", _spread(rates, 0), shown, _spread(p99s, 0)))
+    return table(("peer", "with", "new connections/s", "of those with 0", "p99 [us]"), rows) if rows else ""
 
 
 def _spread(values: Spread, digits: int) -> str:

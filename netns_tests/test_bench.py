@@ -15,9 +15,10 @@ from bench.figures import FIGURES, Results
 from bench.peers import Peer, all_peers
 from bench.report import goals_table, peers_table
 from bench.rig import UnprovenError, open_rig
-from bench.rounds import Plan, run
+from bench.rounds import GROUPS, Plan, run
 
 TINY = Lengths(bulk=0.2, connections=0.2, requests=0.2, idle=100)
+ONCE = dict.fromkeys(GROUPS, 1)
 NAMES = ("direct", "splice", "tproxyd")
 
 
@@ -35,7 +36,7 @@ def peers(*names: str) -> Sequence[Peer]:
 
 async def test_a_round_with_proof_in_every_cell(programs: dict[str, str], tmp_path: Path) -> None:
     results = Results()
-    await run(Plan(peers(*NAMES), ("bulk", "small"), 1, 1, TINY, programs, tmp_path), results, print)
+    await run(Plan(peers(*NAMES), ("bulk", "small"), ONCE, TINY, programs, tmp_path, 10_000), results, print)
     assert results.errors == []
     assert [(cell["group"], cell["peer"]) for cell in results.cells] == [
         (group, peer) for group in ("bulk", "small") for peer in NAMES
@@ -51,7 +52,7 @@ async def test_a_round_with_proof_in_every_cell(programs: dict[str, str], tmp_pa
 
 async def test_idle_connections_and_a_server_that_never_reads(programs: dict[str, str], tmp_path: Path) -> None:
     results = Results()
-    await run(Plan(peers("splice"), ("idle", "push"), 1, 1, TINY, programs, tmp_path), results, print)
+    await run(Plan(peers("splice"), ("idle", "push"), ONCE, TINY, programs, tmp_path, 10_000), results, print)
     assert results.errors == []
     assert 0.5 < results.values("splice", "push")[0] < 100
     assert results.values("splice", "idle_kib")[0] < 50
