@@ -51,7 +51,7 @@ def main(arguments: list[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="tproxyd-bench-") as directory:
         try:
             plan = _plan(words, Path(directory), files)
-            about = versions(plan.programs)
+            about = {**versions(plan.programs), "idle connections": str(plan.lengths.idle)}
             say("; ".join(f"{name} {value}" for name, value in about.items()))
             for peer in plan.peers:
                 say(f"  {peer.name}: {peer.words}")
