@@ -46,7 +46,7 @@ def main(arguments: list[str]) -> int:
         return os.EX_NOPERM
     isolate_this_process()
     files = raise_file_limit()
-    results = Results()
+    results, about = Results(), dict[str, str]()
     say = partial(print, flush=True)
     with tempfile.TemporaryDirectory(prefix="tproxyd-bench-") as directory:
         try:
@@ -62,7 +62,7 @@ def main(arguments: list[str]) -> int:
             results.errors.append("interrupted")
     for text in (peers_table(results), scaling_table(results), goals_table(results)):
         say("\n" + text if text else "")
-    if words.out:
+    if words.out and about:
         _write(Path(words.out), "quick" if words.quick else "full", about, results)
     for error in results.errors:
         say(f"ERROR {error}")
