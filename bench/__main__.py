@@ -1,6 +1,6 @@
 """`python -m bench`: the command line. Opens nothing before it has moved away from the host's network.
 
-sudo make bench              everything, about 25 minutes
+sudo make bench              everything, about 17 minutes
 sudo make bench-quick        the goals that a change of the data path may miss, in less than 5 minutes
 python -m bench --only bulk --peers haproxy+splice --rounds 9
 """
@@ -21,7 +21,7 @@ import trio
 from bench.build import compile_program
 from bench.cells import Lengths
 from bench.figures import Results
-from bench.report import goals_table, peers_table, scaling_table
+from bench.report import goals_table, peers_table, quiet, scaling_table
 from bench.rounds import GROUPS, Plan, run
 from bench.surroundings import BENCH_PYTHON, CHECKOUT, available_peers, envoy_path, raise_file_limit, versions
 from tproxyd.net.capabilities import missing_capabilities
@@ -60,7 +60,7 @@ def main(arguments: list[str]) -> int:
             results.errors += [str(error) for error in errors.exceptions]
         except* KeyboardInterrupt:
             results.errors.append("interrupted")
-    for text in (peers_table(results), scaling_table(results), goals_table(results)):
+    for text in (peers_table(results), scaling_table(results), goals_table(results), quiet(results)):
         say("\n" + text if text else "")
     if words.out and about:
         _write(Path(words.out), "quick" if words.quick else "full", about, results)

@@ -74,6 +74,8 @@ class Results:
     cells: list[dict[str, Any]] = field(default_factory=list)
     scaling: list[dict[str, Any]] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
+    others: list[float] = field(default_factory=list)
+    """By cell: the share of the cores that other programs used."""
 
     def add(self, group: str, number: int, peer: str, figures: Mapping[str, float], raw: Any = None) -> None:
         self.cells.append(

@@ -8,9 +8,10 @@ from bench.figures import FIGURES, REFERENCE, Results, Spread, spread
 from bench.goals import GOALS, verdict
 from tproxyd.testing.demo import table
 
-__all__ = ["goals_table", "peers_table", "scaling_table"]
+__all__ = ["goals_table", "peers_table", "quiet", "scaling_table"]
 
 _ALREADY_RATIOS = ("x", "%", "")  # units of figures that are not divided by the reference's
+_QUIET = 10  # %; what the kernel does for the benchmark in threads of its own counts as others, too: 0 to 9 % when nothing else runs
 _NOT_COMPARED = ("start", "push", "idle_kib")  # told as they are
 
 
@@ -69,6 +70,17 @@ def scaling_table(results: Results) -> str:
         shown = _spread(ratios, 2) if ratios else "-"
         rows.append((peer, f"{step:,} {what}", _spread(rates, 0), shown, _spread(p99s, 0)))
     return table(("peer", "with", "new connections/s", "of those with 0", "p99 [us]"), rows) if rows else ""
+
+
+def quiet(results: Results) -> str:
+    """Whether the machine was left alone, in a sentence."""
+    others = spread([100 * share for share in results.others])
+    if others is None:
+        return ""
+    verdict = (
+        "quiet enough" if others.median <= _QUIET else "NOT QUIET: ratios may be off, ranges are wide; run it again"
+    )
+    return f"Other programs used {_spread(others, 0)} % of the cores during the cells: {verdict}."
 
 
 def _spread(values: Spread, digits: int) -> str:

@@ -30,7 +30,7 @@ from typing import Any
 import trio
 
 from bench.peers import CAPTURE, LISTEN_PORT, Peer, Place
-from bench.usage import cpu_seconds, pss_kib, tree
+from bench.usage import cpu_seconds, machine_seconds, own_seconds, pss_kib, tree
 from tproxyd.testing import GATEWAY, Lab, LabError, LabProcess, Node, open_lab
 from tproxyd.testing.daemon import TPROXYD
 
@@ -68,6 +68,19 @@ class Cell:
     """Seconds of all the proxy's processes."""
     cpu_by_process: dict[int, float]
     steered: int
+    others: float
+    """Share of the machine's cores that was used by programs which have nothing to do with the benchmark, from 0 to 1."""
+
+
+@dataclass(frozen=True)
+class _Before:
+    """What a cell is measured against."""
+
+    steered: int
+    cpu: dict[int, float]
+    ours: float
+    machine: float
+    time: float
 
 
 class Rig:
@@ -76,6 +89,8 @@ class Rig:
     def __init__(self, lab: Lab, place: Place, server: LabProcess) -> None:
         self.lab, self.place, self.server = lab, place, server
         self.client, self.gateway = lab["client"], lab["gateway"]
+        self.others: list[float] = []
+        """By cell."""
         self._unread = b""
         self._addresses = zip(itertools.cycle(_DESTINATIONS), itertools.cycle(_SOURCES[::_BLOCK]), strict=False)
 
@@ -167,17 +182,17 @@ class Visit:
 
     async def measure(self, mode: str, *words: object) -> Cell:
         """One client to its end, with proof. Raises UnprovenError."""
-        await self.rig.server_figures()
-        before, used = await self.rig.steered(), cpu_seconds(self.pids())
+        before = await self._before()
         client = self._client(mode, *words)
         numbers = json.loads((await self.rig.client.run(*client, timeout=_PATIENCE)).stdout)
-        return await self._proven(numbers, before, used)
+        cell = await self._proven(numbers, before)
+        self.rig.others.append(cell.others)
+        return cell
 
     @asynccontextmanager
     async def idle_connections(self, count: int) -> AsyncIterator[int]:
         """So many connections that have had one request each and are silent now. Gives how many there are."""
-        await self.rig.server_figures()
-        before, used = await self.rig.steered(), cpu_seconds(self.pids())
+        before = await self._before()
         words = self._client("idle", count)
         async with self.rig.client.process(*words, stdin=PIPE, stdout=PIPE) as holder:
             assert holder.stdout is not None
@@ -188,15 +203,26 @@ class Visit:
                     if not chunk:
                         raise UnprovenError(f"{self.peer.name}: the client with the idle connections has ended")
                     line += chunk
-            await self._proven(json.loads(line), before, used)
+            await self._proven(json.loads(line), before)
             yield count
 
-    async def _proven(self, numbers: dict[str, float], before: int, used: dict[int, float]) -> Cell:
-        steered = await self.rig.steered() - before
-        now = cpu_seconds(self.pids())
-        by_process = {pid: seconds - used.get(pid, 0.0) for pid, seconds in now.items()}
+    async def _before(self) -> _Before:
+        await self.rig.server_figures()
+        steered = await self.rig.steered()
+        return _Before(steered, cpu_seconds(self.pids()), self._ours(), machine_seconds(), trio.current_time())
+
+    def _ours(self) -> float:
+        """CPU time of everything that runs because of the benchmark, as far as it can be told while it runs."""
+        return own_seconds() + sum(cpu_seconds([self.rig.server.pid, *self.pids()]).values())
+
+    async def _proven(self, numbers: dict[str, float], before: _Before) -> Cell:
+        now, ours = cpu_seconds(self.pids()), self._ours() - before.ours
+        available = (trio.current_time() - before.time) * (os.cpu_count() or 1)
+        others = max(0.0, machine_seconds() - before.machine - ours) / available
+        by_process = {pid: seconds - before.cpu.get(pid, 0.0) for pid, seconds in now.items()}
+        steered = await self.rig.steered() - before.steered
         server = await self.rig.server_figures()
-        cell = Cell(numbers, server, sum(by_process.values()), by_process, steered)
+        cell = Cell(numbers, server, sum(by_process.values()), by_process, steered, others)
         _check(self.peer, self.process, cell)
         return cell
 
@@ -269,4 +295,10 @@ def _kill_if_in(node: Node, pid: int) -> None:
 
 def as_row(cell: Cell) -> dict[str, Any]:
     """For the raw data."""
-    return {"client": cell.client, "server": cell.server, "cpu_s": round(cell.cpu, 6), "steered": cell.steered}
+    return {
+        "client": cell.client,
+        "server": cell.server,
+        "cpu_s": round(cell.cpu, 6),
+        "steered": cell.steered,
+        "others": round(cell.others, 3),
+    }

@@ -56,6 +56,7 @@ async def run(plan: Plan, results: Results, say: Callable[[str], None]) -> None:
         "workers": (partial(cells.workers, plan.lengths), _workers(plan.peers)),
     }
     async with open_rig(plan.programs, plan.directory) as rig:
+        results.others = rig.others  # grows with every cell
         for group in plan.groups:
             if group in turns:
                 turn, peers = turns[group]
