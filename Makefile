@@ -44,7 +44,7 @@ nstest-long:  ## the same with full counts (root)
 	@$(PREPARE) $(PEERS)
 	$(PYTEST) --count-divisor 1 $(TESTS)
 
-bench:  ## tproxyd beside HAProxy, nginx, Envoy and a C relay: about 25 minutes, results in bench/results (root)
+bench:  ## tproxyd beside HAProxy, nginx, Envoy and a C relay: about 17 minutes, results in bench/results (root)
 	$(need-root)
 	@$(PREPARE) --bench $(RIVALS)
 	$(BIN)/python -m bench $(ONLY) $(BENCH)
