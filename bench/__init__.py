@@ -17,6 +17,7 @@ work beside it): the proxy on one core and client and server on the other. The r
 0.92-1.53 instead of 0.85-1.22; nginx: 0.74-1.88 instead of 0.61-0.97), since a pinned proxy cannot get out of the way of what else runs. What
 moves the figures is other programs. While one of them holds one of two cores, everything here shares the other: a kept-alive connection
 takes 42 us and 6,000 new ones a second are possible; left alone it is 80 to 100 us and 11,000. So every cell tells how much of the cores others
-used (`Cell.others`: 0 to 9 % when nothing else runs), and the end of a run says whether it was quiet. CPU time per GB and per
+used (`Cell.others`: 0 to 9 % when nothing else runs); where three rounds or more were left alone, only those count, and the end of a run says
+whether it was quiet. CPU time per GB and per
 connection hardly knows the difference.
 """

@@ -14,10 +14,10 @@ import trio
 
 from bench import cells
 from bench.cells import Lengths, Turn
-from bench.figures import FIGURES, Results
+from bench.figures import FIGURES, QUIET, Results
 from bench.goals import BUSY, TWO_WORKERS
 from bench.peers import CAPTURE, Peer, all_peers
-from bench.rig import Rig, UnprovenError, Visit, apply_config, as_row, open_rig
+from bench.rig import Rig, UnprovenError, Visit, apply_config, open_rig
 from bench.scaling import CLIENT_NETWORK, capture_excluding, networks, run_scaling
 from tproxyd.testing import LabError, activate_conntrack, conntrack_count
 from tproxyd.testing.daemon import TPROXYD
@@ -112,7 +112,7 @@ async def _bypass(rig: Rig, plan: Plan, number: int, results: Results, say: Call
                 measured[what] = await _traffic(visit, plan.lengths)
         finally:
             await apply_config(rig.gateway, plan.directory, CAPTURE)
-    figures = {f"bypass_{name}": measured["behind"][name] / value for name, value in measured["without"].items()}
+    figures = {f"bypass_{name}": measured["behind"][name] / measured["without"][name] for name in ("conn32", "bulk8")}
     _tell("bypass", number, "direct", figures, measured, results, say)
 
 
@@ -122,6 +122,7 @@ async def _traffic(visit: Visit, lengths: Lengths) -> dict[str, float]:
     return {
         "conn32": connections.client["count"] / connections.client["seconds"],
         "bulk8": download.client["bytes"] * 8e-9 / download.client["seconds"],
+        "others": max(connections.others, download.others),
     }
 
 
@@ -134,14 +135,13 @@ async def _conntrack(plan: Plan, peer: Peer, results: Results, say: Callable[[st
         before = rig.gateway.call(conntrack_count)
         if before == 0:
             raise UnprovenError("conntrack is not active: a connection without a proxy made no entry")
-        opened, rows = 0, []
+        opened = 0
         async with rig.visit(peer) as visit:
             while opened < _CONNTRACK_CONNECTIONS:
                 cell = await visit.measure("connections", 32, 1.0)
                 opened += int(cell.client["opened"])
-                rows.append(as_row(cell))
             entries = rig.gateway.call(conntrack_count) - before
-    _tell("conntrack", 1, peer.name, {"conntrack": float(entries)}, {"opened": opened, "cells": rows}, results, say)
+    _tell("conntrack", 1, peer.name, {"conntrack": float(entries)}, {"opened": opened}, results, say)
 
 
 def _tell(
@@ -149,13 +149,14 @@ def _tell(
     number: int,
     peer: str,
     figures: dict[str, float],
-    raw: object,
+    raw: Mapping[str, object],
     results: Results,
     say: Callable[[str], None],
 ) -> None:
     results.add(group, number, peer, figures, raw)
     words = ", ".join(f"{name} {value:,.{FIGURES[name].digits}f}" for name, value in figures.items())
-    say(f"  {group} {number} {peer}: {words}")
+    others = results.cells[-1]["others"]
+    say(f"  {group} {number} {peer}: {words}{f' (disturbed: {others:.0%})' if others > QUIET else ''}")
 
 
 def _without(peers: Sequence[Peer], *names: str) -> list[Peer]:
