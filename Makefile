@@ -44,15 +44,15 @@ nstest-long:  ## the same with full counts (root)
 	@$(PREPARE) $(PEERS)
 	$(PYTEST) --count-divisor 1 $(TESTS)
 
-bench:  ## tproxyd beside HAProxy, nginx, Envoy and a C relay: about 25 minutes, results in bench/results (root)
+bench:  ## tproxyd beside HAProxy, nginx, Envoy and a C relay: about 17 minutes, results in bench/results (root)
 	$(need-root)
 	@$(PREPARE) --bench $(RIVALS)
-	$(BIN)/python -m bench $(addprefix --only ,$(ONLY)) $(BENCH)
+	$(BIN)/python -m bench $(ONLY) $(BENCH)
 
 bench-quick:  ## the goals that a change of the data path may miss, in less than 5 minutes (root)
 	$(need-root)
 	@$(PREPARE) --bench $(RIVALS)
-	$(BIN)/python -m bench --quick $(addprefix --only ,$(ONLY)) $(BENCH)
+	$(BIN)/python -m bench --quick $(ONLY) $(BENCH)
 
 test:  ## the tests that need no root
 	@$(PREPARE)

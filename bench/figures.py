@@ -11,9 +11,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["FIGURES", "REFERENCE", "Figure", "Results", "Spread", "spread"]
+__all__ = ["FIGURES", "QUIET", "REFERENCE", "Figure", "Results", "Spread", "spread"]
 
 REFERENCE = "haproxy"
+
+QUIET = 0.1
+"""Share of the cores that others may use. What the kernel does for the benchmark in threads of its own counts as others, too: 0 to 9 % of the
+cores when nothing else runs."""
+_ENOUGH = 3
 
 
 @dataclass(frozen=True)
@@ -72,35 +77,50 @@ class Results:
     """Everything that was measured. `cells` is what is written down; the rest is made of it."""
 
     cells: list[dict[str, Any]] = field(default_factory=list)
+    scaling: list[dict[str, Any]] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
+    others: list[float] = field(default_factory=list)
+    """By cell: the share of the cores that other programs used."""
 
-    def add(self, group: str, number: int, peer: str, figures: Mapping[str, float], raw: Any = None) -> None:
+    def add(self, group: str, number: int, peer: str, figures: Mapping[str, float], raw: Mapping[str, Any]) -> None:
+        """One turn. `raw` has a row for each of its cells, and may have more."""
+        others = max((row["others"] for row in raw.values() if isinstance(row, dict) and "others" in row), default=0.0)
         self.cells.append(
             {
                 "group": group,
                 "round": number,
                 "peer": peer,
+                "others": others,
                 "figures": {name: round(value, 6) for name, value in figures.items()},
                 "raw": raw,
             }
         )
 
-    def by_round(self, peer: str, figure: str) -> dict[tuple[str, int], float]:
-        """Value by group and round."""
+    def values(self, peer: str, figure: str) -> list[float]:
+        """One a round; see `_quiet_ones`."""
+        return _quiet_ones(list(self._by_round(peer, figure).values()))
+
+    def ratios(self, peer: str, figure: str, to: str = REFERENCE) -> list[float]:
+        """The peer's figure in units of the other's, round by round; see `_quiet_ones`. Rounds that lack one of them are left out."""
+        bases = self._by_round(to, figure)
+        ours = self._by_round(peer, figure)
+        pairs = [(ours[key], bases[key]) for key in ours if key in bases and bases[key][0]]
+        return _quiet_ones([(value / base, max(others, more)) for (value, others), (base, more) in pairs])
+
+    def _by_round(self, peer: str, figure: str) -> dict[tuple[str, int], tuple[float, float]]:
+        """Value, and what others used meanwhile, by group and round."""
         return {
-            (cell["group"], cell["round"]): cell["figures"][figure]
+            (cell["group"], cell["round"]): (cell["figures"][figure], cell["others"])
             for cell in self.cells
             if cell["peer"] == peer and figure in cell["figures"]
         }
 
-    def values(self, peer: str, figure: str) -> list[float]:
-        return list(self.by_round(peer, figure).values())
-
-    def ratios(self, peer: str, figure: str, to: str = REFERENCE) -> list[float]:
-        """The peer's figure in units of the other's, round by round; rounds that lack one of them are left out."""
-        others = self.by_round(to, figure)
-        return [value / others[key] for key, value in self.by_round(peer, figure).items() if others.get(key)]
-
     def peers(self) -> list[str]:
         """In the order of their first turns."""
         return list(dict.fromkeys(cell["peer"] for cell in self.cells))
+
+
+def _quiet_ones(values: Sequence[tuple[float, float]]) -> list[float]:
+    """Of (value, share of the cores that others used), the values of turns that were left alone, if there are enough of them; else all."""
+    quiet = [value for value, others in values if others <= QUIET]
+    return quiet if len(quiet) >= _ENOUGH else [value for value, _ in values]

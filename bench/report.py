@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from bench.figures import FIGURES, REFERENCE, Results, Spread, spread
+from bench.figures import FIGURES, QUIET, REFERENCE, Results, Spread, spread
 from bench.goals import GOALS, verdict
 from tproxyd.testing.demo import table
 
-__all__ = ["goals_table", "peers_table"]
+__all__ = ["goals_table", "peers_table", "quiet", "scaling_table"]
 
 _ALREADY_RATIOS = ("x", "%", "")  # units of figures that are not divided by the reference's
 _NOT_COMPARED = ("start", "push", "idle_kib")  # told as they are
@@ -53,6 +53,34 @@ def goals_table(results: Results) -> str:
             )
         )
     return table(("goal", "must", "aim", "measured: median (range)", "met?"), rows)
+
+
+def scaling_table(results: Results) -> str:
+    """What grows, by step: connections/s, also of those at step 0 in the same round, and p99."""
+    rows = []
+    bases = {(one["what"], one["peer"], one["round"]): one["per_second"] for one in results.scaling if not one["step"]}
+    for what, peer, step in dict.fromkeys((one["what"], one["peer"], one["step"]) for one in results.scaling):
+        ones = [one for one in results.scaling if (one["what"], one["peer"], one["step"]) == (what, peer, step)]
+        rates, p99s = spread([one["per_second"] for one in ones]), spread([one["p99_us"] for one in ones])
+        based = [one for one in ones if bases.get((what, peer, one["round"]))]
+        ratios = spread([one["per_second"] / bases[what, peer, one["round"]] for one in based])
+        assert rates is not None
+        assert p99s is not None
+        shown = _spread(ratios, 2) if ratios else "-"
+        rows.append((peer, f"{step:,} {what}", _spread(rates, 0), shown, _spread(p99s, 0)))
+    return table(("peer", "with", "new connections/s", "of those with 0", "p99 [us]"), rows) if rows else ""
+
+
+def quiet(results: Results) -> str:
+    """Whether the machine was left alone, in a sentence."""
+    others = spread([100 * share for share in results.others])
+    if others is None:
+        return ""
+    disturbed = sum(cell["others"] > QUIET for cell in results.cells)
+    # The ratios come from turns that were left alone wherever there are three; a fifth disturbed leaves that many of five rounds.
+    enough = disturbed <= len(results.cells) / 5
+    verdict = "quiet enough" if enough else "NOT QUIET: ratios may be off, ranges are wide; run it again"
+    return f"Other programs used {_spread(others, 0)} % of the cores during the cells, {disturbed} of {len(results.cells)} turns were disturbed: {verdict}."
 
 
 def _spread(values: Spread, digits: int) -> str:

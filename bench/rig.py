@@ -15,6 +15,7 @@ A cell that lacks one of these is an error and has no figures.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -29,18 +30,24 @@ from typing import Any
 import trio
 
 from bench.peers import CAPTURE, LISTEN_PORT, Peer, Place
-from bench.usage import cpu_seconds, pss_kib, tree
+from bench.usage import cpu_seconds, machine_seconds, own_seconds, pss_kib, tree
 from tproxyd.testing import GATEWAY, Lab, LabError, LabProcess, Node, open_lab
 from tproxyd.testing.daemon import TPROXYD
 
 __all__ = ["Cell", "Rig", "UnprovenError", "Visit", "apply_config", "as_row", "open_rig"]
 
-DESTINATIONS = "203.0.113"
-"""The network of foreign addresses that the server node answers for. Every peer has one of its own: a SYN for a connection that is in TIME_WAIT
-in the gateway is delivered there although the proxy which had it is gone, and would spoil the next one's figures."""
-
-SOURCES = 8
-"""The client's addresses, from 192.0.2.2 on. More than one, so that 64,512 ports are no limit."""
+# Every visit has addresses of its own on both sides, because sockets in TIME_WAIT outlive the proxy that had them by a minute. A SYN for
+# such a connection is delivered to it instead of going on to the server (seen: 574 of 11,000 connections without a proxy); hence the
+# destinations. Envoy and nginx, which bind without SO_REUSEADDR, leave ports behind that nobody can bind to (seen: 186 of 4,972 connections
+# of the next peer failed); hence the sources.
+_DESTINATION = "203.0.113.{}"
+_DESTINATIONS = range(9, 255)
+_SOURCE = "192.0.2.{}"
+_BLOCK = 16
+"""So many addresses a visit's clients have: one half for the load, so that 64,512 ports are no limit, the other for idle connections. Had these
+the same, nginx could not bind to some of the load's ports."""
+_SOURCES = range(2, 2 + 15 * _BLOCK)  # the gateway has the first of the /24
+"""Then the first block is used again; in a run of all peers that is more than a minute later."""
 
 _PATIENCE = 40.0  # seconds that a client may take: 8,000 slow connections one after the other are the longest
 _READY_SECONDS = 10.0  # until a peer listens; Envoy takes about one
@@ -61,6 +68,19 @@ class Cell:
     """Seconds of all the proxy's processes."""
     cpu_by_process: dict[int, float]
     steered: int
+    others: float
+    """Share of the machine's cores that was used by programs which have nothing to do with the benchmark, from 0 to 1."""
+
+
+@dataclass(frozen=True)
+class _Before:
+    """What a cell is measured against."""
+
+    steered: int
+    cpu: dict[int, float]
+    ours: float
+    machine: float
+    time: float
 
 
 class Rig:
@@ -69,8 +89,10 @@ class Rig:
     def __init__(self, lab: Lab, place: Place, server: LabProcess) -> None:
         self.lab, self.place, self.server = lab, place, server
         self.client, self.gateway = lab["client"], lab["gateway"]
+        self.others: list[float] = []
+        """By cell."""
         self._unread = b""
-        self._destinations: dict[str, str] = {}
+        self._addresses = zip(itertools.cycle(_DESTINATIONS), itertools.cycle(_SOURCES[::_BLOCK]), strict=False)
 
     async def server_figures(self) -> dict[str, int]:
         """Since the last time."""
@@ -90,14 +112,9 @@ class Rig:
         line, _, self._unread = self._unread.partition(b"\n")
         return line
 
-    def destination(self, peer: Peer) -> str:
-        """Where the clients of this peer go."""
-        return self._destinations.setdefault(peer.name, f"{DESTINATIONS}.{9 + len(self._destinations)}")
-
-    def client_words(self, peer: Peer, mode: str, *words: object) -> list[str]:
-        """The command line of a client."""
-        first = self.client.v4
-        return [self.place.programs["load"], mode, self.destination(peer), first, str(SOURCES), *map(str, words)]
+    def next_addresses(self) -> tuple[int, int]:
+        """The last bytes of a visit's destination and of the first of its sources."""
+        return next(self._addresses)
 
     async def steered(self) -> int:
         """SYNs that were given to a listener, since the table was loaded; 0 where it is not."""
@@ -148,6 +165,7 @@ class Visit:
 
     def __init__(self, rig: Rig, peer: Peer, process: LabProcess | None, start_seconds: float) -> None:
         self.rig, self.peer, self.process, self.start_seconds = rig, peer, process, start_seconds
+        self._destination, self._sources = rig.next_addresses()
 
     def pids(self) -> list[int]:
         return tree(self.process.pid) if self.process is not None else []
@@ -155,20 +173,27 @@ class Visit:
     def memory_kib(self) -> int:
         return pss_kib(self.pids())
 
+    def _client(self, mode: str, *words: object) -> list[str]:
+        """The command line of a client."""
+        half = _BLOCK // 2
+        to = _DESTINATION.format(self._destination)
+        first = _SOURCE.format(self._sources + (half if mode == "idle" else 0))
+        return [self.rig.place.programs["load"], mode, to, first, str(half), *map(str, words)]
+
     async def measure(self, mode: str, *words: object) -> Cell:
         """One client to its end, with proof. Raises UnprovenError."""
-        await self.rig.server_figures()
-        before, used = await self.rig.steered(), cpu_seconds(self.pids())
-        client = self.rig.client_words(self.peer, mode, *words)
+        before = await self._before()
+        client = self._client(mode, *words)
         numbers = json.loads((await self.rig.client.run(*client, timeout=_PATIENCE)).stdout)
-        return await self._proven(numbers, before, used)
+        cell = await self._proven(numbers, before)
+        self.rig.others.append(cell.others)
+        return cell
 
     @asynccontextmanager
     async def idle_connections(self, count: int) -> AsyncIterator[int]:
         """So many connections that have had one request each and are silent now. Gives how many there are."""
-        await self.rig.server_figures()
-        before, used = await self.rig.steered(), cpu_seconds(self.pids())
-        words = self.rig.client_words(self.peer, "idle", count)
+        before = await self._before()
+        words = self._client("idle", count)
         async with self.rig.client.process(*words, stdin=PIPE, stdout=PIPE) as holder:
             assert holder.stdout is not None
             line = b""
@@ -178,15 +203,26 @@ class Visit:
                     if not chunk:
                         raise UnprovenError(f"{self.peer.name}: the client with the idle connections has ended")
                     line += chunk
-            await self._proven(json.loads(line), before, used)
+            await self._proven(json.loads(line), before)
             yield count
 
-    async def _proven(self, numbers: dict[str, float], before: int, used: dict[int, float]) -> Cell:
-        steered = await self.rig.steered() - before
-        now = cpu_seconds(self.pids())
-        by_process = {pid: seconds - used.get(pid, 0.0) for pid, seconds in now.items()}
+    async def _before(self) -> _Before:
+        await self.rig.server_figures()
+        steered = await self.rig.steered()
+        return _Before(steered, cpu_seconds(self.pids()), self._ours(), machine_seconds(), trio.current_time())
+
+    def _ours(self) -> float:
+        """CPU time of everything that runs because of the benchmark, as far as it can be told while it runs."""
+        return own_seconds() + sum(cpu_seconds([self.rig.server.pid, *self.pids()]).values())
+
+    async def _proven(self, numbers: dict[str, float], before: _Before) -> Cell:
+        now, ours = cpu_seconds(self.pids()), self._ours() - before.ours
+        available = (trio.current_time() - before.time) * (os.cpu_count() or 1)
+        others = max(0.0, machine_seconds() - before.machine - ours) / available
+        by_process = {pid: seconds - before.cpu.get(pid, 0.0) for pid, seconds in now.items()}
+        steered = await self.rig.steered() - before.steered
         server = await self.rig.server_figures()
-        cell = Cell(numbers, server, sum(by_process.values()), by_process, steered)
+        cell = Cell(numbers, server, sum(by_process.values()), by_process, steered, others)
         _check(self.peer, self.process, cell)
         return cell
 
@@ -217,7 +253,7 @@ def _check(peer: Peer, process: LabProcess | None, cell: Cell) -> None:
 @asynccontextmanager
 async def open_rig(programs: dict[str, str], directory: Path, config: str = CAPTURE) -> AsyncIterator[Rig]:
     """Opens the lab, applies the capture in the gateway, starts the server."""
-    extra = tuple(("client:eth0", f"192.0.2.{2 + number}/24") for number in range(1, SOURCES))
+    extra = tuple(("client:eth0", f"{_SOURCE.format(number)}/24") for number in _SOURCES[1:])
     async with open_lab(replace(GATEWAY, addresses=extra)) as lab:
         lab["client"].set_sysctl("net.ipv4.ip_local_port_range", "1024 65535")
         lab["client"].set_sysctl("net.ipv4.tcp_tw_reuse", 1)
@@ -259,4 +295,10 @@ def _kill_if_in(node: Node, pid: int) -> None:
 
 def as_row(cell: Cell) -> dict[str, Any]:
     """For the raw data."""
-    return {"client": cell.client, "server": cell.server, "cpu_s": round(cell.cpu, 6), "steered": cell.steered}
+    return {
+        "client": cell.client,
+        "server": cell.server,
+        "cpu_s": round(cell.cpu, 6),
+        "steered": cell.steered,
+        "others": round(cell.others, 3),
+    }

@@ -5,7 +5,7 @@ Knows A B C ... A B C ...: the turns of a round are neighbours in time. A turn t
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,16 +14,17 @@ import trio
 
 from bench import cells
 from bench.cells import Lengths, Turn
-from bench.figures import FIGURES, Results
+from bench.figures import FIGURES, QUIET, Results
 from bench.goals import BUSY, TWO_WORKERS
-from bench.peers import CAPTURE, Peer
-from bench.rig import Rig, UnprovenError, Visit, apply_config, as_row, open_rig
+from bench.peers import CAPTURE, Peer, all_peers
+from bench.rig import Rig, UnprovenError, Visit, apply_config, open_rig
+from bench.scaling import CLIENT_NETWORK, capture_excluding, networks, run_scaling
 from tproxyd.testing import LabError, activate_conntrack, conntrack_count
 from tproxyd.testing.daemon import TPROXYD
 
 __all__ = ["GROUPS", "Plan", "run"]
 
-GROUPS = ("bulk", "small", "idle", "push", "workers", "bypass", "conntrack")
+GROUPS = ("bulk", "small", "idle", "push", "workers", "bypass", "conntrack", "scaling")
 
 _NO_RIVALS_AT_IDLE = ("direct", "haproxy+splice", "haproxy tuned", BUSY)
 _CONNTRACK_CONNECTIONS = 10_000
@@ -36,37 +37,37 @@ class Plan:
 
     peers: Sequence[Peer]
     groups: Sequence[str]
-    rounds: int
-    seldom: int
-    """Rounds of the groups whose figures hardly vary, or take long in `--quick`."""
+    rounds: Mapping[str, int]
+    """By group."""
     lengths: Lengths
     programs: dict[str, str]
     directory: Path
+    files: int
+    """As many may be open in a process."""
 
 
 async def run(plan: Plan, results: Results, say: Callable[[str], None]) -> None:
     """All groups. What is measured is in `results` at once, so an interrupted run has what it has."""
-    turns: dict[str, tuple[Turn, Sequence[Peer], int]] = {
-        "bulk": (partial(cells.bulk, plan.lengths), _without(plan.peers, BUSY, TWO_WORKERS), plan.rounds),
-        "small": (partial(cells.small, plan.lengths), _without(plan.peers, TWO_WORKERS), plan.rounds),
-        "idle": (
-            partial(cells.idle, plan.lengths),
-            _without(plan.peers, *_NO_RIVALS_AT_IDLE, TWO_WORKERS),
-            plan.seldom,
-        ),
-        "push": (cells.push, _without(plan.peers, BUSY, TWO_WORKERS), plan.seldom),
-        "workers": (partial(cells.workers, plan.lengths), _workers(plan.peers), plan.rounds),
+    turns: dict[str, tuple[Turn, Sequence[Peer]]] = {
+        "bulk": (partial(cells.bulk, plan.lengths), _without(plan.peers, BUSY, TWO_WORKERS)),
+        "small": (partial(cells.small, plan.lengths), _without(plan.peers, TWO_WORKERS)),
+        "idle": (partial(cells.idle, plan.lengths), _without(plan.peers, *_NO_RIVALS_AT_IDLE, TWO_WORKERS)),
+        "push": (cells.push, _without(plan.peers, BUSY, TWO_WORKERS)),
+        "workers": (partial(cells.workers, plan.lengths), _workers(plan.peers)),
     }
     async with open_rig(plan.programs, plan.directory) as rig:
+        results.others = rig.others  # grows with every cell
         for group in plan.groups:
             if group in turns:
-                turn, peers, rounds = turns[group]
-                for number in range(1, rounds + 1):
+                turn, peers = turns[group]
+                for number in range(1, plan.rounds[group] + 1):
                     for peer in peers:
                         await _take(partial(_turn, rig, group, peer, number, turn, results, say), results, say, group)
             elif group == "bypass":
-                for number in range(1, plan.seldom + 1):
+                for number in range(1, plan.rounds[group] + 1):
                     await _take(partial(_bypass, rig, plan, number, results, say), results, say, group)
+        if "scaling" in plan.groups:
+            await run_scaling(rig, plan.peers, plan.files, plan.rounds["scaling"], results, say)
     if "conntrack" in plan.groups:
         for peer in plan.peers:
             if peer.name == "tproxyd":
@@ -94,21 +95,25 @@ async def _turn(
 async def _bypass(rig: Rig, plan: Plan, number: int, results: Results, say: Callable[[str], None]) -> None:
     """The same traffic past the proxy: without any ruleset, and behind 10,000 networks of which the last is the client's.
 
-    A proxy listens meanwhile, so that traffic which is not steered is so because the ruleset lets it off.
+    A proxy listens meanwhile, so that traffic which is not steered is so because the ruleset lets it off. Which of the two comes first changes
+    with every round.
     """
-    direct = next(peer for peer in plan.peers if peer.name == "direct")
-    listening = next(peer for peer in plan.peers if peer.name == "splice")
-    async with rig.visit(listening):
-        visit = Visit(rig, direct, None, 0.0)
+    excluding = capture_excluding([*networks(_EXCLUDED - 1), CLIENT_NETWORK])
+    peers = {peer.name: peer for peer in all_peers()}
+    async with rig.visit(peers["splice"]):
+        visit = Visit(rig, peers["direct"], None, 0.0)
+        measured: dict[str, dict[str, float]] = {}
         try:
-            await rig.gateway.run(*TPROXYD, "revert")
-            without = await _traffic(visit, plan.lengths)
-            await apply_config(rig.gateway, plan.directory, CAPTURE.replace("when_down", f"{_excluding()}when_down"))
-            behind = await _traffic(visit, plan.lengths)
+            for what in ("without", "behind") if number % 2 else ("behind", "without"):
+                if what == "without":
+                    await rig.gateway.run(*TPROXYD, "revert")
+                else:
+                    await apply_config(rig.gateway, plan.directory, excluding)
+                measured[what] = await _traffic(visit, plan.lengths)
         finally:
             await apply_config(rig.gateway, plan.directory, CAPTURE)
-    figures = {f"bypass_{name}": behind[name] / without[name] for name in without}
-    _tell("bypass", number, direct.name, figures, {"without": without, "behind": behind}, results, say)
+    figures = {f"bypass_{name}": measured["behind"][name] / measured["without"][name] for name in ("conn32", "bulk8")}
+    _tell("bypass", number, "direct", figures, measured, results, say)
 
 
 async def _traffic(visit: Visit, lengths: Lengths) -> dict[str, float]:
@@ -117,34 +122,26 @@ async def _traffic(visit: Visit, lengths: Lengths) -> dict[str, float]:
     return {
         "conn32": connections.client["count"] / connections.client["seconds"],
         "bulk8": download.client["bytes"] * 8e-9 / download.client["seconds"],
+        "others": max(connections.others, download.others),
     }
-
-
-def _excluding() -> str:
-    # Of 198.18.0.0/15, which is there for benchmarks (RFC 2544): every other network of four addresses, so that none can be merged.
-    networks = [
-        f"198.{18 + number // 8192}.{number // 32 % 256}.{number % 32 * 8}/30" for number in range(_EXCLUDED - 1)
-    ]
-    return f"exclude_sources = {[*networks, '192.0.2.0/24']}\n".replace("'", '"')
 
 
 async def _conntrack(plan: Plan, peer: Peer, results: Results, say: Callable[[str], None]) -> None:
     """A network of its own: what makes conntrack active would slow down what is measured in it."""
     async with open_rig(plan.programs, plan.directory) as rig:
         rig.gateway.call(activate_conntrack)
-        direct = Visit(rig, next(peer for peer in plan.peers if peer.name == "direct"), None, 0.0)
-        await direct.measure("requests", 1, 0.1)
+        direct = next(peer for peer in all_peers() if peer.name == "direct")
+        await Visit(rig, direct, None, 0.0).measure("requests", 1, 0.1)
         before = rig.gateway.call(conntrack_count)
         if before == 0:
             raise UnprovenError("conntrack is not active: a connection without a proxy made no entry")
-        opened, rows = 0, []
+        opened = 0
         async with rig.visit(peer) as visit:
             while opened < _CONNTRACK_CONNECTIONS:
                 cell = await visit.measure("connections", 32, 1.0)
                 opened += int(cell.client["opened"])
-                rows.append(as_row(cell))
             entries = rig.gateway.call(conntrack_count) - before
-    _tell("conntrack", 1, peer.name, {"conntrack": float(entries)}, {"opened": opened, "cells": rows}, results, say)
+    _tell("conntrack", 1, peer.name, {"conntrack": float(entries)}, {"opened": opened}, results, say)
 
 
 def _tell(
@@ -152,13 +149,14 @@ def _tell(
     number: int,
     peer: str,
     figures: dict[str, float],
-    raw: object,
+    raw: Mapping[str, object],
     results: Results,
     say: Callable[[str], None],
 ) -> None:
     results.add(group, number, peer, figures, raw)
     words = ", ".join(f"{name} {value:,.{FIGURES[name].digits}f}" for name, value in figures.items())
-    say(f"  {group} {number} {peer}: {words}")
+    others = results.cells[-1]["others"]
+    say(f"  {group} {number} {peer}: {words}{f' (disturbed: {others:.0%})' if others > QUIET else ''}")
 
 
 def _without(peers: Sequence[Peer], *names: str) -> list[Peer]:

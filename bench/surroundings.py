@@ -16,7 +16,7 @@ from bench.goals import BUSY, TWO_WORKERS
 from bench.peers import CAPTURE, Peer, all_peers, tproxyd
 from tproxyd.testing.daemon import TPROXYD
 
-__all__ = ["CHECKOUT", "available_peers", "envoy_path", "raise_file_limit", "versions"]
+__all__ = ["BENCH_PYTHON", "CHECKOUT", "available_peers", "envoy_path", "raise_file_limit", "versions"]
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 BENCH_PYTHON = CHECKOUT / ".venv-bench/bin/python"

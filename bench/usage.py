@@ -7,9 +7,11 @@ interrupted it. Memory is PSS, so what processes share is counted once; the kern
 
 from __future__ import annotations
 
+import os
+import resource
 from pathlib import Path
 
-__all__ = ["cpu_seconds", "pss_kib", "tree"]
+__all__ = ["cpu_seconds", "machine_seconds", "own_seconds", "pss_kib", "tree"]
 
 _PROC = Path("/proc")
 
@@ -34,6 +36,21 @@ def cpu_seconds(pids: list[int]) -> dict[int, float]:
 def pss_kib(pids: list[int]) -> int:
     """All of them together."""
     return sum(_pss_of(pid) for pid in pids)
+
+
+def machine_seconds() -> float:
+    """CPU time that was used on the whole machine, by whomever, interrupts and what the host took away included."""
+    words = (_PROC / "stat").read_text(encoding="ascii").splitlines()[0].split()[1:]
+    user, nice, system, _idle, _iowait, irq, softirq, steal = (int(word) for word in words[:8])
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
+def own_seconds() -> float:
+    """CPU time of this process and of its children that have ended."""
+    return sum(
+        usage.ru_utime + usage.ru_stime
+        for usage in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    )
 
 
 def _parent(entry: Path) -> int | None:

@@ -82,6 +82,10 @@ def test_imports_point_one_way() -> None:
     assert wrong == []
 
 
+def test_the_benchmark_is_for_the_checkout_alone() -> None:
+    assert [module for _, module, name in IMPORTS if name.partition(".")[0] == "bench"] == []
+
+
 @pytest.mark.parametrize("library", ONLY_THERE)
 def test_a_library_is_imported_only_where_it_belongs(library: str) -> None:
     rooms = {room for room, _, name in IMPORTS if name.partition(".")[0] == library}
