@@ -19,7 +19,7 @@ from collections.abc import Callable
 from typing import Literal, Protocol
 
 from tproxyd.datapath.pipes import PIPE_BYTES, Pipe, PipePool
-from tproxyd.net.sockets import send_at_once
+from tproxyd.net.sockets import bound_receive_buffer, send_at_once
 
 __all__ = ["WATCHED", "Engine", "Leg", "LegBrokenError", "Owner"]
 
@@ -30,7 +30,7 @@ READ = 16 * 1024
 BULK_READ = 128 * 1024
 """Bytes read at a time once a direction is known to carry bulk and cannot be spliced."""
 TURNS = 16
-"""Reads from one socket before the others have their turn."""
+"""Reads from one socket before the others have their turn; through a pipe also no more than its size."""
 
 WATCHED = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLPRI | select.EPOLLET
 """What every socket is registered for; EPOLLOUT joins when a send has blocked, so that being writable wakes nobody before."""
@@ -222,6 +222,7 @@ class Leg:
     def block(self) -> None:
         """The socket takes nothing at the moment."""
         self.writable = False
+        bound_receive_buffer(self.other.sock)
         self.owner.note_blocked(self)
         if not self.watches_out:
             self.watches_out = True
@@ -246,6 +247,7 @@ class Leg:
         """Moves through the pipe; whether any byte moved. The pipe is given back when nothing more is to be read for now."""
         other = self.other
         moved = False
+        budget = PIPE_BYTES
         for _ in range(TURNS):
             if not self.in_pipe:
                 if not self.readable or self.ended:
@@ -277,6 +279,10 @@ class Leg:
             other.sent = True
             moved = True
             self.in_pipe -= count
+            budget -= count
+            if budget <= 0:
+                self.owner.again(self)
+                return moved
         else:
             self.owner.again(self)
             return moved

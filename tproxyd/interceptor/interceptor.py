@@ -38,7 +38,7 @@ _log = logging.getLogger(__name__)
 
 # Files that connections leave to the rest of the process: listeners, a child's pipes, netlink, and some of the program around.
 _RESERVED_FILES = 32
-_MOST_PIPES = 1024  # of a loop; 256 KiB each at most
+_MOST_PIPES = 1024  # of a loop
 _FILES_A_PIPE = (
     40  # of all files, one in twenty for pipes, which take two each: a thousand pipes beside nine thousand connections
 )

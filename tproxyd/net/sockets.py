@@ -16,11 +16,13 @@ import termios
 __all__ = [
     "KEEPALIVE_IDLE",
     "KEEPALIVE_INTERVAL",
+    "RECEIVE_BUFFER",
     "USER_TIMEOUT",
     "Address",
     "abort",
     "accepted_socket",
     "answer_at_once",
+    "bound_receive_buffer",
     "format_address",
     "open_listener",
     "open_upstream",
@@ -48,6 +50,10 @@ KEEPALIVE_INTERVAL = 15
 USER_TIMEOUT = 120
 """Seconds after which an unanswered probe or unacknowledged data ends the connection: four probes, and most roads' worst outage."""
 
+RECEIVE_BUFFER = 6 * 1024 * 1024
+"""Bytes that a connection may have in a receive buffer while it stalls: what Linux gives at most by default (net.ipv4.tcp_rmem)."""
+
+_SO_RCVBUFFORCE = 33  # asm-generic/socket.h
 _SO_ATTACH_REUSEPORT_CBPF = 51  # asm-generic/socket.h
 _SKF_NET_OFF = 0xFFF00000  # linux/filter.h: -0x100000, from here on offsets count from the network header
 _TCPI_UNACKED = 24  # offset of tcpi_unacked in struct tcp_info (linux/tcp.h)
@@ -168,6 +174,18 @@ def watch_peer(sock: socket.SocketType) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, USER_TIMEOUT * 1000)
+
+
+def bound_receive_buffer(sock: socket.SocketType) -> None:
+    """Takes a receive buffer back to RECEIVE_BUFFER that the kernel has let grow beyond it.
+
+    For a sender whose data is not taken on the other side at the moment. Read in large pieces, a socket is given a buffer by the rate of
+    its first milliseconds: 12 MiB were seen with net.ipv4.tcp_rmem up to 32 MiB, all of which such a sender would fill.
+    """
+    if sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) > RECEIVE_BUFFER:
+        with contextlib.suppress(PermissionError):  # without CAP_NET_ADMIN the system's own bound has to do
+            # The kernel doubles what is asked for.
+            sock.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, RECEIVE_BUFFER // 2)
 
 
 def wait_for_reader(sock: socket.SocketType, seconds: float) -> bool:
