@@ -10,6 +10,7 @@ import logging
 import os
 import queue
 import select
+import stat
 import threading
 from collections.abc import Callable, Iterator
 
@@ -21,8 +22,8 @@ from tproxyd.datapath import Record
 __all__ = ["LineWriter", "access_format", "encode_line", "set_up_logging"]
 
 _QUEUE = 8192  # lines; at 300 bytes a line some 2 MiB, and a second of full load
-# Bytes a write: a pipe takes up to PIPE_BUF (linux/limits.h) in one piece or not at all, so no line of that length is ever cut.
-_BATCH = 4096
+_BATCH = 65536  # bytes a write
+_PIPE_BATCH = 4096  # PIPE_BUF (linux/limits.h): a pipe takes that in one piece or not at all, so no line of that length is ever cut
 _FLUSH = 1.0  # seconds given to the last lines at the end of the process
 
 
@@ -34,6 +35,8 @@ class LineWriter:
 
     def __init__(self, fd: int, convert: Callable[[bytes], bytes] | None = None) -> None:
         self._fd = fd
+        # Into a pipe, into which others may write, too, no more at a time than it takes in one piece.
+        self._batch = _PIPE_BATCH if stat.S_ISFIFO(os.fstat(fd).st_mode) else _BATCH
         self._convert = convert
         self._chunks: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._taken = self._done = 0
@@ -63,12 +66,13 @@ class LineWriter:
 
     def _run(self) -> None:
         while (chunk := self._chunks.get()) is not None:
-            for batch in _batches(self._converted(chunk).splitlines(keepends=True)):
+            for batch in _batches(self._converted(chunk), self._batch):
                 if self._closed:
                     return
-                if not self._write_whole(b"".join(batch)):
-                    self._failed += len(batch)
-                self._done += len(batch)
+                count = batch.count(b"\n")
+                if not self._write_whole(batch):
+                    self._failed += count
+                self._done += count
 
     def _converted(self, chunk: bytes) -> bytes:
         if self._convert is None:
@@ -95,18 +99,15 @@ class LineWriter:
         return True
 
 
-def _batches(lines: list[bytes]) -> Iterator[list[bytes]]:
-    """The same lines in the same order, as many at a time as may be written at once."""
-    batch: list[bytes] = []
-    size = 0
-    for line in lines:
-        if batch and size + len(line) > _BATCH:
-            yield batch
-            batch, size = [], 0
-        batch.append(line)
-        size += len(line)
-    if batch:
-        yield batch
+def _batches(lines: bytes, size: int) -> Iterator[bytes]:
+    """Whole lines, as many at a time as fit in `size` bytes; a longer one comes alone."""
+    begin = 0
+    while begin < len(lines):
+        end = len(lines)
+        if end - begin > size:
+            end = (lines.rfind(b"\n", begin, begin + size) + 1) or (lines.find(b"\n", begin) + 1) or end
+        yield lines[begin:end]
+        begin = end
 
 
 def access_format(config: Config, fd: int) -> Callable[[bytes], bytes] | None:

@@ -127,8 +127,8 @@ class RelayLoop:
         self._records: list[Record] = []
         self._encode = msgspec.json.Encoder()
         self._said: dict[object, float] = {}
-        self._second = -1.0  # of the wall clock, whose text is kept
-        self._second_text = ""
+        self._told_at = -1.0  # of `now`, for which the text of the wall clock is kept
+        self._told = ""
         self._asked_idle = self._tells_idle = False
         self._stopping = False
         self._report_due = math.inf
@@ -337,14 +337,12 @@ class RelayLoop:
         )
 
     def _wall_clock(self) -> str:
-        """RFC 3339 in UTC with milliseconds."""
-        now = time.time()
-        past = now - self._second
-        if not 0 <= past < 1:
-            self._second = math.floor(now)
-            self._second_text = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now))
-            past = now - self._second
-        return f"{self._second_text}.{int(past * 1000):03d}Z"
+        """RFC 3339 in UTC with milliseconds, the same for all that ends in one turn."""
+        if self._told_at != self.now:
+            self._told_at = self.now
+            now = time.time()
+            self._told = f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(now))}.{int(now % 1 * 1000):03d}Z"
+        return self._told
 
     def _timeout(self) -> float | None:
         """Seconds until something is due; None without anything."""
