@@ -224,6 +224,11 @@ class RelayLoop:
         """There is more to do for this leg, after the others have had their turn."""
         self._again.append(leg)
 
+    def refuse_splice(self, error: OSError) -> None:
+        """The kernel does not splice: everything is copied from now on."""
+        self.engine = "copy"
+        self.complain(error, "bytes are copied from now on, because splice is refused (relay.engine)")
+
     def part(self, leg: Leg, *, orderly: bool) -> None:
         """Closes the leg's socket, with a reset unless `orderly`."""
         if leg.handle is not None:

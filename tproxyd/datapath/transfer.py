@@ -12,6 +12,7 @@ pipe (splice), in which the bytes never come to this process, until the source h
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import socket
@@ -41,6 +42,7 @@ _DOUBTFUL = select.EPOLLERR | select.EPOLLPRI
 _RDHUP = select.EPOLLRDHUP
 _DONTWAIT = socket.MSG_DONTWAIT
 _MORE = socket.MSG_DONTWAIT | socket.MSG_MORE
+_NO_SPLICE = {errno.EINVAL, errno.EPERM, errno.ENOSYS}  # a kernel, file or sandbox that knows no splice
 _SPLICE = os.SPLICE_F_NONBLOCK | os.SPLICE_F_MOVE
 
 
@@ -50,6 +52,7 @@ class Owner(Protocol):
     pipes: PipePool
     engine: Engine
 
+    def refuse_splice(self, error: OSError) -> None: ...
     def watch_writable(self, leg: Leg) -> None: ...
     def again(self, leg: Leg) -> None: ...
 
@@ -248,6 +251,8 @@ class Leg:
                     self.readable = False
                     break
                 except OSError as error:
+                    if error.errno in _NO_SPLICE:
+                        return self._copy_instead(error) or moved
                     raise LegBrokenError(self, error) from error
                 if count == 0:
                     self.ended = True
@@ -264,6 +269,8 @@ class Leg:
                 other.block()
                 return moved
             except OSError as error:
+                if error.errno in _NO_SPLICE:
+                    return self._copy_instead(error) or moved
                 raise LegBrokenError(other, error) from error
             other.sent = True
             moved = True
@@ -275,3 +282,16 @@ class Leg:
         self.owner.pipes.put(pipe)
         self.pipe = None
         return moved
+
+    def _copy_instead(self, error: OSError) -> bool:
+        """Splice is not to be had here: gives the pipe and what is in it up for copying, from now on."""
+        pipe, count = self.pipe, self.in_pipe
+        assert pipe is not None
+        self.owner.refuse_splice(error)
+        data = os.read(pipe.read, count) if count else b""
+        self.pipe, self.in_pipe = None, 0
+        self.owner.pipes.put(pipe)
+        self.owner.again(self)
+        if data:
+            self._give(data)
+        return bool(data)
