@@ -150,10 +150,12 @@ class Connection(Timed):
         self.end("upstream_timeout")
 
     def settle(self) -> None:
-        """Called once, when it has been silent for some seconds: from now on the kernel watches whether the server is there."""
+        """Called once, when it has lived for some seconds: from now on the kernel watches whether the server is there."""
         if self.upstream is not None and self.state == _RELAYING:
             try:
                 watch_peer(self.upstream.sock)
+                if not self.upstream.writable:
+                    self.loop.note_blocked(self.upstream)  # what it was given for that is undone
             except OSError as error:
                 self._fail(error)
 

@@ -42,7 +42,7 @@ _PAUSE = 0.1  # seconds; without files the queue waits, connections that end giv
 _STALLS = (
     20.0  # seconds between two looks for peers that do not read; well below the two minutes that the kernel gives them
 )
-_SETTLE = 5.0  # seconds of silence after which a connection is worth the four system calls that watch its server
+_SETTLE = 5.0  # seconds after which a connection is worth the four system calls that watch its server
 _SAY_EVERY = 5.0  # seconds between two log lines of one kind
 
 _OF_THE_CONNECTION = {
@@ -213,9 +213,9 @@ class RelayLoop:
     def watch_writable(self, leg: Leg) -> None:
         """A send has blocked: from now on it is told, too, when one would not."""
         self._epoll.modify(leg.fd, WATCHED | select.EPOLLOUT)
-        self._note_blocked(leg)
 
-    def _note_blocked(self, leg: Leg) -> None:
+    def note_blocked(self, leg: Leg) -> None:
+        """Its peer does not read: if that goes on, it is looked whether it lives."""
         self._blocked.add(leg)
         if self._stalls_due == math.inf:
             self._stalls_due = self.now + _STALLS
@@ -360,7 +360,7 @@ class RelayLoop:
             for connection in self.dialling.expire(now):
                 connection.end("upstream_timeout")
         if now >= self.settling.due:
-            for connection in self.settling.expire(now):
+            for connection in self.settling.expire(now, also_active=True):
                 connection.settle()
                 if now - connection.active >= self._idle_timeout:
                     connection.end("idle_timeout")

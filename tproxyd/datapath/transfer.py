@@ -54,6 +54,7 @@ class Owner(Protocol):
 
     def refuse_splice(self, error: OSError) -> None: ...
     def watch_writable(self, leg: Leg) -> None: ...
+    def note_blocked(self, leg: Leg) -> None: ...
     def again(self, leg: Leg) -> None: ...
 
 
@@ -221,6 +222,7 @@ class Leg:
         if not self.watches_out:
             self.watches_out = True
             self.owner.watch_writable(self)
+        self.owner.note_blocked(self)
 
     def _start_splicing(self) -> bool:
         pipe = self.owner.pipes.take()
