@@ -6,11 +6,11 @@ import hashlib
 import socket
 import struct
 from functools import partial
-from pathlib import Path
 
 import pytest
 import trio
 
+from netns_tests.watch import all_cpu_seconds, memory_kib
 from netns_tests.way import Way
 from tproxyd.net.sockets import format_address
 from tproxyd.testing import (
@@ -22,7 +22,7 @@ from tproxyd.testing import (
     payload,
     serve_echo,
 )
-from tproxyd.testing.daemon import cpu_seconds, open_daemon
+from tproxyd.testing.daemon import open_daemon
 
 CONFIG = '[capture]\nports = ["8080"]\n'
 
@@ -197,12 +197,12 @@ async def test_33_slow_reader_does_not_grow_the_proxy(way: Way, nursery: trio.Nu
 
     nursery.start_soon(trio.serve_listeners, answer, [way.app.listen(way.bind, 8080)])
     async with open_daemon(way.proxy, CONFIG) as daemon:
-        before = resident_kib(daemon.process.pid)
+        before = memory_kib(daemon)
         streams = [await way.client.connect(way.address, 8080) for _ in range(10)]
         with trio.move_on_after(2):
             async for _ in streams[0]:
                 pass
-        assert resident_kib(daemon.process.pid) - before < 8 * 1024
+        assert memory_kib(daemon) - before < 8 * 1024
         for stream in streams:
             reset_on_close(stream)
             await stream.aclose()
@@ -225,9 +225,9 @@ async def test_33_stalled_connections_cost_no_time(way: Way, nursery: trio.Nurse
     async with open_daemon(way.proxy, CONFIG) as daemon:
         streams = [await way.client.connect(way.address, 8080) for _ in range(300)]
         await trio.sleep(1)
-        used = cpu_seconds(daemon.process.pid)
+        used = all_cpu_seconds(daemon)
         await trio.sleep(2)
-        share = (cpu_seconds(daemon.process.pid) - used) / 2
+        share = (all_cpu_seconds(daemon) - used) / 2
         print(f"CPU with 300 stalled connections: {share:.1%}")
         assert share < 0.1
         for stream in streams:
@@ -237,11 +237,6 @@ async def test_33_stalled_connections_cost_no_time(way: Way, nursery: trio.Nurse
             while len(daemon.records()) < 300:
                 await trio.sleep(0.01)  # the log's length is no event
     assert {record["outcome"] for record in daemon.records()} == {"client_reset"}
-
-
-def resident_kib(pid: int) -> int:
-    status = Path(f"/proc/{pid}/status").read_text()
-    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS:"))
 
 
 async def test_idle_timeout_resets_both_sides(way: Way, nursery: trio.Nursery) -> None:

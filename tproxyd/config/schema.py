@@ -164,6 +164,12 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         """Whether anything would be captured at all."""
         return self.capture.mode != "off" and bool(self.capture.ports)
 
+    def relays_port(self, port: int) -> bool:
+        """Whether connections may be made to this port: a captured one, or one that a policy rule forwards to."""
+        return self.capture.takes_port(port) or any(
+            isinstance(rule.action, Endpoint) and rule.action.port == port for rule in self.policy.rule
+        )
+
     def require_captures(self) -> None:
         """Raises ConfigError if nothing would be captured."""
         if not self.captures:

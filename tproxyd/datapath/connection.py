@@ -161,6 +161,8 @@ class Connection(Timed):
         self.settled = True
         try:
             watch_peer(upstream.sock)
+            if not upstream.writable:
+                self.loop.note_blocked(upstream)  # what it was given for that is undone
         except OSError as error:
             self._fail(error)
         else:
@@ -224,13 +226,15 @@ class Connection(Timed):
         self.downstream = Leg(self.loop, sock, accepted=True)
         self.state = _DIALLING
         try:
+            loop = self.loop
             if target is not None:
                 self.target = target
             assert self.target is not None
-            local = self.loop.is_local(self.target[0])
-            if self.loop.is_listener(self.target, local=local):
+            local = loop.is_local(self.target[0])
+            if loop.is_listener(self.target, local=local):
                 return self.end("self_call")
-            return self._start(local)
+            # The ruleset knows the answers to us by their ports. Those of a program's own choice it does not have.
+            return self._start(local or not loop.is_relayed_port(self.target[1]))
         except Exception as error:  # a target that is no address, for example
             return self._fail(error)
 
@@ -240,11 +244,11 @@ class Connection(Timed):
         self.handed_upstream = bytes_from_upstream
         self.end(outcome)
 
-    def _start(self, local: bool) -> None:
+    def _start(self, as_proxy: bool) -> None:
         client, target = self.client, self.target
         assert target is not None
         self.loop.watch(self.downstream, self._on_client)
-        keeps = self.loop.keeps_source and not local and (":" in client[0]) == (":" in target[0])
+        keeps = self.loop.keeps_source and not as_proxy and (":" in client[0]) == (":" in target[0])
         return self._dial(_AS_CLIENT if keeps else _AS_PROXY)
 
     def _dial(self, source: int) -> None:

@@ -43,7 +43,7 @@ _PAUSE = 0.1  # seconds; without files the queue waits, connections that end giv
 _STALLS = (
     20.0  # seconds between two looks for peers that do not read; well below the two minutes that the kernel gives them
 )
-_SETTLE = 5.0  # seconds of silence after which a connection is worth the four system calls that watch its server
+_SETTLE = 5.0  # seconds after which a connection is worth the four system calls that watch its server
 _SAY_EVERY = 5.0  # seconds between two log lines of one kind
 
 _OF_THE_CONNECTION = {
@@ -90,6 +90,7 @@ class RelayLoop:
         self.pipes = PipePool(setup.pipes if self.engine != "copy" else 0)
         self.keeps_source = config.upstream.source == "auto"
         self.decide = compile_policy(config.policy)
+        self.is_relayed_port = config.relays_port
         shortest = min(config.relay.idle_timeout, config.relay.half_close_timeout)
         self.dialling: Wheel[Connection] = Wheel(config.upstream.connect_timeout)
         self.settling: Wheel[Connection] = Wheel(min(_SETTLE, shortest))
@@ -229,7 +230,7 @@ class RelayLoop:
         self._epoll.modify(leg.fd, WATCHED | select.EPOLLOUT)
 
     def note_blocked(self, leg: Leg) -> None:
-        """A send has blocked; should that last, somebody has to look why."""
+        """Its peer does not read: if that goes on, it is looked whether it lives."""
         self._blocked.add(leg)
         if self._stalls_due == math.inf:
             self._stalls_due = self.now + _STALLS
@@ -378,11 +379,11 @@ class RelayLoop:
             for connection in list(self.flushing):
                 connection.flush()
         if now >= self.dialling.due:
-            for connection in self.dialling.expire(now):
+            for connection in self.dialling.expire(now, also_active=True):
                 if not connection.settle():
                     connection.end("upstream_timeout")
         if now >= self.settling.due:
-            for connection in self.settling.expire(now):
+            for connection in self.settling.expire(now, also_active=True):
                 connection.settle()
         if now >= self.idle.due:
             for connection in self.idle.expire(now):

@@ -56,14 +56,14 @@ class Wheel(Generic[T]):
         slot.add(member)
         member.slot = slot
 
-    def expire(self, now: float) -> Iterator[T]:
-        """Takes out and gives the members whose time is up. Those that were active meanwhile stay."""
+    def expire(self, now: float, *, also_active: bool = False) -> Iterator[T]:
+        """Takes out and gives the members whose time is up. Those that were active meanwhile stay, unless `also_active`."""
         for number in sorted(number for number in self._slots if number * self._width <= now):
             slot = self._slots.pop(number)
             while slot:
                 member = slot.pop()
                 member.slot = None
-                if member.active + self.seconds <= now:
+                if also_active or member.active + self.seconds <= now:
                     yield member
                 else:
                     self.add(member)

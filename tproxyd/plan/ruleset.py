@@ -146,7 +146,7 @@ def steering_table(config: Config, marks: Marks, surroundings: Surroundings) -> 
         ),
     ]
     legs = [_legs_set("4", "ipv4_addr"), _legs_set("6", "ipv6_addr")]
-    return _table(STEERING, [*_sets(config), *special, *legs], chains)
+    return _table(STEERING, [*_sets(config), *_relayed_set(config), *special, *legs], chains)
 
 
 def guard_table(config: Config, marks: Marks) -> str:
@@ -267,9 +267,21 @@ def _special_matches(config: Config) -> dict[Family, str]:
 def _foreign_ports(config: Config) -> list[str]:
     """Matches packets with no captured port on either side; nothing if every port is captured.
 
-    What keeps other programs' transparent sockets (squid, HAProxy) out of it: a packet of ours has the captured port on one side.
+    What keeps other programs' transparent sockets (squid, HAProxy) out of it: a packet of ours has the captured port on one side,
+    or the one that a policy rule forwards to.
     """
-    return [] if _all_ports(config.capture.ports) else ["tcp dport != @ports tcp sport != @ports"]
+    if _all_ports(config.capture.ports):
+        return []
+    ports = "@relayed_ports" if _relayed_set(config) else "@ports"
+    return [f"tcp dport != {ports} tcp sport != {ports}"]
+
+
+def _relayed_set(config: Config) -> list[str]:
+    """The captured ports and those that policy rules forward to; nothing if the former have all of the latter."""
+    captured = config.capture.ports
+    targets = {rule.action.port for rule in config.policy.rule if not isinstance(rule.action, str)}
+    others = [PortRange(port, port) for port in targets if not any(one.first <= port <= one.last for one in captured)]
+    return [_port_set("relayed_ports", [*captured, *others])] if others else []
 
 
 def _all_ports(ports: Sequence[PortRange]) -> bool:
