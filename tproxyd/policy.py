@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 if TYPE_CHECKING:  # who asks a policy need not be able to read one
     from tproxyd.config import Policy, PolicyRule
 
-__all__ = ["SPECIAL_NETWORKS", "Decide", "Verdict", "compile_policy", "make_is_refused"]
+__all__ = ["SPECIAL_NETWORKS", "Decide", "Verdict", "compile_policy"]
 
 SPECIAL_NETWORKS: tuple[IPv4Network | IPv6Network, ...] = tuple(
     ip_network(network)
@@ -73,16 +73,7 @@ def compile_policy(policy: Policy) -> Decide:
 
     It gives one of the verdicts that were made here, never a new one.
     """
-    return _compile(policy.rule, Verdict(policy.default), policy.allow_special)
-
-
-def make_is_refused(allowed: Sequence[_Network]) -> Callable[[str], bool]:
-    """Whether an address (text) is special and not among the allowed networks."""
-    decide = _compile((), Verdict("forward"), allowed)
-    return lambda host: decide("", host, 0).action == "refuse"
-
-
-def _compile(rules: Sequence[PolicyRule], default: Verdict, allowed: Sequence[_Network]) -> Decide:
+    rules, default, allowed = policy.rule, Verdict(policy.default), policy.allow_special
     # Bit 0 is "special", then one bit a rule, and the last is the default, which always matches: no mask is ever 0.
     verdicts = (
         default,

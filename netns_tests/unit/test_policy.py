@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tproxyd.config import Endpoint, Network, Policy, PolicyRule, PortRange, config_from_mapping
-from tproxyd.policy import SPECIAL_NETWORKS, Verdict, compile_policy, make_is_refused
+from tproxyd.policy import SPECIAL_NETWORKS, Verdict, compile_policy
 
 CLIENT, CLIENT6 = "192.0.2.1", "2001:db8::1"
 DEFAULT = Verdict("forward")
@@ -70,14 +70,12 @@ def test_special_destinations_are_refused_before_any_rule(host: str, default: st
     for text in ("", rule):
         decide = compile_policy(policy_of(f'[policy]\ndefault = "{default}"\n{text}'))
         assert decide(CLIENT, host, 80) == REFUSED
-    assert make_is_refused([])(host)
 
 
 @pytest.mark.parametrize(("host",), **table(ORDINARY))
 def test_other_destinations_get_the_default(host: str) -> None:
     assert compile_policy(Policy())(CLIENT, host, 80) == DEFAULT
     assert compile_policy(Policy(default="refuse"))(CLIENT, host, 80) == REFUSED
-    assert not make_is_refused([])(host)
 
 
 ALLOWED = [
@@ -93,9 +91,8 @@ ALLOWED = [
 @pytest.mark.parametrize(("allowed", "expected"), **table(ALLOWED))
 def test_special_destinations_that_are_allowed(allowed: list[str], expected: dict[str, bool]) -> None:
     networks = tuple(ip_network(one) for one in allowed)
-    decide, is_refused = compile_policy(Policy(allow_special=networks)), make_is_refused(networks)
+    decide = compile_policy(Policy(allow_special=networks))
     assert {host: decide(CLIENT, host, 80) == DEFAULT for host in expected} == expected
-    assert {host: not is_refused(host) for host in expected} == expected
 
 
 # Rules
@@ -293,6 +290,3 @@ def test_the_compiled_policy_is_the_rules_read_one_by_one(
 ) -> None:
     decide = compile_policy(policy)
     assert [decide(*one) for one in connections] == [naive(policy, *one) for one in connections]
-    is_refused = make_is_refused(policy.allow_special)
-    special = compile_policy(Policy(allow_special=policy.allow_special))
-    assert all(is_refused(host) == (special("", host, 80) == REFUSED) for _, host, _ in connections)

@@ -1,0 +1,199 @@
+"""The books of a relay loop: which connections live, what has been counted, what each has left behind, and what the owner is told.
+
+Knows Connection by its addresses and byte counts; refuses to know sockets and events. Nothing here blocks: what the owner does not
+take is kept for later, and access-log lines beyond a bound are dropped and counted.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+import socket
+import time
+import traceback
+from bisect import bisect_left
+from typing import TYPE_CHECKING, Literal, Protocol
+
+import msgspec
+
+from tproxyd.datapath import report
+from tproxyd.datapath.record import Outcome, Record
+from tproxyd.datapath.report import CONNECT_SECONDS, Counters, LogLine, Outbox
+from tproxyd.net.sockets import format_address
+
+if TYPE_CHECKING:
+    from tproxyd.datapath.connection import Connection
+
+__all__ = ["Books"]
+
+_REPORT = 0.05  # seconds until the owner hears of what has happened
+_SAY_EVERY = 5.0  # seconds between two log lines of one kind
+
+
+class Clock(Protocol):
+    """Whose `now` is the time of the present turn, in seconds (monotonic)."""
+
+    now: float
+
+
+class Books:
+    """Of one loop. `due` is when to call `report`; `connections` are those that live, wherever their sockets are."""
+
+    def __init__(self, clock: Clock, channel: socket.socket, *, per_source: int) -> None:
+        self._clock = clock
+        self.outbox = Outbox(channel)
+        self.counters = Counters()
+        self.connections: set[Connection] = set()
+        self.due = math.inf
+        self._new: list[Connection] = []  # not told to the owner yet
+        self._records: list[Record] = []
+        self._encode = msgspec.json.Encoder()
+        self._per_source = per_source
+        self._sources: dict[str, int] = {}
+        # Unique across restarts without a file: random start, then counted.
+        self._next_identity = secrets.randbits(63)
+        self._said: dict[object, float] = {}
+        self._told_at = -1.0  # of `now`, for which the text of the wall clock is kept
+        self._told = ""
+
+    def next_identity(self) -> int:
+        """A number for a new connection, of 64 bits."""
+        self._next_identity = (self._next_identity + 1) & 0xFFFFFFFFFFFFFFFF
+        return self._next_identity
+
+    def open(self, connection: Connection) -> None:
+        """One connection more."""
+        self.counters.accepted += 1
+        self.counters.active += 1
+        self.connections.add(connection)
+        self._new.append(connection)
+        if self.due == math.inf:
+            self.due = self._clock.now + _REPORT
+
+    def enter(self, connection: Connection) -> bool:
+        """Whether its client may have one more connection; it has, then."""
+        if self._per_source:
+            host = connection.client[0]
+            count = self._sources.get(host, 0)
+            if count >= self._per_source:
+                return False
+            self._sources[host] = count + 1
+            connection.counted = True
+        return True
+
+    def count_connect(self, seconds: float) -> None:
+        """An upstream has answered after so many seconds."""
+        counters = self.counters
+        counters.connect_seconds_sum += seconds
+        counters.connect_seconds[bisect_left(CONNECT_SECONDS, seconds)] += 1
+
+    def leave(self, connection: Connection, outcome: Outcome) -> None:
+        """One connection less, and its record."""
+        self.connections.discard(connection)
+        if connection.counted:
+            host = connection.client[0]
+            count = self._sources[host] - 1
+            if count:
+                self._sources[host] = count
+            else:
+                del self._sources[host]
+        counters = self.counters
+        counters.active -= 1
+        counters.outcomes[outcome] = counters.outcomes.get(outcome, 0) + 1
+        record = self._record(connection, outcome)
+        counters.bytes_from_client += record.bytes_from_client
+        counters.bytes_from_upstream += record.bytes_from_upstream
+        self._records.append(record)
+        if self.due == math.inf:
+            self.due = self._clock.now + _REPORT
+
+    def complain(self, error: Exception, message: str, *args: object) -> None:
+        """Tells what must not be passed over, with the error behind it; of errors of one kind one line in five seconds.
+
+        Whatever one client can cause, many clients can cause a thousand times a second. A surprise comes with its traceback.
+        """
+        if self._may_say((message, type(error), getattr(error, "errno", None))):
+            trace = None if isinstance(error, OSError) else "".join(traceback.format_exception(error))
+            self._log("error", f"{message % args}: {error}", trace)
+
+    def remark(self, text: str) -> None:
+        """Tells what the administrator should know; the same again after five seconds."""
+        if self._may_say(text):
+            self._log("warning", text)
+
+    def count_now(self) -> Counters:
+        """With what living connections have moved so far."""
+        counters = msgspec.structs.replace(self.counters)
+        for connection in self.connections:
+            counters.bytes_from_client += connection.downstream.received
+            if connection.upstream is not None:
+                counters.bytes_from_upstream += connection.upstream.received
+        return counters
+
+    def tell(self, kind: bytes, content: bytes = b"", *, sock: socket.SocketType | None = None) -> None:
+        """Says something to the owner at the next report; a socket goes with it, and is closed here then."""
+        self.outbox.put(kind, content, sock=sock)
+        self.due = self._clock.now
+
+    def report(self) -> bool:
+        """Tells the owner what has happened since it was told last; False if there is no owner any more."""
+        self.due = math.inf
+        if self._new:
+            # Those that ended meanwhile are in the records. Should this process die, the owner knows who died with it.
+            living = [self._record(one, "worker_lost") for one in self._new if one in self.connections]
+            self._new = []
+            self._put_lines(report.LIVING, living)
+        if self._records:
+            records, self._records = self._records, []
+            self._put_lines(report.RECORDS, records)
+        if not self.outbox.full:
+            self.outbox.put(report.COUNTERS, msgspec.msgpack.encode(self.counters))
+        try:
+            if not self.outbox.send():
+                self.due = self._clock.now + _REPORT  # it is busy, and told later
+        except OSError:
+            return False
+        return True
+
+    def _put_lines(self, kind: bytes, records: list[Record]) -> None:
+        if self.outbox.full:
+            if kind == report.RECORDS:
+                self.counters.records_dropped += len(records)
+            return
+        for message in report.lines_to_messages(self._encode.encode_lines(records)):
+            self.outbox.put(kind, message)
+
+    def _log(self, level: Literal["info", "warning", "error"], text: str, trace: str | None = None) -> None:
+        if not self.outbox.full:
+            self.tell(report.LOG, msgspec.msgpack.encode(LogLine(level, text[:4000], trace and trace[-16000:])))
+
+    def _may_say(self, kind: object) -> bool:
+        if self._clock.now - self._said.get(kind, -math.inf) < _SAY_EVERY:
+            return False
+        self._said[kind] = self._clock.now
+        return True
+
+    def _record(self, connection: Connection, outcome: Outcome) -> Record:
+        upstream = connection.upstream
+        target, source = connection.target, connection.upstream_source
+        return Record(
+            ts=self._wall_clock(),
+            id=f"{connection.identity:016x}",
+            source=format_address(connection.client),
+            original_destination=format_address(connection.destination) if connection.destination else None,
+            upstream=format_address(target) if target and upstream else None,
+            upstream_source=format_address(source) if source else None,
+            rule=connection.rule,
+            bytes_from_client=connection.downstream.received,
+            bytes_from_upstream=upstream.received if upstream else connection.handed_upstream,
+            duration_ms=round((self._clock.now - connection.started) * 1000, 3),
+            outcome=outcome,
+        )
+
+    def _wall_clock(self) -> str:
+        """RFC 3339 in UTC with milliseconds, the same for all that ends in one turn."""
+        if self._told_at != self._clock.now:
+            self._told_at = self._clock.now
+            now = time.time()
+            self._told = f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(now))}.{int(now % 1 * 1000):03d}Z"
+        return self._told
