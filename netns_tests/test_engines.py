@@ -185,8 +185,7 @@ async def test_29_30_resets_pass_at_once_with_every_engine(way: Way, nursery: tr
     assert max(first, second) < 0.5  # 100 ms, with room for a busy machine
 
 
-@pytest.mark.parametrize("number", [0, 1])
-@pytest.mark.parametrize("engine", ["splice", "auto"])
+@pytest.mark.parametrize(("engine", "number"), [("splice", 1), ("auto", 0)])
 @GATEWAY_V4
 async def test_33_a_stalled_reader_costs_no_memory(way: Way, nursery: trio.Nursery, engine: str, number: int) -> None:
     async def answer(stream: trio.SocketStream) -> None:
