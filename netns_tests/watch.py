@@ -61,12 +61,16 @@ def processes(daemon: LabDaemon) -> list[int]:
     return [daemon.process.pid, *workers(daemon)]
 
 
-def memory_kib(daemon: LabDaemon) -> int:
-    """Proportional set size of all processes together: pages that they share count once."""
+def memory_kib(daemon: LabDaemon, *, anonymous: bool = False) -> int:
+    """Proportional set size of all processes together: pages that they share count once.
+
+    With `anonymous` without the pages of files, whose shares change when somebody else's Python begins or ends.
+    """
+    key = "Pss_Anon" if anonymous else "Pss"
     total = 0
     for pid in processes(daemon):
         rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
-        total += int(re.search(r"^Pss:\s+(\d+) kB", rollup, re.M)[1])  # type: ignore[index]  # every process has it
+        total += int(re.search(rf"^{key}:\s+(\d+) kB", rollup, re.M)[1])  # type: ignore[index]  # every process has it
     return total
 
 
