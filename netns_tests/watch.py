@@ -22,7 +22,6 @@ __all__ = [
     "Http",
     "all_cpu_seconds",
     "attempt",
-    "connections_of",
     "dial",
     "ends_within",
     "get",
@@ -30,6 +29,7 @@ __all__ = [
     "memory_kib",
     "metrics",
     "outcomes",
+    "peers_of",
     "processes",
     "reset",
     "resets_within",
@@ -61,12 +61,16 @@ def processes(daemon: LabDaemon) -> list[int]:
     return [daemon.process.pid, *workers(daemon)]
 
 
-def memory_kib(daemon: LabDaemon) -> int:
-    """Proportional set size of all processes together: pages that they share count once."""
+def memory_kib(daemon: LabDaemon, *, anonymous: bool = False) -> int:
+    """Proportional set size of all processes together: pages that they share count once.
+
+    With `anonymous` without the pages of files, whose shares change when somebody else's Python begins or ends.
+    """
+    key = "Pss_Anon" if anonymous else "Pss"
     total = 0
     for pid in processes(daemon):
         rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
-        total += int(re.search(r"^Pss:\s+(\d+) kB", rollup, re.M)[1])  # type: ignore[index]  # every process has it
+        total += int(re.search(rf"^{key}:\s+(\d+) kB", rollup, re.M)[1])  # type: ignore[index]  # every process has it
     return total
 
 
@@ -75,8 +79,8 @@ def all_cpu_seconds(daemon: LabDaemon) -> float:
     return sum(map(cpu_seconds, processes(daemon)))
 
 
-def connections_of(pid: int) -> int:
-    """How many TCP connections a process has, of which it accepted half; listeners are none."""
+def peers_of(pid: int) -> list[str]:
+    """The peers' addresses of a process's TCP connections, in hexadecimal as /proc/net/tcp has them; listeners have none."""
     inodes = set()
     for fd in Path(f"/proc/{pid}/fd").iterdir():
         try:
@@ -85,12 +89,13 @@ def connections_of(pid: int) -> int:
             continue
         if target.startswith("socket:["):
             inodes.add(target[8:-1])
-    count = 0
+    peers = []
     for name in ("tcp", "tcp6"):
         for line in Path(f"/proc/{pid}/net/{name}").read_text().splitlines()[1:]:
             fields = line.split()
-            count += fields[3] != "0A" and fields[9] in inodes
-    return count
+            if fields[3] != "0A" and fields[9] in inodes:
+                peers.append(fields[2].partition(":")[0])
+    return peers
 
 
 def outcomes(daemon: LabDaemon) -> Counter[str]:
