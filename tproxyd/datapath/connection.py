@@ -175,6 +175,12 @@ class Connection(Timed):
 
         Called again and again: the kernel has no event for what a peer has taken.
         """
+        try:
+            self._flush()
+        except Exception as error:  # a surprise costs this connection only
+            self._fail(error)
+
+    def _flush(self) -> None:
         source = self.broken[0]
         sink = source.other
         try:
@@ -305,7 +311,14 @@ class Connection(Timed):
             self._relay(leg, events)
         elif self.state == _FLUSHING:
             self.flush()
-        elif events & _FAILED:
+        else:
+            try:
+                self._on_dial(leg, events)
+            except Exception as error:  # a surprise costs this connection only
+                self._fail(error)
+
+    def _on_dial(self, leg: Leg, events: int) -> None:
+        if events & _FAILED:
             number = leg.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
             if number in (errno.ECONNRESET, errno.EPIPE):
                 # In answer to a SYN a reset is ECONNREFUSED: this one was connected, and may have said something.

@@ -135,6 +135,10 @@ class RelayLoop:
         for fd in self._handlers:
             self._epoll.register(fd, select.EPOLLIN)
         self._listeners = list(listeners)
+        # What `socket.accept` is made of, without the second object and its getsockname.
+        self._accepts: dict[socket.socket, tuple[int, Callable[[], tuple[int, Address]]]] = {
+            listener: (listener.family, cast(Any, listener)._accept) for listener in listeners
+        }
         self._ready: list[socket.socket] = []
         self._accepting = False
         self._resume_accepting()
@@ -351,9 +355,8 @@ class RelayLoop:
 
     def _accept(self, listener: socket.socket) -> int:
         """Takes what waits, as far as there is room; how many that were."""
-        family, books = listener.family, self._books
-        # What `socket.accept` is made of, without the second object and its getsockname.
-        accept: Callable[[], tuple[int, Address]] = cast(Any, listener)._accept
+        books = self._books
+        family, accept = self._accepts[listener]
         for count in range(_ACCEPTS):
             if not self._accepting:
                 return count

@@ -91,7 +91,7 @@ class Interceptor:
         captured = self._config.capture.takes_port
         await _until_gone(half_open_connections, captured)
         await self._relays.wait_idle()
-        stuck = await _until_gone(closing_connections, captured)
+        stuck = await _until_gone(closing_connections, self._config.relays_port)
         if stuck:
             _log.warning("the last bytes of %d closed connections were not taken by their peers", stuck)
 

@@ -242,6 +242,8 @@ class _Relay:
                         self._living[identity] = now, msgspec.json.decode(line, type=Record)
             case report.COUNTERS | report.COUNTED:
                 before, self.counters = self.counters, msgspec.msgpack.decode(content, type=Counters)
+                if self.counters.records_dropped > before.records_dropped:
+                    self._living.clear()  # who of them has ended is not known any more
                 # Only COUNTED has what living connections have moved, and a counter must not fall.
                 self.counters.bytes_from_client = max(self.counters.bytes_from_client, before.bytes_from_client)
                 self.counters.bytes_from_upstream = max(self.counters.bytes_from_upstream, before.bytes_from_upstream)
