@@ -389,8 +389,8 @@ async def main():
         await trio.to_thread.run_sync(sys.stdin.readline)
         (own,) = loops
         kept = {
-            "connections": own._connections, "new": own._new, "again": own._again, "blocked": own._blocked,
-            "flushing": own.flushing, "sources": own._sources, "records": own._records, "ready": own._ready,
+            "connections": own._books.connections, "new": own._books._new, "again": own._again, "blocked": own._blocked,
+            "flushing": own.flushing, "sources": own._books._sources, "records": own._books._records, "ready": own._ready,
             **{name: [one for slot in getattr(own, name)._slots.values() for one in slot]
                for name in ("dialling", "settling", "idle", "half_closed")},
         }

@@ -6,7 +6,7 @@ The public names, imported when they are first used: reading a config needs neit
     make_plan, render                   a Config becomes what the kernel should hold, and its text
     open_interceptor                    captures, and serves what is captured, in a trio program
     Connection; Forward, Refuse, Handle what its policy is asked, and may answer
-    Record                              what a connection leaves behind
+    Record, Outcome, Counters           what a connection leaves behind, and all of them together
     TproxydError and its branches       what is raised on purpose
 """
 
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tproxyd.config import Config, config_from_mapping, load_config
-    from tproxyd.datapath import Record
+    from tproxyd.datapath import Counters, Outcome, Record
     from tproxyd.errors import CapabilityError, ConfigError, KernelError, MissingError, TproxydError, UsageError
     from tproxyd.interceptor import Interceptor, open_interceptor
     from tproxyd.plan import Plan, make_plan, render
@@ -29,11 +29,13 @@ __all__ = [
     "ConfigError",
     "Connection",
     "ConnectionStream",
+    "Counters",
     "Forward",
     "Handle",
     "Interceptor",
     "KernelError",
     "MissingError",
+    "Outcome",
     "Plan",
     "Record",
     "Refuse",
@@ -52,7 +54,7 @@ __version__ = "0.1.0"
 _HOME = {
     "tproxyd.config": ("Config", "config_from_mapping", "load_config"),
     "tproxyd.errors": ("CapabilityError", "ConfigError", "KernelError", "MissingError", "TproxydError", "UsageError"),
-    "tproxyd.datapath": ("Record",),
+    "tproxyd.datapath": ("Counters", "Outcome", "Record"),
     "tproxyd.interceptor": ("Interceptor", "open_interceptor"),
     "tproxyd.plan": ("Plan", "make_plan", "render"),
     "tproxyd.proxy": ("Connection", "ConnectionStream", "Forward", "Handle", "Refuse"),

@@ -337,10 +337,21 @@ def _check_metrics(metrics: Endpoint | None, port: int) -> Iterator[str]:
 _LISTEN_PORT = ("listen", "port")
 _RULES = ("policy", "rule")
 _PORTS = (("capture", "mode"), ("capture", "ports"), ("capture", "exclude_ports"))
+
+
+def _check_shares(workers: int | str, most: int | str) -> Iterator[str]:
+    if isinstance(workers, int) and isinstance(most, int) and most < workers:
+        yield (
+            f"`limits.max_connections` = {most} is less than one for each of `relay.workers` = {workers}; raise the one or lower "
+            "the other"
+        )
+
+
 _TOGETHER: tuple[tuple[Sequence[tuple[str, str]], Callable[..., Iterator[str]]], ...] = (
     ((("routing", "mark"), ("routing", "upstream_mark")), _check_marks),
     (_PORTS, _check_ports),
     ((("admin", "metrics"), ("listen", "port")), _check_metrics),
+    ((("relay", "workers"), ("limits", "max_connections")), _check_shares),
     ((("capture", "interfaces"), ("capture", "exclude_interfaces")), _check_interfaces),
 )
 """What must fit together: keys, and what finds the problems of their values."""

@@ -199,6 +199,8 @@ def some_seconds(value: Any) -> float:
 
 def spinning_seconds(value: Any) -> float:
     """A duration for which a loop may keep a core busy."""
+    if not isinstance(value, str):
+        raise InvalidError(f'is {toml_kind(value)}; write "0us" to "10ms", in quotes')
     duration = seconds(value)
     if duration > _LONGEST_SPIN:
         raise InvalidError('is longer than 10ms: it would burn a core for nothing; write "0us" to "10ms"')

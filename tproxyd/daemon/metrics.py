@@ -33,6 +33,7 @@ _log = logging.getLogger(__name__)
 
 _CLIENTS = 64  # at once; those beyond wait in the queue
 _PATIENCE = 10.0  # seconds for a request to come, and for its answer to be taken
+_LONGEST = 60.0  # seconds for all requests of one connection: nobody holds a place for good
 _READ = 8192
 
 Page = Callable[[], Awaitable[tuple[int, str, bytes]]]
@@ -68,7 +69,7 @@ async def serve_metrics(
     """Answers until cancelled, and closes the listener then.
 
     `count` gives the counters of all relay loops, `dropped` how many lines of the access log were not written, `ready` whether
-    capture is on.
+    it is not stopping.
     """
     pages: dict[bytes, Page] = {
         b"/metrics": partial(_metrics, count, dropped, version),
@@ -93,7 +94,8 @@ async def _serve_client(
 ) -> None:
     try:
         async with stream:
-            await _converse(stream, pages)
+            with trio.move_on_after(_LONGEST):
+                await _converse(stream, pages)
     except (trio.BrokenResourceError, trio.TooSlowError, h11.LocalProtocolError):
         pass  # gone, or too slow to be waited for
     except Exception:  # a surprise costs this client only, never the daemon

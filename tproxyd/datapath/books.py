@@ -6,6 +6,7 @@ take is kept for later, and access-log lines beyond a bound are dropped and coun
 
 from __future__ import annotations
 
+import errno
 import math
 import secrets
 import socket
@@ -66,6 +67,12 @@ class Books:
         self.counters.accepted += 1
         self.counters.active += 1
         self.connections.add(connection)
+        self._new.append(connection)
+        if self.due == math.inf:
+            self.due = self._clock.now + _REPORT
+
+    def renew(self, connection: Connection) -> None:
+        """The owner is to be told again that it lives, and of whom it would die."""
         self._new.append(connection)
         if self.due == math.inf:
             self.due = self._clock.now + _REPORT
@@ -151,8 +158,10 @@ class Books:
         try:
             if not self.outbox.send():
                 self.due = self._clock.now + _REPORT  # it is busy, and told later
-        except OSError:
-            return False
+        except OSError as error:
+            if error.errno in (errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN):
+                return False
+            self.due = self._clock.now + _REPORT  # short of memory, or of files in flight: it is told later
         return True
 
     def _put_lines(self, kind: bytes, records: list[Record]) -> None:

@@ -38,7 +38,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Connection"]
 
+_IN = select.EPOLLIN
 _OUT = select.EPOLLOUT
+_UNUSUAL = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR | select.EPOLLPRI
 _ERROR = select.EPOLLERR
 _FAILED = select.EPOLLERR | select.EPOLLHUP
 
@@ -67,6 +69,9 @@ _UPSTREAM: dict[int, Outcome] = {
 # went away is worth little, and its server is to know soon.
 _CLIENT_STALL = 2.0
 _APP_STALL = 0.05
+# Seconds between two looks at what a peer has taken; and with one that takes nothing, of which there may be many.
+_LOOK = 0.002
+_LOOK_SELDOM = 0.064
 
 _DIALLING, _RELAYING, _FLUSHING, _HANDED, _CLOSED = range(5)
 
@@ -89,9 +94,11 @@ class Connection(Timed):
         "flush_end",
         "handed_upstream",
         "identity",
+        "look_at",
         "loop",
         "moved",
         "patience",
+        "pause",
         "rule",
         "settled",
         "started",
@@ -103,7 +110,9 @@ class Connection(Timed):
 
     broken: tuple[Leg, Outcome]
     bytes_left: int
+    look_at: float
     moved: float
+    pause: float
     flush_end: float
     patience: float
 
@@ -195,7 +204,10 @@ class Connection(Timed):
             left = 0  # gone: nothing can be flushed
         now = self.loop.now
         if left != self.bytes_left:
-            self.bytes_left, self.moved = left, now
+            self.bytes_left, self.moved, self.pause = left, now, _LOOK
+        else:
+            self.pause = min(2 * self.pause, _LOOK_SELDOM)
+        self.look_at = now + self.pause
         done = left == 0 and (source.ended or not source.readable)
         if done or now - self.moved >= self.patience or now >= self.flush_end:
             self.end(self.broken[1])
@@ -295,27 +307,29 @@ class Connection(Timed):
 
     def _on_client(self, events: int) -> None:
         leg = self.downstream
-        leg.note(events)
         if self.state == _RELAYING:
-            self._relay(leg, events)
-        elif self.state == _FLUSHING:
+            return self._relay(leg, events)
+        leg.note(events)
+        if self.state == _FLUSHING:
             self.flush()
         elif events & _ERROR:
             self.end("client_reset")  # nobody waits for the server any more
+        return None
 
     def _on_upstream(self, events: int) -> None:
         leg = self.upstream
         assert leg is not None
-        leg.note(events)
         if self.state == _RELAYING:
-            self._relay(leg, events)
-        elif self.state == _FLUSHING:
+            return self._relay(leg, events)
+        leg.note(events)
+        if self.state == _FLUSHING:
             self.flush()
         else:
             try:
                 self._on_dial(leg, events)
             except Exception as error:  # a surprise costs this connection only
                 self._fail(error)
+        return None
 
     def _on_dial(self, leg: Leg, events: int) -> None:
         if events & _FAILED:
@@ -368,8 +382,15 @@ class Connection(Timed):
     def _relay(self, leg: Leg, events: int) -> None:
         """What an event on `leg` makes possible: reading from it, and writing to it what the other one has."""
         try:
-            if events & _ERROR:
-                return self._break(leg, leg.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
+            if events & _UNUSUAL:
+                leg.note(events)
+                if events & _ERROR:
+                    return self._break(leg, leg.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
+            else:
+                if events & _IN:
+                    leg.readable = True
+                if events & _OUT:
+                    leg.writable = True
             if leg.readable or leg.pipe is not None:
                 if leg.pump():
                     self.active = self.loop.now
@@ -377,10 +398,11 @@ class Connection(Timed):
                     self._pass_end(leg)
             if events & _OUT and self.state == _RELAYING:
                 other = leg.other
-                if other.pump():
-                    self.active = self.loop.now
-                if other.ended and not (other.passed_on or other.held or other.in_pipe):
-                    self._pass_end(other)
+                if other.held or other.pipe is not None or other.readable:  # it has waited for that
+                    if other.pump():
+                        self.active = self.loop.now
+                    if other.ended and not (other.passed_on or other.held or other.in_pipe):
+                        self._pass_end(other)
         except LegBrokenError as error:
             self._break(error.leg, error.error.errno or errno.EIO)
         except Exception as error:  # a surprise costs this connection only
@@ -409,7 +431,7 @@ class Connection(Timed):
         # Without what the flags say: read to the very end of what is there.
         leg.readable = leg.doubtful = leg.broken = True
         loop = self.loop
-        self.bytes_left, self.moved = -1, loop.now
+        self.bytes_left, self.moved, self.pause = -1, loop.now, _LOOK
         self.flush_end = loop.now + loop.half_closed.seconds
         self.patience = _APP_STALL if client else _CLIENT_STALL
         with contextlib.suppress(OSError):

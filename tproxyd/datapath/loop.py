@@ -28,13 +28,14 @@ from tproxyd.datapath.report import Setup
 from tproxyd.datapath.timers import Wheel
 from tproxyd.datapath.transfer import WATCHED, Leg
 from tproxyd.net.locality import Locality
-from tproxyd.net.sockets import Address, abort, accepted_socket, wait_for_reader
+from tproxyd.net.sockets import Address, abort, accepted_socket, wait_for_reader, watch_peer
 from tproxyd.policy import compile_policy
 
 __all__ = ["RelayLoop", "serve_loop"]
 
 _EVENTS = 256  # taken at a time
-_ACCEPTS = 64  # new connections between two looks at the old ones
+_ACCEPTS = 64  # new connections between two looks at the old ones, of each listener
+_ORDERS = 128  # of the owner, taken at a time: with a policy there are as many as connections
 _FLUSH = 0.002  # seconds between two looks at what a peer has taken
 _PAUSE = 0.1  # seconds; without files the queue waits, connections that end give them back
 _STALLS = 20.0  # seconds between two looks for peers that do not read; the kernel gives them two minutes
@@ -69,9 +70,9 @@ def serve_loop(channel: socket.socket, listeners: Sequence[socket.socket]) -> No
             loop.run()
         except Exception as error:
             loop.complain(error, "the relay loop failed; this is a bug")
+            loop.close("worker_lost")
             raise
-        finally:
-            loop.close()
+        loop.close()
 
 
 class RelayLoop:
@@ -108,6 +109,7 @@ class RelayLoop:
         self._handed: dict[str, Connection] = {}
         self._forward: list[tuple[report.ForwardOrder, int]] = []
         self._listen_port = config.listen.port
+        self._backlog = config.listen.backlog
         self._listen_hosts = frozenset(host for host, _ in setup.listen)
         self._limit = setup.limit
         self._full = (
@@ -119,6 +121,7 @@ class RelayLoop:
         self._idle_timeout = config.relay.idle_timeout
         self._again: list[Leg] = []
         self._blocked: set[Leg] = set()
+        self._waited_for: set[Leg] = set()
 
         self._asked_idle = self._tells_idle = False
         self._stopping = False
@@ -156,7 +159,10 @@ class RelayLoop:
             for fd, event in events:
                 handler = handlers.get(fd)
                 if handler is not None:  # closed by what was done about an event before it
-                    handler(event)
+                    try:
+                        handler(event)
+                    except Exception as error:  # of none of the connections: those look after themselves
+                        self.complain(error, "an event was not handled; this is a bug")
             if self._again:
                 again, self._again = self._again, []
                 for leg in again:
@@ -172,20 +178,21 @@ class RelayLoop:
                 for order, fd in orders:
                     self._take_back(order, fd)
             if self._asked_idle and not self._tells_idle:
-                # Whoever's handshake is complete is served, too.
-                while sum(self._accept(listener) for listener in self._listeners):
-                    pass
+                # Whoever's handshake is complete is served, too: no more than can wait in the queue.
+                for _ in range(1 + self._backlog // _ACCEPTS):
+                    if not sum(self._accept(listener) for listener in self._listeners):
+                        break
                 self._tells_idle = True
                 self._books.due = self.now
             self._keep_time()
 
-    def close(self) -> None:
-        """Resets what is left and closes everything, the listeners first."""
+    def close(self, outcome: Outcome = "drained") -> None:
+        """Resets what is left, with this outcome, and closes everything, the listeners first."""
         for listener in self._listeners:
             listener.close()
         self._listeners = []  # nothing is accepted any more, however much room there is
         for connection in list(self._books.connections):
-            connection.end("drained")
+            connection.end(outcome)
         with contextlib.suppress(OSError):  # the last words, if there is anybody to hear them
             self._channel.settimeout(1.0)
             self._report()
@@ -225,11 +232,13 @@ class RelayLoop:
         if leg.handle is not None:
             leg.handle = None
             del self._handlers[leg.fd]
-            if not self._alone:
-                # A program that is being started has a copy of this descriptor until it execs, and as long would epoll go on
-                # telling of it, under a number that may be somebody else's by then.
+            if not self._alone or self.asks:
+                # Elsewhere there may be a copy of this descriptor for a moment: with a program that is being started, until it
+                # execs, or with the owner that has given the socket back. As long would epoll go on telling of it, under a number
+                # that may be somebody else's by then.
                 self._epoll.unregister(leg.fd)
         self._blocked.discard(leg)
+        self._waited_for.discard(leg)
         if orderly:
             leg.sock.close()
         else:
@@ -244,7 +253,8 @@ class RelayLoop:
         handed = report.HandedOver(
             id=f"{connection.identity:016x}",
             source=connection.client[:2],
-            original_destination=connection.target[:2] if connection.target else ("", 0),
+            original_destination=connection.destination[:2] if connection.destination else ("", 0),
+            target=connection.target[:2] if connection.target else ("", 0),
             rule=connection.rule,
         )
         self._handed[handed.id] = connection
@@ -295,7 +305,8 @@ class RelayLoop:
         now = self.now
         if self.flushing:
             for connection in list(self.flushing):
-                connection.flush()
+                if now >= connection.look_at:
+                    connection.flush()
         if now >= self.dialling.due:
             for connection in self.dialling.expire(now, also_active=True):
                 if not connection.settle():
@@ -333,10 +344,20 @@ class RelayLoop:
         for leg in list(self._blocked):
             if not leg.writable and wait_for_reader(leg.sock, self._idle_timeout):
                 self._blocked.discard(leg)
-        self._stalls_due = self.now + _STALLS if self._blocked else math.inf
+                self._waited_for.add(leg)
+        for leg in list(self._waited_for):
+            if leg.writable:  # it reads again, and is watched again
+                watch_peer(leg.sock)
+                self._waited_for.discard(leg)
+        self._stalls_due = self.now + _STALLS if self._blocked or self._waited_for else math.inf
 
     def _on_listener(self, listener: socket.socket) -> Callable[[int], None]:
-        return lambda _: self._ready.append(listener)
+        return lambda _: self._has_more(listener)
+
+    def _has_more(self, listener: socket.socket) -> None:
+        """At most once a turn: what a flood brings must not keep the connections that live from theirs."""
+        if listener not in self._ready:
+            self._ready.append(listener)
 
     def _on_news(self, _: int) -> None:
         self._locality.forget()
@@ -378,24 +399,30 @@ class RelayLoop:
             connection = Connection(self, accepted_socket(family, fd), client, books.next_identity())
             books.open(connection)
             connection.begin()
-        self._ready.append(listener)
+        self._has_more(listener)
         return _ACCEPTS
 
     # With the owner.
 
     def _on_orders(self, _: int) -> None:
-        try:
-            order, fds, _, _ = socket.recv_fds(self._channel, report.MESSAGE, 1)
-        except BlockingIOError:
-            return
-        except OSError:
-            order, fds = b"", []
-        match order[:1]:
+        for _ in range(_ORDERS):
+            try:
+                order, fds, _, _ = socket.recv_fds(self._channel, report.MESSAGE, 1)
+            except BlockingIOError:
+                return
+            except OSError:
+                order, fds = b"", []
+            self._obey(order[:1], order[1:], fds)
+            if self._stopping:
+                return
+
+    def _obey(self, kind: bytes, content: bytes, fds: list[int]) -> None:
+        match kind:
             case report.FORWARD:
                 # Dialled after this batch of events, as every new connection.
-                self._forward.append((msgspec.msgpack.decode(order[1:], type=report.ForwardOrder), fds[0]))
+                self._forward.append((msgspec.msgpack.decode(content, type=report.ForwardOrder), fds[0] if fds else -1))
             case report.ENDED:
-                ended = msgspec.msgpack.decode(order[1:], type=report.EndedOrder)
+                ended = msgspec.msgpack.decode(content, type=report.EndedOrder)
                 handed = self._handed.pop(ended.id, None)
                 if handed is not None:
                     handed.end_handed(ended.outcome, ended.bytes_from_client, ended.bytes_from_upstream)
@@ -410,8 +437,16 @@ class RelayLoop:
 
     def _take_back(self, order: report.ForwardOrder, fd: int) -> None:
         connection = self._handed.pop(order.id, None)
-        if connection is None:
-            os.close(fd)
+        if connection is None or fd < 0:
+            if fd >= 0:
+                os.close(fd)
+            if connection is not None:
+                full = OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+                self.complain(
+                    full, "no file left for the connection that the policy forwards; raise LimitNOFILE (ulimit -n)"
+                )
+                connection.end("error")
             return
+        self._books.renew(connection)
         family = socket.AF_INET6 if ":" in connection.client[0] else socket.AF_INET
         connection.take_back(accepted_socket(family, fd), order.target)

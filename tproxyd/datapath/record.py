@@ -27,7 +27,7 @@ Outcome = Literal[
     "worker_lost",
     "error",
 ]
-"""How a connection ended. `error` is the only one that points at a fault of tproxyd."""
+"""How a connection ended. `error` is an end that nobody foresaw; the log has its cause."""
 
 
 class Record(msgspec.Struct, kw_only=True):

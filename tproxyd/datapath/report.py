@@ -65,6 +65,7 @@ class HandedOver(msgspec.Struct):
     id: str
     source: tuple[str, int]
     original_destination: tuple[str, int]
+    target: tuple[str, int]
     rule: str | None
     data: bytes = b""
 

@@ -134,22 +134,9 @@ class Leg:
         """Moves bytes from here to the other socket until one of them has to be waited for; whether any byte moved."""
         other = self.other
         moved = False
-        pipe = self.pipe
-        if pipe is not None:
-            moved = self._splice(pipe)
-            if self.pipe is pipe:
-                return moved
-        if self.held:
-            if not other.writable:
-                return False
-            before = len(self.held)
-            self._give(self.held)
-            moved = len(self.held) < before
-            if self.held:
-                return moved
-        if self.owner.engine == "splice" and self.readable and not (self.ended or self.doubtful):
-            moved = self._start_splicing() or moved
-            if self.pipe is not None:
+        if self.held or self.pipe or self.owner.engine == "splice":
+            moved = self._pump_first()
+            if self.held or self.splicing:
                 return moved
         size = READ
         turns = TURNS
@@ -169,8 +156,20 @@ class Leg:
             self.received += length
             moved = True
             if length < size and not self.doubtful:
-                # All that was there. With the FIN in sight before this read, there is nothing behind it.
                 self.readable = False
+                if other.nodelay and not self.hup:
+                    # A message of the usual kind, in the fewest steps: this is most of what a loop does.
+                    try:
+                        count = other.sock.send(data, _DONTWAIT)
+                    except BlockingIOError:
+                        count = 0
+                    except OSError as error:
+                        raise LegBrokenError(other, error) from error
+                    if count < length:
+                        self.held = data[count:]
+                        other.block()
+                    return True
+                # All that was there. With the FIN in sight before this read, there is nothing behind it.
                 self.ended = self.hup
             self._give(data)
             turns -= 1
@@ -185,6 +184,31 @@ class Leg:
             if turns == 0:
                 self.owner.again(self)
                 break
+        return moved
+
+    @property
+    def splicing(self) -> bool:
+        """Whether the direction goes through a pipe at the moment."""
+        return self.pipe is not None
+
+    def _pump_first(self) -> bool:
+        """What comes before the next read: what is on its way already, through a pipe or held; and with the engine "splice" a pipe."""
+        moved = False
+        pipe = self.pipe
+        if pipe is not None:
+            moved = self._splice(pipe)
+            if self.pipe is pipe:
+                return moved
+        if self.held:
+            if not self.other.writable:
+                return False
+            before = len(self.held)
+            self._give(self.held)
+            moved = len(self.held) < before
+            if self.held:
+                return moved
+        if self.owner.engine == "splice" and self.readable and not (self.ended or self.doubtful):
+            moved = self._start_splicing() or moved
         return moved
 
     def drop(self) -> None:

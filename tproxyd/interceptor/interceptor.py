@@ -47,7 +47,8 @@ _POLL = 0.02  # seconds; the kernel has no event for either of what is waited fo
 
 
 class Interceptor:
-    """What `open_interceptor` gives. `listen` has the listeners' addresses, `connections` how many live right now."""
+    """What `open_interceptor` gives. `listen` has the listeners' addresses; `connections` is how many live, as told some hundredths of
+    a second ago."""
 
     def __init__(self, config: Config, plan: Plan, relays: Relays) -> None:
         self._config = config
@@ -184,10 +185,20 @@ def _leave(plan: Plan, *, stays: bool) -> None:
 async def _in_thread(step: Callable[[], T]) -> T:
     """Runs a step that blocks, to its end whatever is cancelled. Where the system has no thread left, it blocks us instead: rules
     that stay behind would be worse."""
-    try:
-        return await trio.to_thread.run_sync(step)
-    except RuntimeError:  # "can't start new thread"
+    begun = False
+
+    def begin() -> T:
+        nonlocal begun
+        begun = True
         return step()
+
+    try:
+        # A limiter of its own: the program around may have taken all tokens of the usual one.
+        return await trio.to_thread.run_sync(begin, limiter=trio.CapacityLimiter(1))
+    except RuntimeError:
+        if begun:
+            raise
+        return step()  # "can't start new thread"
 
 
 async def _serve(relays: Relays, scope: trio.CancelScope, ready: trio.Event) -> None:
@@ -204,7 +215,10 @@ def _lines_to(on_record: Callable[[Record], None] | None, on_lines: OnLines | No
 
     def take(lines: bytes) -> None:
         if on_lines is not None:
-            on_lines(lines)
+            try:
+                on_lines(lines)
+            except Exception:  # the embedding program's, whatever it is; it costs nobody else
+                _log.exception("on_lines failed")
         if on_record is not None:
             for line in lines.splitlines():
                 record = decoder.decode(line)
@@ -258,6 +272,8 @@ def _make_setups(config: Config, listen: tuple[tuple[str, int], ...], *, asks: b
     pipes = min(_MOST_PIPES, files // _FILES_A_PIPE)
     loops = max(workers, 1)
     room = (files - used - 2 * pipes) // 2
+    if asks:  # every connection may be with the program, and has a file here then
+        room = min(room, (files - open_file_count() - _RESERVED_FILES) // loops)
     if room < 1:
         raise KernelError(
             f"the limit of {files} open files leaves no room for connections; raise it (LimitNOFILE, ulimit -n)"

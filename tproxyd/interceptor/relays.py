@@ -21,14 +21,14 @@ from tproxyd.datapath import Counters, LogLine, Outcome, Record, Setup, report
 from tproxyd.errors import KernelError
 from tproxyd.interceptor.homes import ProcessHome, ThreadHome
 from tproxyd.net.sockets import abort, format_address
-from tproxyd.proxy import Connection, Policy, serve_handed
+from tproxyd.proxy import Complaints, Connection, Policy, serve_handed
 
 __all__ = ["Relays", "merge_counters"]
 
 _log = logging.getLogger(__name__)
 
 _START = 10.0  # seconds for a loop to answer; it takes some hundredths
-_STOP = 3.0  # seconds for a loop to end when it has been told to; then it is killed
+_STOP = 3.0  # seconds for handlers to end when they are cancelled, and then for a loop to say its last words
 _COUNT = 1.0  # seconds for a loop to tell its counters
 _YOUNG = 5.0  # seconds; a loop that dies younger than that has something against it ...
 _TRIES = 5  # ... and after so many of them in a row the interception ends: better no daemon than one that steers clients nowhere
@@ -38,7 +38,7 @@ OnLines = Callable[[bytes], None]
 
 
 class Relays:
-    """`count` loops in processes, or one in a thread if `count` is 0, on listeners that stay the caller's.
+    """One loop a setup, in a process if `setup.alone` and else in a thread, on listeners that stay the caller's.
 
     `on_lines` gets the records of ended connections, as whole lines of JSON, several at a time; it must not block. `policy` is asked
     about every connection that the configuration does not refuse, if the setups say so, and has `policy_timeout` seconds.
@@ -112,6 +112,8 @@ def merge_counters(many: Sequence[Counters]) -> Counters:
 class _Relay:
     """One place for a loop, and whoever fills it at the moment."""
 
+    _ours: socket.socket
+
     def __init__(
         self,
         setup: Setup,
@@ -131,6 +133,8 @@ class _Relay:
         self._living: dict[str, tuple[float, Record]] = {}  # and when they were told
         self.handed: set[str] = set()
         """Connections that are with the embedding program."""
+        self._complaints = Complaints()
+        self._orphans: set[str] = set()  # those of them whose loop has died
         self.nothing_handed = trio.Event()
         self._ready = trio.Event()
         self._started = False
@@ -157,17 +161,23 @@ class _Relay:
                 await trio.sleep(0.05 * 2**tries)
 
     async def wait_idle(self) -> None:
-        idle = self._idle = trio.Event()
-        await self._tell(report.TELL_IDLE)
+        idle = self._idle
+        if idle is None:
+            idle = self._idle = trio.Event()
+            await self._tell(report.TELL_IDLE)
         await idle.wait()
+        if self.handed:  # what has outlived its loop
+            await self.nothing_handed.wait()
 
     async def count(self) -> None:
         counted = self._counted
         if counted is None:
             counted = self._counted = trio.Event()
             await self._tell(report.TELL_COUNTERS)
-        with trio.move_on_after(_COUNT):
+        with trio.move_on_after(_COUNT) as scope:
             await counted.wait()
+        if scope.cancelled_caught and self._counted is counted:
+            self._counted = None  # who asks next asks anew
 
     async def _tell(self, order: bytes) -> None:
         if self._channel is not None:
@@ -184,6 +194,7 @@ class _Relay:
             with theirs:
                 await home.start(theirs, self._listeners)
             ours.setblocking(False)
+            self._ours = ours
             channel = self._channel = trio.socket.from_stdlib_socket(ours)
             self._ready = trio.Event()
             try:
@@ -193,6 +204,8 @@ class _Relay:
                         await self._tell(part)
                     if self._idle is not None:
                         await self._tell(report.TELL_IDLE)
+                    if self._counted is not None:
+                        await self._tell(report.TELL_COUNTERS)
                     async for message, sock in _messages(channel):
                         if sock is None:
                             self._take(message)
@@ -204,10 +217,11 @@ class _Relay:
                     nursery.cancel_scope.cancel()
                 return await home.ended()
             except BaseException:
+                # Those that are with the program are being cancelled, too, and each is still to say how it ended.
                 with trio.CancelScope(shield=True), trio.move_on_after(_STOP):
-                    # Those that are with the program are being cancelled, too, and each is still to say how it ended.
                     if self.handed:
                         await self.nothing_handed.wait()
+                with trio.CancelScope(shield=True), trio.move_on_after(_STOP):
                     await self._tell(report.STOP)
                     async for message, sock in _messages(channel):
                         if sock is None:
@@ -216,7 +230,9 @@ class _Relay:
                             abort(sock)  # too late for anybody to decide
                 raise
         finally:
-            self._channel = None
+            if self._channel is not None:
+                self._channel.close()
+                self._channel = None
             ours.close()
             with trio.CancelScope(shield=True):
                 await home.end()
@@ -261,6 +277,12 @@ class _Relay:
                     self._idle = None
             case report.READY:
                 self._ready.set()
+            case report.HAND_OVER:  # without its socket: the kernel had no descriptor for it here
+                told = msgspec.msgpack.decode(content, type=report.HandedOver)
+                _log.error("no file left for connection %s, which is refused; raise LimitNOFILE (ulimit -n)", told.id)
+                order = report.ENDED + msgspec.msgpack.encode(report.EndedOrder(told.id, "error", 0, 0))
+                with suppress(OSError):
+                    self._ours.send(order)
 
     def _take_socket(
         self, message: bytes, sock: socket.socket, handed: trio.Nursery, channel: trio.socket.SocketType
@@ -272,17 +294,40 @@ class _Relay:
             self.nothing_handed = trio.Event()
         self.handed.add(told.id)
         connection = Connection(
-            id=told.id, source=told.source, original_destination=told.original_destination, rule=told.rule
+            id=told.id,
+            source=told.source,
+            original_destination=told.original_destination,
+            target=told.target,
+            rule=told.rule,
         )
         books = _Books(self, channel)
         handed.start_soon(
-            partial(serve_handed, policy=self._policy, timeout=self._policy_timeout, loop=books),
+            partial(
+                serve_handed,
+                policy=self._policy,
+                timeout=self._policy_timeout,
+                loop=books,
+                complaints=self._complaints,
+            ),
             *(connection, sock, told.data),
         )
 
+    def forget(self, identity: str) -> None:
+        """A connection is not with the program any more."""
+        self.handed.discard(identity)
+        if identity in self._orphans:
+            self._orphans.discard(identity)
+            self._before.active -= 1
+        if not self.handed:
+            self.nothing_handed.set()
+
+    def count_orphan(self, outcome: Outcome) -> None:
+        """A connection has ended whose loop had died before."""
+        self._before.outcomes[outcome] = self._before.outcomes.get(outcome, 0) + 1
+
     def _bury(self, reason: str) -> None:
         """What a loop leaves behind that died: its connections are lost, and every one that was known gets its record."""
-        lost = self.counters.active
+        lost = self.counters.active - len(self.handed)  # those live on
         _log.error(
             "a relay loop ended unexpectedly (%s) and took %d connections with it; another one takes its place",
             reason,
@@ -305,7 +350,8 @@ class _Relay:
             self._counted.set()  # nobody is left to answer
             self._counted = None
         self._before = self.total
-        self._before.active = 0
+        self._before.active = len(self.handed)
+        self._orphans |= self.handed
         if lost:
             self._before.outcomes["worker_lost"] = self._before.outcomes.get("worker_lost", 0) + lost
         self.counters = Counters()
@@ -317,6 +363,7 @@ class _Books:
     def __init__(self, relay: _Relay, channel: trio.socket.SocketType) -> None:
         self._relay = relay
         self._channel = channel
+        self._began = trio.current_time()
 
     async def forward(self, connection: Connection, sock: socket.socket, target: tuple[str, int] | None) -> None:
         """Gives the connection back to the loop, which relays it; the caller closes its own copy of the socket."""
@@ -324,26 +371,21 @@ class _Books:
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", sock.fileno()))]
         try:
             await self._channel.sendmsg([order], rights)
-        except OSError:
+        except (OSError, trio.ClosedResourceError):
             abort(sock)
             self._record(connection, "worker_lost", 0, 0)
         finally:
-            self._forget(connection)
+            self._relay.forget(connection.id)
 
     async def end(self, connection: Connection, outcome: Outcome, received: int, sent: int) -> None:
         """The connection has ended here."""
         order = report.EndedOrder(connection.id, outcome, received, sent)
         try:
             await self._channel.send(report.ENDED + msgspec.msgpack.encode(order))
-        except OSError:
+        except (OSError, trio.ClosedResourceError):
             self._record(connection, outcome, received, sent)
         finally:
-            self._forget(connection)
-
-    def _forget(self, connection: Connection) -> None:
-        self._relay.handed.discard(connection.id)
-        if not self._relay.handed:
-            self._relay.nothing_handed.set()
+            self._relay.forget(connection.id)
 
     def _record(self, connection: Connection, outcome: Outcome, received: int, sent: int) -> None:
         record = Record(
@@ -354,8 +396,10 @@ class _Books:
             rule=connection.rule,
             bytes_from_client=received,
             bytes_from_upstream=sent,
+            duration_ms=round((trio.current_time() - self._began) * 1000, 3),
             outcome=outcome,
         )
+        self._relay.count_orphan(outcome)
         self._relay.on_lines(msgspec.json.encode(record) + b"\n")
 
 

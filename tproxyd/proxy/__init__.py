@@ -1,10 +1,10 @@
 """Connections that the embedding program wants to see: its policy is asked in a trio task, and a handler of its own gets a stream.
 
-Everything that static policy can decide never comes here (datapath/). What comes here costs a task, and goes back to the relay loop if
-the answer is to forward it.
+What the configuration refuses never comes here; with a policy, everything else does. It costs a task, and goes back to the relay loop
+if the answer is to forward it.
 """
 
-from tproxyd.proxy.handed import serve_handed
+from tproxyd.proxy.handed import Complaints, serve_handed
 from tproxyd.proxy.verdict import Connection, ConnectionStream, Forward, Handle, Policy, Refuse
 
-__all__ = ["Connection", "ConnectionStream", "Forward", "Handle", "Policy", "Refuse", "serve_handed"]
+__all__ = ["Complaints", "Connection", "ConnectionStream", "Forward", "Handle", "Policy", "Refuse", "serve_handed"]

@@ -13,9 +13,11 @@ from tproxyd.datapath import Outcome
 from tproxyd.net.sockets import abort
 from tproxyd.proxy.verdict import Connection, ConnectionStream, Forward, Handle, Policy, Refuse
 
-__all__ = ["serve_handed"]
+__all__ = ["Complaints", "serve_handed"]
 
 _log = logging.getLogger(__name__)
+
+_SAY_EVERY = 5.0  # seconds between two log lines of one kind
 
 
 class Loop(Protocol):
@@ -25,8 +27,29 @@ class Loop(Protocol):
     async def end(self, connection: Connection, outcome: Outcome, received: int, sent: int) -> None: ...
 
 
+class Complaints:
+    """What goes wrong with policies and handlers, in the log: of each kind one line in five seconds, because clients can cause it."""
+
+    def __init__(self) -> None:
+        self._said: dict[str, float] = {}
+
+    def tell(self, message: str, *args: object, trace: bool = False) -> None:
+        """An error, with the traceback of the exception that is being handled if `trace`."""
+        now = trio.current_time()
+        if now - self._said.get(message, -_SAY_EVERY) >= _SAY_EVERY:
+            self._said[message] = now
+            _log.error(message, *args, exc_info=trace)
+
+
 async def serve_handed(
-    connection: Connection, sock: socket.socket, already: bytes, *, policy: Policy, timeout: float, loop: Loop
+    connection: Connection,
+    sock: socket.socket,
+    already: bytes,
+    *,
+    policy: Policy,
+    timeout: float,
+    loop: Loop,
+    complaints: Complaints,
 ) -> None:
     """Asks the policy, for at most `timeout` seconds, and does as it says; closes the socket, or gives it back to the loop.
 
@@ -36,7 +59,7 @@ async def serve_handed(
     outcome: Outcome | None = "drained"  # cancelled, unless somebody knows better
     received, sent = len(already), 0
     try:
-        verdict = await _ask(policy, connection, timeout)
+        verdict = await _ask(policy, connection, timeout, complaints)
         if isinstance(verdict, Forward):
             outcome = None
             with trio.CancelScope(shield=True):  # what is left of its life is the loop's
@@ -47,12 +70,14 @@ async def serve_handed(
             sock.setblocking(False)
             stream = ConnectionStream(trio.SocketStream(trio.socket.from_stdlib_socket(sock)), connection, already)
             try:
-                outcome = await _handle(verdict.handler, stream)
+                outcome = await _handle(verdict.handler, stream, complaints)
             finally:
                 received, sent = stream.received, stream.sent
         else:
             outcome = "policy_error"
     finally:
+        if sock.fileno() >= 0:
+            trio.lowlevel.notify_closing(sock)  # who still waits in a task of its own is told
         if outcome in (None, "handled"):
             sock.close()
         else:
@@ -62,29 +87,38 @@ async def serve_handed(
                 await loop.end(connection, outcome, received, sent)
 
 
-async def _ask(policy: Policy, connection: Connection, timeout: float) -> Forward | Refuse | Handle | None:
+async def _ask(
+    policy: Policy, connection: Connection, timeout: float, complaints: Complaints
+) -> Forward | Refuse | Handle | None:
     """The policy's answer; None if it has none in time, or fails, or answers something else."""
+    verdict: object = None
     try:
-        with trio.fail_after(timeout):
-            verdict: object = await policy(connection)
-    except trio.TooSlowError:
-        _log.error("the policy did not answer within %g s for connection %s, which is refused", timeout, connection.id)
-        return None
+        with trio.move_on_after(timeout) as scope:
+            verdict = await policy(connection)
     except Exception:
-        _log.exception("the policy failed for connection %s, which is refused", connection.id)
+        complaints.tell("the policy failed for connection %s, which is refused", connection.id, trace=True)
         return None
     if isinstance(verdict, Forward | Refuse | Handle):
         return verdict
-    _log.error("the policy answered %r for connection %s, which is refused", verdict, connection.id)
+    if scope.cancelled_caught:
+        complaints.tell(
+            "the policy did not answer within %g s for connection %s, which is refused", timeout, connection.id
+        )
+    else:
+        complaints.tell("the policy answered %r for connection %s, which is refused", verdict, connection.id)
     return None
 
 
-async def _handle(handler: Callable[[ConnectionStream], Awaitable[None]], stream: ConnectionStream) -> Outcome:
+async def _handle(
+    handler: Callable[[ConnectionStream], Awaitable[None]], stream: ConnectionStream, complaints: Complaints
+) -> Outcome:
     try:
         await handler(stream)
-    except Exception as error:
-        if isinstance(error, trio.BrokenResourceError):
+    except Exception:
+        if stream.broken:
             return "client_reset"
-        _log.exception("the handler of connection %s failed, and its client is reset", stream.connection.id)
+        complaints.tell(
+            "the handler of connection %s failed, and its client is reset", stream.connection.id, trace=True
+        )
         return "policy_error"
     return "handled"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+import socket
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 
 import msgspec
 import trio
@@ -13,21 +15,36 @@ __all__ = ["Connection", "ConnectionStream", "Forward", "Handle", "Policy", "Ref
 class Connection(msgspec.Struct, frozen=True, kw_only=True):
     """A connection that has been accepted and not been decided about.
 
-    `source` and `original_destination` are (address, port); `id` is that of the access log, and `rule` the name of the configured
-    rule that let it through, if one did.
+    `source`, `original_destination` and `target`, where the configuration would forward it to, are (address, port). `id` is that of
+    the access log, and `rule` the name of the configured rule that let it through, if one did.
     """
 
     id: str
     source: tuple[str, int]
     original_destination: tuple[str, int]
+    target: tuple[str, int]
     workload: str = "host"
     rule: str | None = None
 
 
 class Forward(msgspec.Struct, frozen=True):
-    """Relay it, to `target` (address, port) if that is given, else to where it was going."""
+    """Relay it, to `target` (address, port) if that is given, else to where the configuration says: a rule's target, or the original
+    destination. ValueError if the target is none: an IP address in text, and a port from 1 to 65535."""
 
     target: tuple[str, int] | None = None
+
+    def __post_init__(self) -> None:
+        match self.target:
+            case None:
+                return
+            case (str() as host, int() as port) if 1 <= port <= 65535:
+                try:
+                    socket.inet_pton(socket.AF_INET6 if ":" in host else socket.AF_INET, host)
+                except OSError:
+                    pass
+                else:
+                    return
+        raise ValueError(f"{self.target!r} is no target: give an IP address in text and a port from 1 to 65535")
 
 
 class Refuse(msgspec.Struct, frozen=True):
@@ -55,6 +72,8 @@ class ConnectionStream(trio.abc.HalfCloseableStream):
         self.connection = connection
         self.received = len(already)
         self.sent = 0
+        self.broken = False
+        """The client has reset the connection, or is gone."""
         self._stream = stream
         self._already = already
 
@@ -65,22 +84,34 @@ class ConnectionStream(trio.abc.HalfCloseableStream):
             size = len(self._already) if max_bytes is None else max_bytes
             chunk, self._already = self._already[:size], self._already[size:]
             return chunk
-        data = bytes(await self._stream.receive_some(max_bytes))
+        with self._noting():
+            data = bytes(await self._stream.receive_some(max_bytes))
         self.received += len(data)
         return data
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         """All of it, or BrokenResourceError."""
-        await self._stream.send_all(data)
+        with self._noting():
+            await self._stream.send_all(data)
         self.sent += len(data)
 
     async def wait_send_all_might_not_block(self) -> None:
         """Back-pressure without data."""
-        await self._stream.wait_send_all_might_not_block()
+        with self._noting():
+            await self._stream.wait_send_all_might_not_block()
 
     async def send_eof(self) -> None:
         """A FIN; what the client says goes on."""
-        await self._stream.send_eof()
+        with self._noting():
+            await self._stream.send_eof()
+
+    @contextmanager
+    def _noting(self) -> Iterator[None]:
+        try:
+            yield
+        except trio.BrokenResourceError:
+            self.broken = True
+            raise
 
     async def aclose(self) -> None:
         """Closes it; harmless when repeated."""

@@ -1,0 +1,67 @@
+"""What a policy may answer, and the stream that a handler gets."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from ipaddress import IPv4Address
+
+import pytest
+import trio
+
+from tproxyd import Connection, ConnectionStream, Forward
+
+CONNECTION = Connection(
+    id="0", source=("192.0.2.2", 4444), original_destination=("203.0.113.9", 80), target=("203.0.113.9", 80)
+)
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        yield ours, theirs
+
+
+def stream_on(sock: socket.socket, already: bytes) -> ConnectionStream:
+    sock.setblocking(False)
+    return ConnectionStream(trio.SocketStream(trio.socket.from_stdlib_socket(sock)), CONNECTION, already)
+
+
+@pytest.mark.parametrize("target", [None, ("192.0.2.1", 80), ("2001:db8::1", 65535)])
+def test_targets(target: tuple[str, int] | None) -> None:
+    assert Forward(target).target == target
+
+
+@pytest.mark.parametrize(
+    "target",
+    ["192.0.2.1:80", ("192.0.2.1", "80"), ("192.0.2.1", 0), ("192.0.2.1", 70000), ("app.example", 80), ("192.0.2.1",),
+     (IPv4Address("192.0.2.1"), 80), ("[2001:db8::1]", 80), ("", 80)],
+)  # fmt: skip
+def test_what_is_no_target_is_refused_where_it_is_written(target: object) -> None:
+    with pytest.raises(ValueError, match="is no target: give an IP address in text and a port from 1 to 65535"):
+        Forward(target)  # type: ignore[arg-type]
+
+
+async def test_what_had_been_read_already_comes_first(pair: tuple[socket.socket, socket.socket]) -> None:
+    stream = stream_on(pair[0], b"already")
+    pair[1].send(b" and then")
+    assert await stream.receive_some(3) == b"alr"
+    assert await stream.receive_some() == b"eady"
+    assert await stream.receive_some() == b" and then"
+    await stream.send_all(b"answer")
+    await stream.send_eof()
+    pair[1].shutdown(socket.SHUT_WR)
+    assert await stream.receive_some() == b""
+    assert pair[1].recv(100) == b"answer"
+    assert (stream.received, stream.sent, stream.broken) == (16, 6, False)
+    await stream.aclose()
+
+
+async def test_a_client_that_is_gone_is_told_from_other_trouble(pair: tuple[socket.socket, socket.socket]) -> None:
+    stream = stream_on(pair[0], b"")
+    pair[1].close()
+    with pytest.raises(trio.BrokenResourceError):
+        await stream.send_all(b"x" * 1_000_000)
+    assert stream.broken
+    await stream.aclose()
