@@ -1,4 +1,4 @@
-"""The goals of docs/performance.md ("To reach"), and whether a run meets them. The numbers here are that table's."""
+"""The goals of docs/performance.md, and whether a run meets them. The numbers here are that table's."""
 
 from __future__ import annotations
 
