@@ -391,7 +391,7 @@ class Connection(Timed):
                     leg.readable = True
                 if events & _OUT:
                     leg.writable = True
-            if leg.readable or leg.pipe is not None:
+            if leg.readable or leg.held or leg.pipe is not None:
                 if leg.pump():
                     self.active = self.loop.now
                 if leg.ended and not (leg.passed_on or leg.held or leg.in_pipe):

@@ -120,6 +120,7 @@ class RelayLoop:
         self._busy = config.relay.busy_poll
         self._idle_timeout = config.relay.idle_timeout
         self._again: list[Leg] = []
+        self.sends: list[Leg] = []  # what is held there is sent at the end of the batch
         self._blocked: set[Leg] = set()
         self._waited_for: set[Leg] = set()
 
@@ -163,6 +164,11 @@ class RelayLoop:
                         handler(event)
                     except Exception as error:  # of none of the connections: those look after themselves
                         self.complain(error, "an event was not handled; this is a bug")
+            if self.sends:
+                sends, self.sends = self.sends, []
+                for leg in sends:
+                    if leg.held and leg.handle is not None and not leg.send_held():
+                        leg.handle(0)
             if self._again:
                 again, self._again = self._again, []
                 for leg in again:
