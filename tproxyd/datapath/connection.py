@@ -162,7 +162,7 @@ class Connection(Timed):
             del self.upstream.other, self.downstream.other
 
     def settle(self) -> bool:
-        """It has been silent for some seconds, and is worth the system calls with which the kernel watches whether the server is still
+        """It has lived for some seconds, and is worth the system calls with which the kernel watches whether the server is still
         there; from now on its time-out runs. False if it is still dialling."""
         upstream = self.upstream
         if self.state == _DIALLING or upstream is None:
