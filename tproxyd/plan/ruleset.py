@@ -84,11 +84,16 @@ def steering_table(config: Config, marks: Marks, surroundings: Surroundings) -> 
         'not captured while net.bridge.bridge-nf-call-* is 1"'
     ]
     foreign_ports = _foreign_ports(config)
+    ours = [
+        'socket transparent 1 notrack accept comment "sent by a socket of ours: no conntrack entry"',
+        f"{_match_mark(marks.upstream)} notrack accept"
+        ' comment "a connection to a local app as somebody else, and its answers: no conntrack entry"',
+    ]
     chains = [
         _chain(
             "intercept",
             "type filter hook prerouting priority raw; policy accept;",
-            'iifname "lo" accept comment "what this host sends to itself is never captured"',
+            'iif "lo" accept comment "what this host sends to itself is never captured"',
             *(bridge if surroundings.bridge_netfilter else []),
             # By name: without /etc/protocols (package netbase) nft knows this one, but not ipv6-icmp.
             'meta l4proto udp accept comment "only TCP is captured, and ICMP errors about it"',
@@ -98,14 +103,19 @@ def steering_table(config: Config, marks: Marks, surroundings: Surroundings) -> 
             ),
             f'{_OPENS} goto {CAPTURE_CHAIN} comment "opens a connection; before any socket match, which would find '
             'TIME_WAIT sockets"',
+            'socket transparent 1 goto relayed comment "a socket of ours, unless it is a listener on every address"',
+        ),
+        _chain(
+            "relayed",
+            None,
             'socket wildcard 1 accept comment "a listener on every address is not a connection of ours"',
-            f"socket transparent 1 {set_mark} notrack accept"
+            f"{set_mark} notrack accept"
             ' comment "connection of ours, either side, or an ICMP error about one: deliver here, whatever its destination"',
         ),
         _chain(
             "cookie",
             "type filter hook prerouting priority dstnat + 5; policy accept;",
-            'iifname "lo" accept comment "what this host sends to itself is never captured"',
+            'iif "lo" accept comment "what this host sends to itself is never captured"',
             f'{_match_mark(marks.steering)} accept comment "belongs to a connection of ours"',
             f"{_ACK_ONLY} fib daddr type local goto {CAPTURE_CHAIN}"
             ' comment "may answer a SYN cookie of our listener; established connections of others pass tproxy"',
@@ -134,18 +144,22 @@ def steering_table(config: Config, marks: Marks, surroundings: Surroundings) -> 
                 f'{ports} accept comment "no captured port on either side: no connection of ours"'
                 for ports in foreign_ports
             ),
+            'oif "lo" goto loopback comment "to a local app, and its answers"',
+            *ours,
+        ),
+        _chain(
+            "loopback",
+            None,
             *_legs_rules(),
-            'socket transparent 1 notrack accept comment "sent by a socket of ours: no conntrack entry"',
-            f"{_match_mark(marks.upstream)} notrack accept"
-            ' comment "a connection to a local app as somebody else, and its answers: no conntrack entry"',
+            *ours,
             *(
-                f'oifname "lo" {_leg(ip, "daddr", "saddr")} @legs{family} notrack accept'
+                f"{_leg(ip, 'daddr', 'saddr')} @legs{family} notrack accept"
                 ' comment "answer of a local app to our connection: no conntrack entry"'
                 for family, ip in _IP.items()
             ),
         ),
     ]
-    legs = [_legs_set("4", "ipv4_addr"), _legs_set("6", "ipv6_addr")]
+    legs = [_legs_set(family) for family in _IP]
     return _table(STEERING, [*_sets(config), *_relayed_set(config), *special, *legs], chains)
 
 
@@ -155,7 +169,7 @@ def guard_table(config: Config, marks: Marks) -> str:
         _chain(
             "guard",
             "type filter hook prerouting priority raw + 1; policy accept;",
-            'iifname "lo" accept comment "what this host sends to itself is never captured"',
+            'iif "lo" accept comment "what this host sends to itself is never captured"',
             f'{_match_mark(marks.steering)} accept comment "the daemon has taken it"',
             f'{_OPENS} goto {CAPTURE_CHAIN} comment "connections that exist go on"',
         ),
@@ -334,20 +348,21 @@ def _legs_rules() -> list[str]:
     for family, ip in _IP.items():
         ours, theirs = _leg(ip, "saddr", "daddr"), _leg(ip, "daddr", "saddr")
         rules += [
-            f'oifname "lo" tcp flags fin,rst {theirs} @legs{family} update @legs{family} {{ {theirs} timeout 5s }}'
+            f"tcp flags fin,rst {theirs} @legs{family} update @legs{family} {{ {theirs} timeout 5s }}"
             ' comment "the app ends our connection: soon forgotten"',
-            f'oifname "lo" tcp flags fin,rst socket transparent 1 update @legs{family} {{ {ours} timeout 5s }}'
+            f"tcp flags fin,rst socket transparent 1 update @legs{family} {{ {ours} timeout 5s }}"
             ' comment "we end our connection to a local app: soon forgotten"',
-            f'oifname "lo" tcp flags ! fin,rst socket transparent 1 add @legs{family} {{ {ours} timeout 1d }}'
+            f"tcp flags ! fin,rst socket transparent 1 add @legs{family} {{ {ours} timeout 1d }}"
             ' comment "our connection to a local app: remembered for the app\'s answers"',
         ]
     return rules
 
 
-def _legs_set(suffix: str, address: str) -> str:
+def _legs_set(family: Family) -> str:
     # Filled and emptied by the rules themselves. The kernel takes memory for what is in it; full, it costs conntrack entries.
+    address = f"ipv{family}_addr"
     return (
-        f"\tset legs{suffix} {{\n\t\ttype {address} . inet_service . {address} . inet_service\n"
+        f"\tset legs{family} {{\n\t\ttype {address} . inet_service . {address} . inet_service\n"
         "\t\tsize 262144\n\t\tflags dynamic,timeout\n\t}\n"
     )
 

@@ -86,17 +86,21 @@ table inet tproxyd {
 
 	chain intercept {
 		type filter hook prerouting priority raw; policy accept;
-		iifname "lo" accept comment "what this host sends to itself is never captured"
+		iif "lo" accept comment "what this host sends to itself is never captured"
 		meta l4proto udp accept comment "only TCP is captured, and ICMP errors about it"
 		tcp dport != @ports tcp sport != @ports accept comment "no captured port on either side: no connection of ours"
 		tcp flags syn / fin,syn,rst,ack goto capture comment "opens a connection; before any socket match, which would find TIME_WAIT sockets"
+		socket transparent 1 goto relayed comment "a socket of ours, unless it is a listener on every address"
+	}
+
+	chain relayed {
 		socket wildcard 1 accept comment "a listener on every address is not a connection of ours"
-		socket transparent 1 meta mark set meta mark & 0xfdffffff | 0x01000000 notrack accept comment "connection of ours, either side, or an ICMP error about one: deliver here, whatever its destination"
+		meta mark set meta mark & 0xfdffffff | 0x01000000 notrack accept comment "connection of ours, either side, or an ICMP error about one: deliver here, whatever its destination"
 	}
 
 	chain cookie {
 		type filter hook prerouting priority dstnat + 5; policy accept;
-		iifname "lo" accept comment "what this host sends to itself is never captured"
+		iif "lo" accept comment "what this host sends to itself is never captured"
 		meta mark & 0x03000000 == 0x01000000 accept comment "belongs to a connection of ours"
 		tcp flags ack / fin,syn,rst,ack fib daddr type local goto capture comment "may answer a SYN cookie of our listener; established connections of others pass tproxy"
 	}
@@ -119,16 +123,22 @@ table inet tproxyd {
 		type filter hook output priority raw; policy accept;
 		meta l4proto != tcp accept comment "only TCP is captured"
 		tcp dport != @ports tcp sport != @ports accept comment "no captured port on either side: no connection of ours"
-		oifname "lo" tcp flags fin,rst ip daddr . tcp dport . ip saddr . tcp sport @legs4 update @legs4 { ip daddr . tcp dport . ip saddr . tcp sport timeout 5s } comment "the app ends our connection: soon forgotten"
-		oifname "lo" tcp flags fin,rst socket transparent 1 update @legs4 { ip saddr . tcp sport . ip daddr . tcp dport timeout 5s } comment "we end our connection to a local app: soon forgotten"
-		oifname "lo" tcp flags ! fin,rst socket transparent 1 add @legs4 { ip saddr . tcp sport . ip daddr . tcp dport timeout 1d } comment "our connection to a local app: remembered for the app's answers"
-		oifname "lo" tcp flags fin,rst ip6 daddr . tcp dport . ip6 saddr . tcp sport @legs6 update @legs6 { ip6 daddr . tcp dport . ip6 saddr . tcp sport timeout 5s } comment "the app ends our connection: soon forgotten"
-		oifname "lo" tcp flags fin,rst socket transparent 1 update @legs6 { ip6 saddr . tcp sport . ip6 daddr . tcp dport timeout 5s } comment "we end our connection to a local app: soon forgotten"
-		oifname "lo" tcp flags ! fin,rst socket transparent 1 add @legs6 { ip6 saddr . tcp sport . ip6 daddr . tcp dport timeout 1d } comment "our connection to a local app: remembered for the app's answers"
+		oif "lo" goto loopback comment "to a local app, and its answers"
 		socket transparent 1 notrack accept comment "sent by a socket of ours: no conntrack entry"
 		meta mark & 0x03000000 == 0x02000000 notrack accept comment "a connection to a local app as somebody else, and its answers: no conntrack entry"
-		oifname "lo" ip daddr . tcp dport . ip saddr . tcp sport @legs4 notrack accept comment "answer of a local app to our connection: no conntrack entry"
-		oifname "lo" ip6 daddr . tcp dport . ip6 saddr . tcp sport @legs6 notrack accept comment "answer of a local app to our connection: no conntrack entry"
+	}
+
+	chain loopback {
+		tcp flags fin,rst ip daddr . tcp dport . ip saddr . tcp sport @legs4 update @legs4 { ip daddr . tcp dport . ip saddr . tcp sport timeout 5s } comment "the app ends our connection: soon forgotten"
+		tcp flags fin,rst socket transparent 1 update @legs4 { ip saddr . tcp sport . ip daddr . tcp dport timeout 5s } comment "we end our connection to a local app: soon forgotten"
+		tcp flags ! fin,rst socket transparent 1 add @legs4 { ip saddr . tcp sport . ip daddr . tcp dport timeout 1d } comment "our connection to a local app: remembered for the app's answers"
+		tcp flags fin,rst ip6 daddr . tcp dport . ip6 saddr . tcp sport @legs6 update @legs6 { ip6 daddr . tcp dport . ip6 saddr . tcp sport timeout 5s } comment "the app ends our connection: soon forgotten"
+		tcp flags fin,rst socket transparent 1 update @legs6 { ip6 saddr . tcp sport . ip6 daddr . tcp dport timeout 5s } comment "we end our connection to a local app: soon forgotten"
+		tcp flags ! fin,rst socket transparent 1 add @legs6 { ip6 saddr . tcp sport . ip6 daddr . tcp dport timeout 1d } comment "our connection to a local app: remembered for the app's answers"
+		socket transparent 1 notrack accept comment "sent by a socket of ours: no conntrack entry"
+		meta mark & 0x03000000 == 0x02000000 notrack accept comment "a connection to a local app as somebody else, and its answers: no conntrack entry"
+		ip daddr . tcp dport . ip saddr . tcp sport @legs4 notrack accept comment "answer of a local app to our connection: no conntrack entry"
+		ip6 daddr . tcp dport . ip6 saddr . tcp sport @legs6 notrack accept comment "answer of a local app to our connection: no conntrack entry"
 	}
 }
 
