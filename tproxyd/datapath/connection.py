@@ -130,7 +130,7 @@ class Connection(Timed):
         self.counted = False
         self.handed_upstream = 0
         self.settled = False
-        self.downstream = Leg(loop, sock, accepted=True)
+        self.downstream = Leg(loop, self, sock, accepted=True)
         self.upstream: Leg | None = None
 
     def begin(self) -> None:
@@ -157,9 +157,10 @@ class Connection(Timed):
                 leg.drop()
                 self.loop.part(leg, orderly=outcome == "closed")
         self.loop.leave(self, outcome)
+        # Nothing may refer in a circle: what has ended is to be freed at once, not by the garbage collector.
+        del self.downstream.connection
         if self.upstream is not None:
-            # Nothing may refer in a circle: what has ended is to be freed at once, not by the garbage collector.
-            del self.upstream.other, self.downstream.other
+            del self.upstream.connection, self.upstream.other, self.downstream.other
 
     def settle(self) -> bool:
         """It has lived for some seconds, and is worth the system calls with which the kernel watches whether the server is still
@@ -241,7 +242,7 @@ class Connection(Timed):
 
     def take_back(self, sock: socket.SocketType, target: tuple[str, int] | None) -> None:
         """The embedding program has decided that it is forwarded, to another `target` or to the one that the configuration says."""
-        self.downstream = Leg(self.loop, sock, accepted=True)
+        self.downstream = Leg(self.loop, self, sock, accepted=True)
         self.state = _DIALLING
         try:
             loop = self.loop
@@ -265,7 +266,7 @@ class Connection(Timed):
     def _start(self, as_proxy: bool) -> None:
         client, target = self.client, self.target
         assert target is not None
-        self.loop.watch(self.downstream, self._on_client)
+        self.loop.watch(self.downstream)
         keeps = self.loop.keeps_source and not as_proxy and (":" in client[0]) == (":" in target[0])
         return self._dial(_AS_CLIENT if keeps else _AS_PROXY)
 
@@ -296,40 +297,37 @@ class Connection(Timed):
                 return self._not_connected(number)
             source += 1
         assert sock is not None
-        upstream = self.upstream = Leg(self.loop, sock, accepted=False)
+        upstream = self.upstream = Leg(self.loop, self, sock, accepted=False)
         upstream.other, self.downstream.other = self.downstream, upstream
         if source == _AS_CLIENT:
             self.upstream_source = client
-        self.loop.watch(upstream, self._on_upstream)
+        self.loop.watch(upstream)
         if number == 0:
             return self._connected()
         return self.loop.dialling.add(self)
 
-    def _on_client(self, events: int) -> None:
-        leg = self.downstream
+    def on_event(self, leg: Leg, events: int) -> None:
+        """Something has become possible on this leg's socket, or has to be looked at again (no events)."""
         if self.state == _RELAYING:
             return self._relay(leg, events)
         leg.note(events)
         if self.state == _FLUSHING:
             self.flush()
-        elif events & _ERROR:
-            self.end("client_reset")  # nobody waits for the server any more
-        return None
-
-    def _on_upstream(self, events: int) -> None:
-        leg = self.upstream
-        assert leg is not None
-        if self.state == _RELAYING:
-            return self._relay(leg, events)
-        leg.note(events)
-        if self.state == _FLUSHING:
-            self.flush()
-        else:
+        elif leg is self.upstream:
             try:
                 self._on_dial(leg, events)
             except Exception as error:  # a surprise costs this connection only
                 self._fail(error)
+        elif events & _ERROR:
+            self.end("client_reset")  # nobody waits for the server any more
         return None
+
+    def on_error(self, leg: Leg, number: int) -> None:
+        """This leg's socket has failed while it was relayed."""
+        try:
+            self._break(leg, number)
+        except Exception as error:  # a surprise costs this connection only
+            self._fail(error)
 
     def _on_dial(self, leg: Leg, events: int) -> None:
         if events & _FAILED:
@@ -430,6 +428,7 @@ class Connection(Timed):
         self.leave_wheel()
         # Without what the flags say: read to the very end of what is there.
         leg.readable = leg.doubtful = leg.broken = True
+        leg.usual = leg.other.usual = False
         loop = self.loop
         self.bytes_left, self.moved, self.pause = -1, loop.now, _LOOK
         self.flush_end = loop.now + loop.half_closed.seconds

@@ -167,14 +167,14 @@ class RelayLoop:
             if self.sends:
                 sends, self.sends = self.sends, []
                 for leg in sends:
-                    if leg.held and leg.handle is not None and not leg.send_held():
-                        leg.handle(0)
+                    if leg.held and leg.watched and not leg.send_held():
+                        leg.connection.on_event(leg, 0)
             if self._again:
                 again, self._again = self._again, []
                 for leg in again:
                     leg.queued = False
-                    if leg.handle is not None:
-                        leg.handle(0)
+                    if leg.watched:
+                        leg.connection.on_event(leg, 0)
             if self._ready:
                 ready, self._ready = self._ready, []
                 for listener in ready:
@@ -212,10 +212,11 @@ class RelayLoop:
         """Whether nobody but us can be meant: a listener's own address, or its port at another address of this host."""
         return address[1] == self._listen_port and (local or address[0] in self._listen_hosts)
 
-    def watch(self, leg: Leg, handle: Callable[[int], None]) -> None:
-        """Calls `handle` with what epoll says of the leg's socket, from now on until `part`."""
+    def watch(self, leg: Leg) -> None:
+        """Tells the leg what epoll says of its socket, from now on until `part`."""
         self._epoll.register(leg.fd, WATCHED | select.EPOLLOUT if leg.watches_out else WATCHED)
-        leg.handle = self._handlers[leg.fd] = handle
+        leg.watched = True
+        self._handlers[leg.fd] = leg.arrive
 
     def watch_writable(self, leg: Leg) -> None:
         """A send has blocked: from now on it is told, too, when one would not."""
@@ -235,8 +236,8 @@ class RelayLoop:
 
     def part(self, leg: Leg, *, orderly: bool) -> None:
         """Closes the leg's socket, with a reset unless `orderly`."""
-        if leg.handle is not None:
-            leg.handle = None
+        if leg.watched:
+            leg.watched = False
             del self._handlers[leg.fd]
             if not self._alone or self.asks:
                 # Elsewhere there may be a copy of this descriptor for a moment: with a program that is being started, until it

@@ -12,10 +12,10 @@ pipe (splice), in which the bytes never come to this process, until the source h
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import socket
-from collections.abc import Callable
 from typing import Literal, Protocol
 
 from tproxyd.datapath.pipes import PIPE_BYTES, Pipe, PipePool
@@ -35,7 +35,9 @@ TURNS = 16
 WATCHED = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLPRI | select.EPOLLET
 """What every socket is registered for; EPOLLOUT joins when a send has blocked, so that being writable wakes nobody before."""
 
+_IN = select.EPOLLIN
 _OUT = select.EPOLLOUT
+_IN_OUT = select.EPOLLIN | select.EPOLLOUT
 _READABLE = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR | select.EPOLLPRI
 _DOUBTFUL = select.EPOLLERR | select.EPOLLPRI
 _RDHUP = select.EPOLLRDHUP
@@ -47,6 +49,7 @@ _SPLICE = os.SPLICE_F_NONBLOCK | os.SPLICE_F_MOVE
 class Owner(Protocol):
     """What a leg needs of the loop that it belongs to."""
 
+    now: float
     pipes: PipePool
     engine: Engine
     sends: list[Leg]
@@ -54,6 +57,15 @@ class Owner(Protocol):
     def watch_writable(self, leg: Leg) -> None: ...
     def note_blocked(self, leg: Leg) -> None: ...
     def again(self, leg: Leg) -> None: ...
+
+
+class Connected(Protocol):
+    """What a leg needs of its connection."""
+
+    active: float
+
+    def on_event(self, leg: Leg, events: int) -> None: ...
+    def on_error(self, leg: Leg, number: int) -> None: ...
 
 
 class LegBrokenError(Exception):
@@ -68,16 +80,17 @@ class LegBrokenError(Exception):
 class Leg:
     """One socket of a connection, and the direction that begins there: bytes read from it go to `other`.
 
-    `pump` moves what can be moved. Raises LegBrokenError when either socket fails. `received` counts what was read; `ended` is
-    that the peer's FIN has been read; `passed_on` that everything up to it has been given to the other socket.
+    `arrive` is told every event of the socket. `pump` moves what can be moved; it raises LegBrokenError when either socket fails.
+    `received` counts what was read; `ended` is that the peer's FIN has been read; `passed_on` that everything up to it has been given
+    to the other socket.
     """
 
     __slots__ = (
         "broken",
+        "connection",
         "doubtful",
         "ended",
         "fd",
-        "handle",
         "held",
         "hup",
         "in_pipe",
@@ -92,17 +105,20 @@ class Leg:
         "received",
         "sent",
         "sock",
+        "usual",
+        "watched",
         "watches_out",
         "writable",
     )
 
     other: Leg
 
-    def __init__(self, owner: Owner, sock: socket.SocketType, *, accepted: bool) -> None:
+    def __init__(self, owner: Owner, connection: Connected, sock: socket.SocketType, *, accepted: bool) -> None:
         self.owner = owner
+        self.connection = connection
         self.sock = sock
         self.fd = sock.fileno()
-        self.handle: Callable[[int], None] | None = None
+        self.watched = False
         self.readable = False
         self.writable = True
         self.hup = False
@@ -111,6 +127,9 @@ class Leg:
         self.broken = False  # with a reset behind it, there is no FIN that the last bytes could wait for
         self.passed_on = False
         self.queued = False
+        self.usual = (
+            False  # the last read was a message, as of requests and answers, and nothing else has been seen since
+        )
         self.watches_out = not accepted  # the upstream's connect is waited for
         self.nonblocking = not accepted
         self.nodelay = accepted  # accepted sockets have it from the listener
@@ -120,8 +139,30 @@ class Leg:
         self.in_pipe = 0
         self.received = 0
 
+    def arrive(self, events: int) -> None:
+        """What epoll says of the socket. One more message of the usual kind is read here and sent at the end of the turn; all else is
+        for the connection to say."""
+        usual = self.usual and (events == _IN or (events == _IN_OUT and self.writable))
+        if usual and self.other.writable and not self.held:
+            try:
+                data = self.sock.recv(READ, _DONTWAIT)
+            except BlockingIOError:
+                return None
+            except OSError as error:
+                return self.connection.on_error(self, error.errno or errno.EIO)
+            length = len(data)
+            self.received += length
+            self.held = data
+            if 0 < length < READ:
+                self.connection.active = self.owner.now
+                self.owner.sends.append(self)
+                return None
+            # Bulk, or the end, which can be read again.
+        return self.connection.on_event(self, events)
+
     def note(self, events: int) -> None:
         """Takes down what epoll says of the socket."""
+        self.usual = False
         if events & _OUT:
             self.writable = True
         if events & _READABLE:
@@ -163,6 +204,7 @@ class Leg:
                     # the other keeps the kernel's code in the caches (0.80 of HAProxy's requests/s became 0.93, six rounds).
                     self.held = data
                     self.owner.sends.append(self)
+                    self.usual = self.owner.engine != "splice"
                     return True
                 # All that was there. With the FIN in sight before this read, there is nothing behind it.
                 self.ended = self.hup
@@ -187,7 +229,7 @@ class Leg:
         return self.pipe is not None
 
     def send_held(self) -> bool:
-        """Sends what `pump` has left for the end of the turn; False if that did not go well."""
+        """Sends what has been left for the end of the turn; False if that did not go well."""
         data = self.held
         try:
             count = self.other.sock.send(data, _DONTWAIT)
@@ -266,6 +308,7 @@ class Leg:
         if pipe is None:
             return False
         self.pipe = pipe
+        self.usual = False
         for leg in (self, self.other):
             if not leg.nonblocking:
                 os.set_blocking(leg.fd, False)  # splice knows no MSG_DONTWAIT
