@@ -35,7 +35,7 @@ _QUICK_GROUPS = ("bulk", "small", "idle", "push", "conntrack")
 
 # At most so many where figures hardly vary between rounds, or where a round takes long.
 _ROUNDS = {"push": 3, "scaling": 3}
-_QUICK_ROUNDS = {"idle": 2, "push": 1, "bypass": 2, "scaling": 1}
+_QUICK_ROUNDS = {"idle": 2, "push": 1, "bypass": 2, "conntrack": 1, "scaling": 1}
 
 
 def main(arguments: list[str]) -> int:

@@ -69,17 +69,24 @@ async def run(plan: Plan, results: Results, say: Callable[[str], None]) -> None:
         if "scaling" in plan.groups:
             await run_scaling(rig, plan.peers, plan.files, plan.rounds["scaling"], results, say)
     if "conntrack" in plan.groups:
-        for peer in plan.peers:
-            if peer.name == "tproxyd":
-                await _take(partial(_conntrack, plan, peer, results, say), results, say, "conntrack")
+        for number in range(1, plan.rounds["conntrack"] + 1):
+            for peer in plan.peers:
+                if peer.name == "tproxyd":
+                    await _take(partial(_conntrack, plan, peer, number, results, say), results, say, "conntrack")
 
 
 async def _take(turn: Callable[[], Awaitable[None]], results: Results, say: Callable[[str], None], group: str) -> None:
-    try:
-        await turn()
-    except (UnprovenError, LabError, trio.TooSlowError) as error:
-        results.errors.append(f"{group}: {str(error) or 'it took too long'}")
-        say(f"  ERROR {results.errors[-1]}")
+    """Takes a turn, and takes it once more if it fails: a peer that loses a connection of a thousand must not cost a run of a quarter
+    of an hour. What fails twice is an error of the run."""
+    for attempt in (1, 2):
+        try:
+            return await turn()
+        except (UnprovenError, LabError, trio.TooSlowError) as error:
+            what = f"{group}: {str(error) or 'it took too long'}"
+            if attempt == 2:
+                results.errors.append(what)
+            say(f"  ERROR {what}{', and is tried again' if attempt == 1 else ''}")
+    return None
 
 
 async def _turn(
@@ -126,7 +133,7 @@ async def _traffic(visit: Visit, lengths: Lengths) -> dict[str, float]:
     }
 
 
-async def _conntrack(plan: Plan, peer: Peer, results: Results, say: Callable[[str], None]) -> None:
+async def _conntrack(plan: Plan, peer: Peer, number: int, results: Results, say: Callable[[str], None]) -> None:
     """A network of its own: what makes conntrack active would slow down what is measured in it."""
     async with open_rig(plan.programs, plan.directory) as rig:
         rig.gateway.call(activate_conntrack)
@@ -141,7 +148,7 @@ async def _conntrack(plan: Plan, peer: Peer, results: Results, say: Callable[[st
                 cell = await visit.measure("connections", 32, 1.0)
                 opened += int(cell.client["opened"])
             entries = rig.gateway.call(conntrack_count) - before
-    _tell("conntrack", 1, peer.name, {"conntrack": float(entries)}, {"opened": opened}, results, say)
+    _tell("conntrack", number, peer.name, {"conntrack": float(entries)}, {"opened": opened}, results, say)
 
 
 def _tell(
