@@ -6,6 +6,7 @@ namespace before anything else happened, so not even a mistake in a test can rea
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,9 +49,9 @@ def _leaves_nothing_behind(request: pytest.FixtureRequest) -> None:
         request.getfixturevalue("no_leaks")
 
 
-@pytest.fixture(params=["gateway v4", "gateway v6", "sidecar v4", "sidecar v6"])
-def way(request: pytest.FixtureRequest, gateway_lab: Lab, sidecar_lab: Lab, tmp_path: Path) -> Way:
-    """Both layouts in both families. Behind the gateway the app is a foreign destination, which no interface has."""
+@pytest.fixture
+def make_way(gateway_lab: Lab, sidecar_lab: Lab, tmp_path: Path) -> Callable[[str], Way]:
+    """`make_way("gateway v4")` and the like. Behind the gateway the app is a foreign destination, which no interface has."""
 
     def file(text: str) -> Path:
         path = tmp_path / "tproxyd.toml"
@@ -59,12 +60,21 @@ def way(request: pytest.FixtureRequest, gateway_lab: Lab, sidecar_lab: Lab, tmp_
 
     from netns_tests.way import Way  # late: the unit tests need no lab, and no trio
 
-    layout, family = request.param.split()
-    if layout == "gateway":
-        address = "203.0.113.9" if family == "v4" else "2001:db8:f::9"
-        return Way(request.param, gateway_lab["client"], gateway_lab["gateway"], gateway_lab["server"], address, file)
-    host = sidecar_lab["host"]
-    return Way(request.param, sidecar_lab["client"], host, host, getattr(host, family), file)
+    def make(name: str) -> Way:
+        layout, family = name.split()
+        if layout == "gateway":
+            address = "203.0.113.9" if family == "v4" else "2001:db8:f::9"
+            return Way(name, gateway_lab["client"], gateway_lab["gateway"], gateway_lab["server"], address, file)
+        host = sidecar_lab["host"]
+        return Way(name, sidecar_lab["client"], host, host, getattr(host, family), file)
+
+    return make
+
+
+@pytest.fixture(params=["gateway v4", "gateway v6", "sidecar v4", "sidecar v6"])
+def way(request: pytest.FixtureRequest, make_way: Callable[[str], Way]) -> Way:
+    """Both layouts in both families."""
+    return make_way(request.param)
 
 
 def _is_unit(path: Path) -> bool:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 from tproxyd import kernel
 from tproxyd.config import Config
-from tproxyd.daemon.lock import ServedError, lock_holder, namespace_lock
+from tproxyd.daemon.lock import ServedError, lock_holder, namespace_lock, send_order
 from tproxyd.net.capabilities import require_capabilities
 from tproxyd.plan import make_plan
 
@@ -33,11 +33,16 @@ def apply(config: Config) -> int:
 
 
 def revert() -> int:
-    """Removes all that is ours, also under a daemon that serves (who is told, and named); says what was removed."""
+    """Removes all that is ours; says what was removed. Under a daemon that serves, the daemon does it, and is named."""
     require_capabilities("removing rules and tables", ("CAP_NET_ADMIN",))
     holder = lock_holder()
-    with _uninterrupted():
-        removed = kernel.revert()
+    answer = send_order("revert") if holder else None
+    if answer is not None:
+        removed: Sequence[object] = answer.splitlines()
+    else:
+        holder = None  # it has ended
+        with _uninterrupted():
+            removed = kernel.revert()
     _tell(removed, nothing="nothing to remove")
     if holder:
         print(
@@ -57,6 +62,6 @@ def _uninterrupted() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _tell(changes: Sequence[str], *, nothing: str) -> None:
+def _tell(changes: Sequence[object], *, nothing: str) -> None:
     for change in changes or [nothing]:
         print(change)

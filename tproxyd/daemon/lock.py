@@ -1,22 +1,36 @@
-"""One daemon a network namespace: an abstract Unix socket, whose names the kernel keeps per namespace and frees at death.
+"""One daemon a network namespace: an abstract Unix socket, whose names the kernel keeps per network namespace and frees at death.
 
 Any user may bind such a name. One who does keeps the daemon from starting, as one would who binds the listener's port; that is
 refused aloud, with the culprit's pid, because going on without the lock would let a second daemon undo the first one's work.
+
+Who holds the name also takes orders there, a word each, from root or from its own user: what belongs to a living daemon only that
+daemon can take away. The answer is `ok` or `error`, and lines for people.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import os
 import socket
-from collections.abc import Iterator
+import struct
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 
-from tproxyd.errors import KernelError
+import trio
+
+from tproxyd.errors import KernelError, TproxydError
 from tproxyd.net.proc_net import unix_name_holder
 
-__all__ = ["ServedError", "lock_holder", "namespace_lock"]
+__all__ = ["Orders", "ServedError", "lock_holder", "namespace_lock", "send_order", "serve_orders"]
 
 _NAME = "tproxyd"
+_LONGEST = 64  # bytes of an order
+_PATIENCE = 2.0  # seconds for an order to arrive
+_WORK = 15.0  # seconds for what it asks for
+
+Orders = Mapping[str, Callable[[], Awaitable[str]]]
+"""What each order does; the text that is returned is the answer, and a TproxydError that is raised, too."""
 
 
 class ServedError(KernelError):
@@ -29,8 +43,9 @@ def lock_holder() -> str | None:
 
 
 @contextmanager
-def namespace_lock(purpose: str) -> Iterator[None]:
-    """Holds the namespace for the length of the block. Raises ServedError that names the process that has it already."""
+def namespace_lock(purpose: str) -> Iterator[socket.socket]:
+    """Holds the namespace for the length of the block; gives the socket at which orders arrive. Raises ServedError that names the
+    process that has it already."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as held:
         try:
             held.bind("\0" + _NAME)
@@ -41,4 +56,69 @@ def namespace_lock(purpose: str) -> Iterator[None]:
                 f"cannot {purpose}: {lock_holder() or 'another process'} serves this network namespace, or is about to "
                 f"(it holds the abstract socket @{_NAME}); stop it first"
             ) from error
-        yield
+        held.listen(8)
+        yield held
+
+
+async def serve_orders(held: socket.socket, orders: Orders) -> None:
+    """Takes orders, one after the other, until cancelled."""
+    held.setblocking(False)
+    listener = trio.socket.from_stdlib_socket(held)
+    while True:
+        try:
+            client, _ = await listener.accept()
+        except OSError:  # no file left, or the client has gone
+            await trio.sleep(0.1)
+            continue
+        with client:
+            if _is_trusted(client):
+                with contextlib.suppress(OSError, trio.BrokenResourceError):  # it has gone
+                    await _answer(client, orders)
+
+
+async def _answer(client: trio.socket.SocketType, orders: Orders) -> None:
+    with trio.move_on_after(_PATIENCE):
+        word = (await client.recv(_LONGEST)).decode(errors="replace").strip()
+        order = orders.get(word)
+        try:
+            answer = "ok\n" + await order() if order is not None else f"error\nnobody here can {word}"
+        except TproxydError as error:
+            answer = f"error\n{error}"
+        with trio.CancelScope(shield=True), trio.move_on_after(_PATIENCE):
+            await trio.SocketStream(client).send_all(answer.encode())
+
+
+def send_order(order: str) -> str | None:
+    """Gives an order to the one that has the namespace, and waits for the answer; None if nobody has it, or who has it ends meanwhile.
+
+    Raises KernelError if it cannot be trusted, refuses, or does not answer.
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        sock.settimeout(_WORK)
+        try:
+            sock.connect("\0" + _NAME)
+            if not _is_trusted(sock):
+                raise KernelError(
+                    f"{lock_holder() or 'a process'} of another user holds the abstract socket @{_NAME}: end it, it is not a daemon of root"
+                )
+            sock.sendall(order.encode() + b"\n")
+            answer = b""
+            while chunk := sock.recv(65536):
+                answer += chunk
+        except TimeoutError as error:
+            raise KernelError(
+                f"{lock_holder() or 'the daemon'} does not answer: is it stopped (SIGSTOP)? End it, and try again"
+            ) from error
+        except OSError:
+            return None
+    kind, _, text = answer.decode(errors="replace").partition("\n")
+    if kind == "error":
+        raise KernelError(f"{lock_holder() or 'the daemon'} refuses: {text}")
+    return text if kind == "ok" else None
+
+
+def _is_trusted(sock: socket.socket | trio.socket.SocketType) -> bool:
+    """Whether the other end is root's or our own user's."""
+    credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    _, uid, _ = struct.unpack("3i", credentials)
+    return uid in (0, os.geteuid())

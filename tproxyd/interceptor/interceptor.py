@@ -11,7 +11,7 @@ import logging
 import os
 import resource
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from typing import TypeVar
@@ -23,11 +23,13 @@ from tproxyd import kernel
 from tproxyd.config import Config
 from tproxyd.datapath import Counters, Record, Setup, splice_error
 from tproxyd.errors import ConfigError, KernelError, MissingError, TproxydError
+from tproxyd.interceptor.keeper import Keeper
 from tproxyd.interceptor.relays import OnLines, Relays
+from tproxyd.interceptor.threads import in_thread
 from tproxyd.net.capabilities import require_capabilities
 from tproxyd.net.proc_net import Connections, closing_connections, half_open_connections, open_file_count, port_holder
 from tproxyd.net.sockets import format_address, open_listener, spread_by_source
-from tproxyd.plan import Plan, Surroundings, make_plan
+from tproxyd.plan import Surroundings, make_plan
 from tproxyd.proxy import Policy
 
 __all__ = ["Interceptor", "open_interceptor"]
@@ -50,15 +52,16 @@ class Interceptor:
     """What `open_interceptor` gives. `listen` has the listeners' addresses; `connections` is how many live, as told some hundredths of
     a second ago."""
 
-    def __init__(self, config: Config, plan: Plan, relays: Relays) -> None:
+    def __init__(self, config: Config, listen: tuple[tuple[str, int], ...], keeper: Keeper, relays: Relays) -> None:
+        self.listen = listen
         self._config = config
-        self._plan = plan
+        self._keeper = keeper
         self._relays = relays
-        self._capturing = True
 
     @property
-    def listen(self) -> tuple[tuple[str, int], ...]:
-        return self._plan.listen
+    def repairs(self) -> Mapping[str, int]:
+        """How often the kernel's state was put right after somebody else had changed it, by kind."""
+        return self._keeper.repairs
 
     @property
     def connections(self) -> int:
@@ -69,13 +72,14 @@ class Interceptor:
 
         If the kernel refuses, that is logged, and connections go on being taken.
         """
-        if self._capturing:
-            try:
-                await _in_thread(partial(kernel.stop_capture, self._plan))
-            except TproxydError as error:
-                _log.error("capture cannot be switched off: %s", error)
-            else:
-                self._capturing = False
+        try:
+            await self._keeper.stop_capture()
+        except TproxydError as error:
+            _log.error("capture cannot be switched off: %s", error)
+
+    async def revert(self) -> list[kernel.Change]:
+        """Takes all kernel state away, for good: what `tproxyd revert` asks for. Connections to foreign addresses do not survive that."""
+        return await self._keeper.revert()
 
     async def counters(self) -> Counters:
         """What has been counted since the start, living connections included."""
@@ -124,13 +128,13 @@ async def open_interceptor(
     """
     config.require_captures()
     require_capabilities("capturing connections", ("CAP_NET_ADMIN", "CAP_NET_RAW"))
-    surroundings = kernel.look_around()
-    _warn(surroundings)
-    listen = make_plan(config, surroundings=surroundings).listen
     config = _with_engine(config)
-    setups = _make_setups(config, listen, asks=policy is not None)
-
     async with AsyncExitStack() as stack:
+        keeper = Keeper(config)
+        stack.callback(keeper.close)
+        _warn(keeper.surroundings)
+        listen = make_plan(config, surroundings=keeper.surroundings).listen
+        setups = _make_setups(config, listen, asks=policy is not None)
         listeners = [
             [stack.enter_context(_listen(config, address, port, shared=len(setups) > 1)) for address, port in listen]
             for _ in setups
@@ -147,58 +151,28 @@ async def open_interceptor(
             nursery.start_soon(_serve, relays, serving, ready)
             try:
                 # The loops start meanwhile. Threads are not abandoned on cancellation: half of a change would be left.
-                stays = await _in_thread(kernel.is_applied)
-                plan = make_plan(config, surroundings=surroundings, stays=stays)
                 await ready.wait()
                 # Before the try: what fails here has taken itself back, and a guard from before, that refuses, goes on doing so.
-                changes = await _in_thread(partial(kernel.apply, plan))
+                await keeper.put()
                 try:
-                    if stays:
-                        _log.info("the kernel state of `tproxyd apply` is taken over, and stays at the end")
-                    for change in changes:
-                        _log.info("%s", change)
-                    interceptor = Interceptor(config, plan, relays)
-                    try:
-                        yield interceptor
-                    finally:
-                        with trio.CancelScope(shield=True):
-                            await interceptor.stop_capture()
+                    interceptor = Interceptor(config, listen, keeper, relays)
+                    async with trio.open_nursery() as watching:
+                        await watching.start(keeper.watch)
+                        try:
+                            yield interceptor
+                        finally:
+                            with trio.CancelScope(shield=True):
+                                await interceptor.stop_capture()
+                            watching.cancel_scope.cancel()
                 finally:
                     serving.cancel()
                     for listener in [one for group in listeners for one in group]:
                         listener.close()  # before the state of `tproxyd apply` steers to them again
                     with trio.CancelScope(shield=True):
                         await relays.ended()
-                        await _in_thread(partial(_leave, plan, stays=stays))
+                        await keeper.leave()
             finally:
                 serving.cancel()
-
-
-def _leave(plan: Plan, *, stays: bool) -> None:
-    """What is left in the kernel at the end: nothing, or what `tproxyd apply` is for, unless `tproxyd revert` came meanwhile."""
-    if stays and not kernel.is_reverted():
-        kernel.apply(plan)
-    else:
-        kernel.revert()
-
-
-async def _in_thread(step: Callable[[], T]) -> T:
-    """Runs a step that blocks, to its end whatever is cancelled. Where the system has no thread left, it blocks us instead: rules
-    that stay behind would be worse."""
-    begun = False
-
-    def begin() -> T:
-        nonlocal begun
-        begun = True
-        return step()
-
-    try:
-        # A limiter of its own: the program around may have taken all tokens of the usual one.
-        return await trio.to_thread.run_sync(begin, limiter=trio.CapacityLimiter(1))
-    except RuntimeError:
-        if begun:
-            raise
-        return step()  # "can't start new thread"
 
 
 async def _serve(relays: Relays, scope: trio.CancelScope, ready: trio.Event) -> None:
@@ -234,11 +208,11 @@ async def _until_gone(look: Callable[[Callable[[int], bool]], Connections], capt
     """Waits until none of the connections that `look` finds now is found again (later ones are not ours: capture is off), or
     nothing about them has changed for `_STUCK` seconds; how many are left then."""
     try:
-        left = await _in_thread(partial(look, captured))
+        left = await in_thread(partial(look, captured))
         changed = trio.current_time()
         while left and trio.current_time() - changed < _STUCK:
             await trio.sleep(_POLL)
-            now = await _in_thread(partial(look, captured))
+            now = await in_thread(partial(look, captured))
             now = {key: queued for key, queued in now.items() if key in left}
             if now != left:
                 left, changed = now, trio.current_time()

@@ -4,8 +4,11 @@ Everything acts on the network namespace of the calling thread, and only on what
 `inet tproxyd_*`, ip rules and local default routes with protocol 133. Nothing else is ever changed or removed.
 """
 
-from tproxyd.kernel.nft import nft_version
+from tproxyd.kernel.events import Events
+from tproxyd.kernel.nft import Library, Nft, Program, nft_version
 from tproxyd.kernel.state import (
+    Change,
+    Kind,
     Observed,
     apply,
     differences,
@@ -13,22 +16,31 @@ from tproxyd.kernel.state import (
     is_reverted,
     make_steps,
     observe,
+    restore,
     revert,
     revert_steps,
     stop_capture,
 )
-from tproxyd.kernel.surroundings import look_around
+from tproxyd.kernel.surroundings import is_loopback_up, look_around
 
 __all__ = [
+    "Change",
+    "Events",
+    "Kind",
+    "Library",
+    "Nft",
     "Observed",
+    "Program",
     "apply",
     "differences",
     "is_applied",
+    "is_loopback_up",
     "is_reverted",
     "look_around",
     "make_steps",
     "nft_version",
     "observe",
+    "restore",
     "revert",
     "revert_steps",
     "stop_capture",

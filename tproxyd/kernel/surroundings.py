@@ -2,29 +2,42 @@
 
 from __future__ import annotations
 
+import fcntl
 import socket
+import struct
 from pathlib import Path
 
 from tproxyd.plan import Family, Surroundings
 
-__all__ = ["look_around"]
+__all__ = ["is_loopback_up", "look_around"]
 
+_SIOCGIFFLAGS, _IFF_UP = 0x8913, 1  # linux/sockios.h, linux/if.h
 _BRIDGE = Path("/proc/sys/net/bridge")
 
 
 def look_around() -> Surroundings:
     """The surroundings of the calling process's network namespace, as they are now."""
     bridged = any(_read(_BRIDGE / name) == "1" for name in ("bridge-nf-call-iptables", "bridge-nf-call-ip6tables"))
-    return Surroundings(families=_usable_families(), bridge_netfilter=bridged)
+    sockets = _socket_families()
+    off = 6 not in sockets or _read(Path("/proc/sys/net/ipv6/conf/lo/disable_ipv6")) != "0"
+    return Surroundings(families=(4,) if off else (4, 6), sockets=sockets, bridge_netfilter=bridged)
 
 
-def _usable_families() -> tuple[Family, ...]:
-    """(4,) where the kernel or lo has IPv6 switched off: it takes no local route there."""
+def is_loopback_up() -> bool:
+    """While lo is down, nothing is delivered to listeners, and the kernel takes no IPv6 route through it."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        # struct ifreq: a name of 16 bytes, and flags.
+        answer = fcntl.ioctl(sock, _SIOCGIFFLAGS, struct.pack("16sH22x", b"lo", 0))
+    flags: int = struct.unpack_from("H", answer, 16)[0]
+    return bool(flags & _IFF_UP)
+
+
+def _socket_families() -> tuple[Family, ...]:
     try:
         socket.socket(socket.AF_INET6, socket.SOCK_STREAM).close()
     except OSError:
         return (4,)
-    return (4, 6) if _read(Path("/proc/sys/net/ipv6/conf/lo/disable_ipv6")) == "0" else (4,)
+    return (4, 6)
 
 
 def _read(path: Path) -> str:

@@ -15,7 +15,7 @@ import socket
 import struct
 from types import TracebackType
 
-__all__ = ["Locality"]
+__all__ = ["ROUTING_NEWS", "Locality"]
 
 _RTM_GETROUTE = 26
 _NLM_F_REQUEST = 1
@@ -30,7 +30,7 @@ _NOT_ROUTED = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EACCES, errno.EINVAL
 
 
 # RTNLGRP_LINK, IPV4_IFADDR, IPV4_ROUTE, IPV4_RULE, IPV6_IFADDR, IPV6_ROUTE, IPV6_RULE (linux/rtnetlink.h), as bits.
-_NEWS = sum(1 << (group - 1) for group in (1, 5, 7, 8, 9, 11, 19))
+ROUTING_NEWS = sum(1 << (group - 1) for group in (1, 5, 7, 8, 9, 11, 19))
 _KEPT = 8192  # answers; clients' addresses are theirs to choose
 
 
@@ -49,7 +49,7 @@ class Locality:
                 socket.NETLINK_ROUTE,
             )
             try:
-                self._news.bind((0, _NEWS))
+                self._news.bind((0, ROUTING_NEWS))
             except BaseException:
                 self._news.close()
                 raise

@@ -27,11 +27,13 @@ class Marks(msgspec.Struct, frozen=True):
 class Surroundings(msgspec.Struct, frozen=True, kw_only=True):
     """What a plan depends on besides the config: what the namespace can do in which it is applied.
 
-    `families`: where IPv6 is switched off, nothing of IPv6 is steered. `bridge_netfilter`: br_netfilter shows what arrives on
+    `families`: where IPv6 is switched off, nothing of IPv6 is steered. `sockets`: the families of which there can be sockets at all;
+    listeners are opened for all of them, for IPv6 may be switched on later. `bridge_netfilter`: br_netfilter shows what arrives on
     bridges to the ruleset before its time, and it cannot be captured.
     """
 
     families: tuple[Family, ...] = (4, 6)
+    sockets: tuple[Family, ...] = (4, 6)
     bridge_netfilter: bool = False
 
 
@@ -83,3 +85,4 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     sysctls: dict[str, str]
     ruleset: str
     capture_off: str
+    """What makes the plan one that does not capture, without a moment in between."""

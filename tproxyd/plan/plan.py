@@ -68,12 +68,21 @@ def make_marks(config: Config) -> Marks:
     )
 
 
-def make_plan(config: Config, *, surroundings: Surroundings = _USUAL, stays: bool = True) -> Plan:
+def make_plan(
+    config: Config,
+    *,
+    surroundings: Surroundings = _USUAL,
+    stays: bool = True,
+    owned: bool = False,
+    capturing: bool = True,
+) -> Plan:
     """What the kernel should hold for this Config, in a namespace with these surroundings.
 
     Pure: the same arguments give the same Plan on every machine; `kernel.look_around` gives the surroundings of this one.
-    `stays` is for `tproxyd apply`, whose state outlives every daemon; a daemon's own goes with it. A Config that captures nothing gives a plan with no table, rule or route. Raises ConfigError when the marks do not fit
-    together.
+    `stays` is for `tproxyd apply`, whose state outlives every daemon; a daemon's own goes with it. `owned` is for who holds a
+    kernel.Library: the steering table goes with it and is safe from everybody else. Not `capturing`, what lives is delivered and
+    nothing new is taken. A Config that captures nothing gives a plan with no table, rule or route. Raises ConfigError when the
+    marks do not fit together.
     """
     marks = make_marks(config)
     table, first = config.routing.table, config.routing.priority
@@ -85,28 +94,25 @@ def make_plan(config: Config, *, surroundings: Surroundings = _USUAL, stays: boo
     rules = tuple(rule for family in families for rule in _rules(family, marks, first, table))
     tables = {}
     if config.captures:
-        tables[STEERING] = steering_table(config, marks, surroundings)
+        tables[STEERING] = steering_table(config, marks, surroundings, owned=owned, capturing=capturing)
         if config.capture.when_down == "refuse":
             tables[GUARD] = guard_table(config, marks)
         if stays:
             tables[STATE] = state_table()
     return Plan(
-        listen=tuple((LISTEN_ADDRESS[family], config.listen.port) for family in families),
+        listen=tuple(
+            (LISTEN_ADDRESS[family], config.listen.port) for family in (surroundings.sockets if config.captures else ())
+        ),
         marks=marks,
         routes=routes,
         rules=rules,
         tables=tables,
         sysctls={},  # the layouts of this version work with every setting; nothing has to be changed
         ruleset=transaction(tables),
-        # With `add` before it, `flush` succeeds where somebody has flushed the whole ruleset: capture is off there already.
-        capture_off="".join(
-            f"{step} inet {STEERING}{chain}\n"
-            for step, chain in (
-                ("add table", ""),
-                ("add chain", f" {CAPTURE_CHAIN}"),
-                ("flush chain", f" {CAPTURE_CHAIN}"),
-            )
-        ),
+        # With `add` before it, `flush` succeeds where somebody has flushed the whole ruleset: capture is off there already. A table
+        # with an owner cannot be flushed by others, nor added again.
+        capture_off=("" if owned else f"add table inet {STEERING}\nadd chain inet {STEERING} {CAPTURE_CHAIN}\n")
+        + f"flush chain inet {STEERING} {CAPTURE_CHAIN}\n",
     )
 
 

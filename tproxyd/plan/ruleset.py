@@ -36,6 +36,7 @@ __all__ = [
     "STATE",
     "STEERING",
     "guard_table",
+    "is_owned",
     "remove_tables",
     "state_table",
     "steering_table",
@@ -59,22 +60,39 @@ _TPROXY: dict[Family, str] = {
 _IP: dict[Family, str] = {4: "ip", 6: "ip6"}
 """nft's word for a family's header."""
 
+_OWNED = "\tflags owner\n"
 _OPENS = "tcp flags syn / fin,syn,rst,ack"
 _ACK_ONLY = "tcp flags ack / fin,syn,rst,ack"
 
 
 def transaction(tables: Mapping[str, str]) -> str:
     """One file for `nft -f`: replaces all tables at once, and removes those that are no longer wanted."""
-    return remove_tables((STEERING, GUARD, STATE)) + "\n" + "\n".join(tables.values())
+    return remove_tables(dict.fromkeys((STEERING, GUARD, STATE), "")) + "\n" + "\n".join(tables.values())
 
 
-def remove_tables(names: Iterable[str]) -> str:
-    """What removes these tables, there or not: `table` first, because `delete table` fails where there is none."""
-    return "".join(f"table inet {name}\ndelete table inet {name}\n" for name in names)
+def remove_tables(tables: Mapping[str, str]) -> str:
+    """What removes these tables, which are listed so, or not there (empty).
+
+    `table` comes first, because `delete table` fails where there is none; and `table` fails where there is one with an owner but does
+    not say so.
+    """
+    return "".join(
+        f"table inet {name} {{\n{_OWNED}}}\ndelete table inet {name}\n"
+        if is_owned(listing)
+        else f"table inet {name}\ndelete table inet {name}\n"
+        for name, listing in tables.items()
+    )
 
 
-def steering_table(config: Config, marks: Marks, surroundings: Surroundings) -> str:
-    """The table that captures, delivers and keeps conntrack away."""
+def is_owned(listing: str) -> bool:
+    """Whether this table lives as long as its owner, and nobody else can change it."""
+    return _OWNED in listing
+
+
+def steering_table(
+    config: Config, marks: Marks, surroundings: Surroundings, *, owned: bool = False, capturing: bool = True
+) -> str:
+    """The table that captures, delivers and keeps conntrack away. Not `capturing`, it does the last two."""
     families = surroundings.families
     set_mark = f"meta mark set {_set_mark(marks.steering)}"
     tproxy = {family: f"{_TPROXY[family]}:{config.listen.port}" for family in families}
@@ -120,7 +138,7 @@ def steering_table(config: Config, marks: Marks, surroundings: Surroundings) -> 
             f"{_ACK_ONLY} fib daddr type local goto {CAPTURE_CHAIN}"
             ' comment "may answer a SYN cookie of our listener; established connections of others pass tproxy"',
         ),
-        _capture_chain(config),
+        _capture_chain(config) if capturing else _chain(CAPTURE_CHAIN, None),
         _chain(
             "take",
             None,
@@ -135,6 +153,12 @@ def steering_table(config: Config, marks: Marks, surroundings: Surroundings) -> 
                 ' comment "new connection: to our listener; no listener: this rule breaks off here"'
                 for family in families
             ),
+        ),
+        _chain(
+            "stray",
+            "type filter hook forward priority raw; policy accept;",
+            f'{_match_mark(marks.steering)} counter drop comment "steered, but our ip rule or route is missing: not to its destination, '
+            'which would reset it"',
         ),
         _chain(
             "untrack",
@@ -160,7 +184,7 @@ def steering_table(config: Config, marks: Marks, surroundings: Surroundings) -> 
         ),
     ]
     legs = [_legs_set(family) for family in _IP]
-    return _table(STEERING, [*_sets(config), *_relayed_set(config), *special, *legs], chains)
+    return _table(STEERING, [*_sets(config), *_relayed_set(config), *special, *legs], chains, owned=owned)
 
 
 def guard_table(config: Config, marks: Marks) -> str:
@@ -372,8 +396,8 @@ def _chain(name: str, hook: str | None, *rules: str) -> str:
     return f"\tchain {name} {{\n" + "".join(f"\t\t{line}\n" for line in lines) + "\t}\n"
 
 
-def _table(name: str, sets: Sequence[str], chains: Sequence[str]) -> str:
-    return f"table inet {name} {{\n" + "\n".join([*sets, *chains]) + "}\n"
+def _table(name: str, sets: Sequence[str], chains: Sequence[str], *, owned: bool = False) -> str:
+    return f"table inet {name} {{\n" + (f"{_OWNED}\n" if owned else "") + "\n".join([*sets, *chains]) + "}\n"
 
 
 def _set_mark(mark: Mark) -> str:

@@ -1,0 +1,215 @@
+"""What other programs do to the kernel's state while a daemon serves under load: repaired within a second, one event each, and the
+connections that live go on.
+
+"Under load" is four clients in a loop, and a live connection in each family that is asked for an echo after every repair. A repair is
+measured from the moment at which the other program has ended to the one at which a complete dump equals the one before it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import pytest
+import trio
+
+from netns_tests.watch import METRICS, metrics, until
+from netns_tests.way import Way, median_ms
+from tproxyd.testing import Lab, Node, serve_echo
+from tproxyd.testing.daemon import LabDaemon, open_daemon
+
+Counted = Callable[[int], int]
+CONFIG = '[capture]\nports = ["8080"]\nwhen_down = "refuse"\n' + METRICS
+
+
+async def echo(stream: trio.SocketStream, word: bytes, *, within: float) -> None:
+    with trio.fail_after(within):
+        await stream.send_all(word)
+        got = b""
+        while len(got) < len(word):
+            got += await stream.receive_some()
+    assert got == word
+
+
+async def load(client: Node, address: str) -> None:
+    """One client in a loop; what becomes of its connections while something is broken is not asked here."""
+    while True:
+        try:
+            async with await client.connect(address, 8080, timeout=1) as stream:
+                await echo(stream, b"load", within=1)
+        except (OSError, trio.BrokenResourceError, trio.TooSlowError):
+            await trio.sleep(0.05)
+
+
+def events(daemon: LabDaemon) -> list[str]:
+    """What the daemon has told of changes by others."""
+    return re.findall(
+        r"another program has changed.*|IPv6 is (?:off|on).*|interface .*(?:called|come|gone).*",
+        daemon.process.stderr_text,
+    )
+
+
+FAULTS = {
+    "nft flush ruleset": ("nft flush ruleset", "ruleset"),
+    "the guard deleted": ("nft delete table inet tproxyd_guard", "ruleset"),
+    "a chain of the guard flushed": ("nft flush chain inet tproxyd_guard guard", "ruleset"),
+    "ip rule del": ("ip -{family} rule del priority 5234", "rule"),
+    "all rules of the protocol": ("ip -{family} rule flush protocol 133", "rule"),
+    "ip route flush table": ("ip -{family} route flush table 133", "route"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+async def test_09_11_12_what_others_remove_is_back_within_a_second(
+    way: Way, nursery: trio.Nursery, counted: Counted, name: str
+) -> None:
+    command, kind = FAULTS[name]
+    command = command.format(family=6 if ":" in way.address else 4)
+    await nursery.start(serve_echo, way.app, 8080)
+    before = await way.proxy.dump()
+    took, times = [], counted(50)
+    async with open_daemon(way.proxy, CONFIG) as daemon:
+        planned = await way.proxy.dump()
+        async with await way.client.connect(way.address, 8080) as live, trio.open_nursery() as clients:
+            for _ in range(4):
+                clients.start_soon(load, way.client, way.address)
+            for number in range(1, times + 1):
+                began = trio.current_time()
+                await way.proxy.run(*command.split())
+                await until(lambda number=number: len(events(daemon)) >= number, within=3)  # type: ignore[misc]
+                took.append(trio.current_time() - began)
+                assert await way.proxy.dump() == planned
+                await echo(live, b"%d" % number, within=3)
+            clients.cancel_scope.cancel()
+        await trio.sleep(0.3)  # no second event for the same thing
+        assert len(events(daemon)) == times
+        assert (await metrics(way.proxy))[f'tproxyd_drift_repairs_total{{kind="{kind}"}}'] == times
+        assert await daemon.stop() == 0
+    assert await way.proxy.dump() == before
+    median_ms(f"{name}, {way}", took)
+    assert max(took) < 1
+
+
+async def test_nobody_else_can_change_the_steering_table(way: Way, nursery: trio.Nursery) -> None:
+    await nursery.start(serve_echo, way.app, 8080)
+    async with open_daemon(way.proxy, CONFIG) as daemon:
+        planned = await way.proxy.dump()
+        for command in (
+            "nft delete table inet tproxyd",
+            "nft flush chain inet tproxyd capture",
+            "nft add rule inet tproxyd capture accept",
+        ):
+            done = await way.proxy.run(*command.split(), check=False)
+            assert "Operation not permitted" in done.stderr
+        assert await way.proxy.dump() == planned
+        assert await daemon.stop() == 0
+
+
+@pytest.mark.parametrize("layout", ["gateway", "sidecar"])
+async def test_14_lo_down_and_up(
+    layout: str, make_way: Callable[[str], Way], counted: Counted, nursery: trio.Nursery
+) -> None:
+    """The kernel deletes the IPv6 local route for good; IPv4 connections go on when lo is back."""
+    four, six = make_way(f"{layout} v4"), make_way(f"{layout} v6")
+    await nursery.start(serve_echo, four.app, 8080)
+    took, times = [], counted(50)
+    async with open_daemon(four.proxy, CONFIG) as daemon:
+        planned = await four.proxy.dump()
+        async with await four.client.connect(four.address, 8080) as live:
+            for number in range(1, times + 1):
+                await four.proxy.run("ip", "link", "set", "lo", "down")
+                began = trio.current_time()
+                await four.proxy.run("ip", "link", "set", "lo", "up")
+                await until(lambda number=number: len(events(daemon)) >= number, within=3)  # type: ignore[misc]
+                took.append(trio.current_time() - began)
+                assert await four.proxy.dump() == planned
+                await echo(live, b"%d" % number, within=3)
+                async with await six.client.connect(six.address, 8080) as stream:
+                    await echo(stream, b"six", within=3)
+        assert len(events(daemon)) == times
+        assert await daemon.stop() == 0
+    median_ms(f"lo down and up, {layout}", took)
+    assert max(took) < 1
+
+
+@pytest.mark.parametrize("layout", ["gateway", "sidecar"])
+async def test_15_ipv6_switched_off_and_on(
+    layout: str, make_way: Callable[[str], Way], counted: Counted, nursery: trio.Nursery
+) -> None:
+    """On lo alone, so that the interface keeps its addresses: live connections of both families go on."""
+    four, six = make_way(f"{layout} v4"), make_way(f"{layout} v6")
+    await nursery.start(serve_echo, four.app, 8080)
+    took, times = [], counted(50)
+    async with open_daemon(four.proxy, CONFIG) as daemon:
+        planned = await four.proxy.dump()
+        async with await four.client.connect(four.address, 8080) as live:
+            for number in range(1, times + 1):
+                for value in (1, 0):
+                    began = trio.current_time()
+                    four.proxy.set_sysctl("net.ipv6.conf.lo.disable_ipv6", value)
+                    count = 2 * number - value
+                    await until(lambda count=count: len(events(daemon)) >= count, within=3)  # type: ignore[misc]
+                    took.append(trio.current_time() - began)
+                    await echo(live, b"%d" % number, within=3)
+                assert await four.proxy.dump() == planned
+                async with await six.client.connect(six.address, 8080) as stream:
+                    await echo(stream, b"six", within=3)
+        assert len(events(daemon)) == 2 * times
+        assert await daemon.stop() == 0
+    median_ms(f"IPv6 off and on, {layout}", took)
+    assert max(took) < 1
+
+
+async def test_17_an_interface_renamed_again_and_again(
+    sidecar_lab: Lab, counted: Counted, nursery: trio.Nursery
+) -> None:
+    """One event each; captured while it bears the name."""
+    host, client, times = sidecar_lab["host"], sidecar_lab["client"], counted(50)
+    await nursery.start(serve_echo, host, 8080)
+    async with open_daemon(host, CONFIG.replace("[admin]", 'interfaces = ["eth0"]\n[admin]')) as daemon:
+        async with await client.connect(host.v4, 8080) as live:
+            names = ("eth0", "other0")
+            for number in range(1, times + 1):
+                await host.run("ip", "link", "set", names[0], "name", names[1])
+                names = (names[1], names[0])
+                await until(lambda number=number: len(events(daemon)) >= number, within=1)  # type: ignore[misc]
+                await echo(live, b"%d" % number, within=3)
+                async with await client.connect(host.v4, 8080) as stream:
+                    await echo(stream, b"x", within=3)
+        await trio.sleep(0.2)
+        assert len(events(daemon)) == times
+        captured = 1 + times // 2
+        await until(lambda: len(daemon.records()) == captured)
+        assert await daemon.stop() == 0
+    assert len(daemon.records()) == captured
+
+
+async def test_a_program_that_does_it_again_and_again_is_answered_with_pauses(sidecar_lab: Lab) -> None:
+    """Else two programs that disagree would take a core each."""
+    host = sidecar_lab["host"]
+    async with open_daemon(host, CONFIG) as daemon:
+
+        async def fight() -> None:
+            while True:
+                await host.run("ip", "-4", "rule", "del", "priority", "5234", check=False)
+
+        async with trio.open_nursery() as other:
+            other.start_soon(fight)
+            await trio.sleep(6)
+            other.cancel_scope.cancel()
+        assert 5 <= len(events(daemon)) <= 40
+        await trio.sleep(1)
+        assert "5234:" in (await host.run("ip", "-4", "rule")).stdout
+        assert await daemon.stop() == 0
+
+
+async def test_53_news_that_did_not_fit_means_a_look_at_everything(sidecar_lab: Lab) -> None:
+    """Ten thousand routes come and go while a rule of ours is deleted."""
+    host = sidecar_lab["host"]
+    batch = "".join(f"route add 198.51.{n // 256}.{n % 256}/32 dev eth0\n" for n in range(10_000))
+    async with open_daemon(host, CONFIG) as daemon:
+        planned = await host.dump()
+        await host.run("ip", "-batch", "-", input=batch + "rule del priority 5234\n" + batch.replace(" add ", " del "))
+        await until(lambda: events(daemon), within=3)
+        assert await host.dump() == planned
+        assert await daemon.stop() == 0
