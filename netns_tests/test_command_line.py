@@ -392,3 +392,20 @@ async def test_a_daemon_that_does_not_start_shows_its_own_words(sidecar_lab: Lab
     with pytest.raises(LabError, match=r"(?s)ended with 78.*`capture\.prots`"):
         async with open_daemon(sidecar_lab["host"], FIVE_MISTAKES):
             pass
+
+
+async def test_check_warns_where_a_host_forwards_and_no_destination_is_named(gateway_lab: Lab, tmp_path: Path) -> None:
+    """A container host's own outbound traffic would be captured."""
+    gateway, file = gateway_lab["gateway"], tmp_path / "tproxyd.toml"
+    for text, forwards, warns in (
+        (TWO_LINES, 1, True),
+        (TWO_LINES, 0, False),
+        (TWO_LINES + 'destinations = ["local"]\n', 1, False),
+        ("[capture]\nports = []\n", 1, False),
+    ):
+        file.write_text(text, encoding="utf-8")
+        gateway.set_sysctl("net.ipv4.ip_forward", forwards)
+        gateway.set_sysctl("net.ipv6.conf.all.forwarding", forwards)
+        done = await gateway.run(*TPROXYD, "check", "-c", str(file))
+        assert ("`capture.destinations` is empty" in done.stderr) == warns
+        assert done.stdout.startswith("the configuration is good")

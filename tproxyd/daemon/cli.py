@@ -143,10 +143,17 @@ def _dispatch(options: argparse.Namespace) -> int:
     config = load_config(options.config, ports=options.port if options.verb == "run" else ())
     match options.verb:
         case "check":
+            from tproxyd.kernel import is_forwarding
             from tproxyd.plan import make_plan
 
             make_plan(config)  # whether the marks fit together is found out there
             print("the configuration is good" if config.captures else "the configuration is good, but captures nothing")
+            if config.captures and not config.capture.destinations and is_forwarding():
+                print(
+                    "tproxyd: warning: this host forwards, and `capture.destinations` is empty: what containers and other machines send "
+                    'through it is captured, too; if that is not meant, set destinations = ["local"]',
+                    file=sys.stderr,
+                )
         case "plan":
             from tproxyd.kernel import look_around
             from tproxyd.plan import make_plan, render

@@ -204,7 +204,9 @@ class Keeper:
 
 
 def _own_tables() -> kernel.Nft:
-    """A library that owns the steering table, or the program where there is none."""
+    """A library that owns the steering table, or the program where there is none. MissingError without the program: `tproxyd revert`
+    will need it, when no daemon lives."""
+    kernel.find_program()
     try:
         return kernel.Library()
     except MissingError as error:

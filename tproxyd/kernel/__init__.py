@@ -5,7 +5,7 @@ Everything acts on the network namespace of the calling thread, and only on what
 """
 
 from tproxyd.kernel.events import Events
-from tproxyd.kernel.nft import Library, Nft, Program, nft_version
+from tproxyd.kernel.nft import Library, Nft, Program, find_program, nft_version
 from tproxyd.kernel.state import (
     Change,
     Kind,
@@ -21,7 +21,7 @@ from tproxyd.kernel.state import (
     revert_steps,
     stop_capture,
 )
-from tproxyd.kernel.surroundings import is_loopback_up, look_around
+from tproxyd.kernel.surroundings import is_forwarding, is_loopback_up, look_around
 
 __all__ = [
     "Change",
@@ -33,7 +33,9 @@ __all__ = [
     "Program",
     "apply",
     "differences",
+    "find_program",
     "is_applied",
+    "is_forwarding",
     "is_loopback_up",
     "is_reverted",
     "look_around",

@@ -25,7 +25,7 @@ from tproxyd.errors import CapabilityError, KernelError, MissingError, TproxydEr
 from tproxyd.net.capabilities import missing_capabilities
 from tproxyd.net.namespaces import call_in_namespace, new_namespace
 
-__all__ = ["Library", "Nft", "Program", "list_names", "list_tables", "nft_version", "spelled", "without_traffic"]
+__all__ = ["Library", "Nft", "Program", "find_program", "list_names", "list_tables", "nft_version", "spelled", "without_traffic"]
 
 # The flags of a set whose elements come and go with the traffic, and those elements.
 _DYNAMIC = re.compile(r"(flags [^\n]*\bdynamic\b[^}]*?\n)\s*elements = \{[^}]*\}\n")
@@ -174,10 +174,16 @@ def nft_version() -> str | None:
         return None
 
 
-def _run_program(*arguments: str, text: str = "") -> str:
+def find_program() -> str:
+    """Where the nft program is. Raises MissingError with the package's name."""
     nft = shutil.which("nft", path=_SYSTEM_PATH) or shutil.which("nft")  # root's PATH is not always root's own
     if nft is None:
         raise MissingError("the program nft is missing: install it, on Debian with `apt-get install nftables`")
+    return nft
+
+
+def _run_program(*arguments: str, text: str = "") -> str:
+    nft = find_program()
     try:
         done = subprocess.run(
             [nft, *arguments],
