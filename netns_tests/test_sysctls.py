@@ -43,6 +43,6 @@ async def test_src_valid_mark_times_rp_filter_times_tcp_fwmark_accept(way: Way, 
         assert not slow
         assert daemon.process.stderr_text.count("repaired") == 0
         assert await daemon.stop() == 0
-    for name, value in old.items():
-        way.proxy.set_sysctl(name, value)
+    for name, was in old.items():
+        way.proxy.set_sysctl(name, was)
     assert await way.proxy.dump() == before
