@@ -289,6 +289,50 @@ async def test_16_ipv6_switched_off_at_the_start_leaves_ipv4_unaffected(
     assert await host.dump() == before
 
 
+# A kernel without IPv6, as far as sockets go: a seccomp filter answers EAFNOSUPPORT to socket(AF_INET6, ...), in this process and all its
+# children.
+WITHOUT_AF_INET6 = """
+import ctypes, os, platform, struct, sys
+LOAD, JUMP_EQUAL, RETURN = 0x20, 0x15, 0x06  # linux/bpf_common.h
+SOCKET = {"x86_64": 41, "aarch64": 198}[platform.machine()]
+program = b"".join(
+    struct.pack("HBBI", *instruction)
+    for instruction in (
+        (LOAD, 0, 0, 0),  # struct seccomp_data: the system call's number
+        (JUMP_EQUAL, 0, 3, SOCKET),
+        (LOAD, 0, 0, 16),  # its first argument
+        (JUMP_EQUAL, 0, 1, 10),  # AF_INET6
+        (RETURN, 0, 0, 0x00050000 | 97),  # SECCOMP_RET_ERRNO, EAFNOSUPPORT
+        (RETURN, 0, 0, 0x7FFF0000),  # SECCOMP_RET_ALLOW
+    )
+)
+buffer = ctypes.create_string_buffer(program)
+filter_program = struct.pack("HxxxxxxP", 6, ctypes.addressof(buffer))
+libc = ctypes.CDLL(None, use_errno=True)
+assert libc.prctl(38, 1, 0, 0, 0) == 0  # PR_SET_NO_NEW_PRIVS
+assert libc.prctl(22, 2, filter_program, 0, 0) == 0  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
+
+async def test_16_no_af_inet6_at_all_leaves_ipv4_unaffected(sidecar_lab: Lab, nursery: trio.Nursery) -> None:
+    host = sidecar_lab["host"]
+    before = await host.dump()
+    await nursery.start(serve_identity, host, 8080)
+    command = (sys.executable, "-c", WITHOUT_AF_INET6, *TPROXYD, "run", "--port", "8080")
+    async with host.process(*command, collect=True) as daemon:
+        assert (await daemon.wait_for_output("tproxyd: ready ")).endswith(" listen=127.0.0.1:15006")
+        async with await sidecar_lab["client"].connect(host.v4, 8080) as stream:
+            own = format_address(stream.socket.getsockname())
+            await stream.send_eof()
+            while await stream.receive_some():
+                pass
+        await daemon.wait_for_output(f'"source":"{own}"')
+        daemon.send_signal(signal.SIGTERM)
+        assert await daemon.wait() == 0
+    assert await host.dump() == before
+
+
 async def test_17_capture_follows_the_name_of_the_interface(sidecar_lab: Lab, nursery: trio.Nursery) -> None:
     """Renamed away it goes direct, renamed back it is captured again; no crash in between."""
     host, client = sidecar_lab["host"], sidecar_lab["client"]

@@ -24,7 +24,7 @@ PROTOCOL = 133
 
 Free in iproute2's rt_protos (bird 12, zebra 11, dhcp 16, babel 42, openr 99, bgp 186, ...). systemd-networkd spares
 only rules stamped `kernel` (2), and a rule has one stamp; being able to tell what is ours is worth more, and what
-networkd deletes shows as a difference between plan and kernel.
+networkd deletes a running daemon puts back.
 """
 
 SUPPORTED_MARKS: tuple[tuple[Mark, Mark], ...] = tuple(
