@@ -82,7 +82,7 @@ class Keeper:
         """Repairs what others change, until cancelled."""
         with kernel.Events() as events:
             task_status.started()
-            due = trio.current_time() + _LOOK
+            due = trio.current_time()  # what came between `put` and here was no news yet
             while True:
                 with trio.move_on_at(due):
                     await trio.lowlevel.wait_readable(events.fileno())

@@ -25,7 +25,17 @@ from tproxyd.errors import CapabilityError, KernelError, MissingError, TproxydEr
 from tproxyd.net.capabilities import missing_capabilities
 from tproxyd.net.namespaces import call_in_namespace, new_namespace
 
-__all__ = ["Library", "Nft", "Program", "find_program", "list_names", "list_tables", "nft_version", "spelled", "without_traffic"]
+__all__ = [
+    "Library",
+    "Nft",
+    "Program",
+    "find_program",
+    "list_names",
+    "list_tables",
+    "nft_version",
+    "spelled",
+    "without_traffic",
+]
 
 # The flags of a set whose elements come and go with the traffic, and those elements.
 _DYNAMIC = re.compile(r"(flags [^\n]*\bdynamic\b[^}]*?\n)\s*elements = \{[^}]*\}\n")
@@ -46,7 +56,10 @@ _TIMEOUT = 30.0
 
 
 class Nft(Protocol):
-    """Who speaks to the kernel: `Program` or `Library`."""
+    """Who speaks to the kernel: `Program` or `Library`. `spellings` is how this machine's nft lists a table, by the table's text as
+    planned: versions differ, and finding out takes time and privileges."""
+
+    spellings: dict[str, str]
 
     def run(self, text: str) -> str:
         """Runs commands as one transaction: all of them or, with an error raised, none. What the listing ones print, without counters."""
@@ -60,6 +73,9 @@ class Nft(Protocol):
 
 class Program:
     """The nft program, in the network namespace of whoever calls."""
+
+    def __init__(self) -> None:
+        self.spellings: dict[str, str] = {}
 
     def run(self, text: str) -> str:
         return _run_program("-s", "-f", "-", text=text)
@@ -81,6 +97,7 @@ class Library:
     """
 
     def __init__(self) -> None:
+        self.spellings: dict[str, str] = {}
         self._lib = _load_library()
         with _close_on_exec():
             self._context = self._lib.nft_ctx_new(0)

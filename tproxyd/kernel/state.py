@@ -42,6 +42,7 @@ __all__ = [
 Kind = Literal["route", "rule", "ruleset"]
 
 _PROGRAM = Program()
+_MOST_SPELLINGS = 32  # tables; more are from plans that are gone
 
 
 class Observed(msgspec.Struct, frozen=True):
@@ -103,12 +104,16 @@ def apply(plan: Plan, nft: Nft = _PROGRAM) -> list[Change]:
             step.check()  # before the first step: most of what can fail, fails here
     with _taken(steps):
         if steps:
-            wrong = [step.change.what for step in make_steps(plan, observe(nft), nft, unsure=False)]
+            observed = observe(nft)
+            wrong = [step.change.what for step in make_steps(plan, observed, nft, unsure=False)]
             if wrong:
                 raise KernelError(
                     f"the kernel does not hold what was just put there ({'; '.join(wrong)}): another program changes the same "
                     "state; find it with `nft monitor` and `ip monitor`"
                 )
+            # Where nothing else can tell, what is listed right after loading it is how it is spelled.
+            for name, text in plan.tables.items():
+                nft.spellings.setdefault(text, observed.tables[name])
     return [step.change for step in steps]
 
 
@@ -187,14 +192,16 @@ def _changed_tables(plan: Plan, observed: Observed, nft: Nft, *, unsure: bool) -
         for name in changed
         if name not in missing and is_owned(plan.tables[name]) != is_owned(observed.tables[name])
     ]
-    if len(changed) == len(missing) + len(otherwise):
-        return changed
-    try:
-        return _unlike(
-            {name: text for name, text in spelled(plan.ruleset, nft).items() if name in changed}, observed.tables
-        )
-    except TproxydError:
-        return changed if unsure else missing + otherwise
+    doubtful = [name for name in changed if name not in (*missing, *otherwise)]
+    if not all(plan.tables[name] in nft.spellings for name in doubtful):
+        try:
+            listings = spelled(plan.ruleset, nft)
+        except TproxydError:
+            return changed if unsure else missing + otherwise
+        if len(nft.spellings) > _MOST_SPELLINGS:
+            nft.spellings.clear()
+        nft.spellings.update((plan.tables[name], listing) for name, listing in listings.items())
+    return missing + otherwise + _unlike({name: nft.spellings[plan.tables[name]] for name in doubtful}, observed.tables)
 
 
 def _unlike(wanted: dict[str, str], observed: dict[str, str]) -> list[str]:
