@@ -1,7 +1,7 @@
 """The kernel's news of what a plan is made of, as it happens: ip rules, routes, links, addresses of lo, and nft's tables.
 
 Two netlink sockets, and only as much parsing as tells what concerns us: on a router with a full table thousands of routes change a
-minute, and none of them is ours. That something *may* have changed is all that is told; what, the caller finds by looking.
+minute, and none of them is ours, so the kernel is told to keep those to itself. That something *may* have changed is all that is told; what, the caller finds by looking.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Iterator
 import msgspec
 
 from tproxyd.net.locality import ROUTING_NEWS
+from tproxyd.net.sockets import filter_messages
 from tproxyd.plan import PROTOCOL
 
 __all__ = ["Events", "News"]
@@ -49,6 +50,7 @@ class Events:
         self._sockets: list[socket.socket] = []
         try:
             self._route = self._open(socket.NETLINK_ROUTE, ROUTING_NEWS)
+            filter_messages(self._route, _only_our_routes())
             self._nft = self._open(_NETLINK_NETFILTER, 1 << (_NFNLGRP_NFTABLES - 1))
         except BaseException:
             self.close()
@@ -86,7 +88,7 @@ class Events:
             if kind is None or kind in (_NEWRULE, _DELRULE):
                 state = True
             elif kind in (_NEWROUTE, _DELROUTE):
-                state = state or body[5] == PROTOCOL  # rtm_protocol
+                state = True  # the filter lets no others through
             elif kind in (_NEWADDR, _DELADDR):
                 state = state or _INDEX.unpack_from(body, 4)[0] == _LOOPBACK  # ifa_index
             elif kind in (_NEWLINK, _DELLINK):
@@ -103,6 +105,22 @@ class Events:
                 table = _attribute(body[4:], _NFT_TABLE)
                 state = state or (table is not None and table.startswith("tproxyd"))
         return News(state, links)
+
+
+def _only_our_routes() -> list[tuple[int, int, int, int]]:
+    """Classic BPF: messages about routes of another protocol are dropped before they wake anybody."""
+    new, old = (
+        int.from_bytes(struct.pack("=H", kind), "big") for kind in (_NEWROUTE, _DELROUTE)
+    )  # BPF loads in network order
+    return [
+        (0x28, 0, 0, 4),  # load the half word at 4: nlmsg_type
+        (0x15, 1, 0, new),  # if equal, skip one
+        (0x15, 0, 2, old),  # if not equal, skip two
+        (0x30, 0, 0, _HEADER.size + 5),  # load a byte: rtm_protocol
+        (0x15, 0, 1, PROTOCOL),  # if not equal, skip one
+        (0x06, 0, 0, 0xFFFFFFFF),  # return the whole message
+        (0x06, 0, 0, 0),  # return nothing of it
+    ]
 
 
 def _messages(sock: socket.socket) -> Iterator[tuple[int | None, bytes]]:

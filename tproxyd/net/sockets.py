@@ -12,6 +12,7 @@ import fcntl
 import socket
 import struct
 import termios
+from collections.abc import Sequence
 
 __all__ = [
     "KEEPALIVE_IDLE",
@@ -23,6 +24,7 @@ __all__ = [
     "accepted_socket",
     "answer_at_once",
     "bound_receive_buffer",
+    "filter_messages",
     "format_address",
     "open_listener",
     "open_upstream",
@@ -54,7 +56,7 @@ RECEIVE_BUFFER = 6 * 1024 * 1024
 """Bytes that a connection may have in a receive buffer while it stalls: what Linux gives at most by default (net.ipv4.tcp_rmem)."""
 
 _SO_RCVBUFFORCE = 33  # asm-generic/socket.h
-_SO_ATTACH_REUSEPORT_CBPF = 51  # asm-generic/socket.h
+_SO_ATTACH_FILTER, _SO_ATTACH_REUSEPORT_CBPF = 26, 51  # asm-generic/socket.h
 _SKF_NET_OFF = 0xFFF00000  # linux/filter.h: -0x100000, from here on offsets count from the network header
 _TCPI_UNACKED = 24  # offset of tcpi_unacked in struct tcp_info (linux/tcp.h)
 _TCPI_RTT = 68  # offset of tcpi_rtt in struct tcp_info (linux/tcp.h)
@@ -113,10 +115,18 @@ def spread_by_source(listener: socket.socket, members: int) -> None:
         (0x94, 0, 0, members),  # mod members
         (0x16, 0, 0, 0),  # ret a
     ]
-    code = b"".join(struct.pack("HBBI", *step) for step in program)
-    buffer = ctypes.create_string_buffer(code)
-    filter_program = struct.pack("HL", len(program), ctypes.addressof(buffer))
-    listener.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_REUSEPORT_CBPF, filter_program)
+    _attach(listener, _SO_ATTACH_REUSEPORT_CBPF, program)
+
+
+def filter_messages(sock: socket.socket, program: Sequence[tuple[int, int, int, int]]) -> None:
+    """Lets the socket receive only what this classic BPF program (linux/filter.h: code, jump if true, jump if false, constant) returns a
+    length for."""
+    _attach(sock, _SO_ATTACH_FILTER, program)
+
+
+def _attach(sock: socket.socket, option: int, program: Sequence[tuple[int, int, int, int]]) -> None:
+    buffer = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in program))
+    sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("HL", len(program), ctypes.addressof(buffer)))
 
 
 def original_destination(sock: socket.SocketType) -> Address:
