@@ -13,7 +13,7 @@ from collections.abc import Callable
 import pytest
 import trio
 
-from netns_tests.watch import METRICS, metrics, until
+from netns_tests.watch import METRICS, get, metrics, until
 from netns_tests.way import Way, median_ms
 from tproxyd import kernel
 from tproxyd.testing import Lab, Node, serve_echo
@@ -221,6 +221,7 @@ NEWS = {
     "ip -6 route add 2001:db8:9::/64 dev eth0": None,
     "ip route add local default dev lo table 133 proto 133": True,
     "ip -6 route add local default dev lo table 133 proto 133": True,
+    "ip route replace local default dev lo table 133 proto static": True,
     "ip route del local default dev lo table 133": True,
     "ip -6 route del local default dev lo table 133": True,
     "ip -6 rule add priority 9 fwmark 1 lookup 9": True,
@@ -238,7 +239,7 @@ NEWS = {
 
 async def test_what_is_news_of_ours(sidecar_lab: Lab) -> None:
     host = sidecar_lab["host"]
-    with host.call(kernel.Events) as events:
+    with host.call(kernel.Events, 133) as events:
         seen: dict[str, bool | None] = {}
         for command in NEWS:
             await host.run(*command.split())
@@ -251,3 +252,22 @@ async def test_what_is_news_of_ours(sidecar_lab: Lab) -> None:
             seen[command] = state if woken else None
         assert seen == NEWS
         assert "other0" in news.links.values()
+
+
+async def test_what_cannot_be_repaired_is_told_by_readyz_until_it_can(sidecar_lab: Lab) -> None:
+    """A foreign route stands where ours was: it is named, and when it goes ours comes back."""
+    host = sidecar_lab["host"]
+    async with open_daemon(host, CONFIG) as daemon:
+        planned = await host.dump()
+        assert (await get(host, "/readyz")).status == 200
+        await host.run("ip", "route", "replace", "local", "default", "dev", "lo", "table", "133", "proto", "static")
+        await daemon.process.wait_for_output("cannot repair the kernel's state")
+        answer = await get(host, "/readyz")
+        assert (answer.status, b"somebody else" in answer.body) == (503, True)
+        await trio.sleep(1.2)
+        assert daemon.process.stderr_text.count("cannot repair") == 1  # said once
+        await host.run("ip", "route", "del", "local", "default", "dev", "lo", "table", "133", "proto", "static")
+        await until(lambda: events(daemon), within=3)
+        assert await host.dump() == planned
+        assert (await get(host, "/readyz")).status == 200
+        assert await daemon.stop() == 0

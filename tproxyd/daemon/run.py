@@ -104,7 +104,7 @@ async def _serve_metrics(
         interceptor.counters,
         dropped=lambda: access_log.dropped if access_log is not None else 0,
         repairs=lambda: interceptor.repairs,
-        ready=lambda: not stop.drain.is_set(),
+        unready=lambda: "stopping" if stop.drain.is_set() else interceptor.trouble,
         version=__version__,
     )
 

@@ -64,6 +64,11 @@ class Interceptor:
         return self._keeper.repairs
 
     @property
+    def trouble(self) -> str:
+        """What is wrong with the kernel's state and cannot be put right at the moment; empty if nothing is."""
+        return self._keeper.trouble
+
+    @property
     def connections(self) -> int:
         return self._relays.active
 

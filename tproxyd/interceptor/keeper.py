@@ -40,7 +40,7 @@ _FIGHT, _LONG_PAUSE = 90, 5.0
 class Keeper:
     """Made in a thread of the namespace that it keeps. `put` first, then `watch` as a task, `leave` at the end, and `close`.
 
-    `repairs` counts what others have changed and this has put right, by kind (KINDS).
+    `repairs` counts what others have changed and this has put right, by kind (KINDS); `trouble` says what cannot be put right, if anything.
     """
 
     def __init__(self, config: Config) -> None:
@@ -55,7 +55,7 @@ class Keeper:
         self._lock = trio.Lock()
         self._repaired: defaultdict[str, deque[float]] = defaultdict(deque)
         self._links: dict[int, str] = dict(socket.if_nameindex())
-        self._complaint = ""
+        self.trouble = ""
 
     def close(self) -> None:
         """What this process owns in the kernel goes with it."""
@@ -80,7 +80,7 @@ class Keeper:
 
     async def watch(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Repairs what others change, until cancelled."""
-        with kernel.Events() as events:
+        with kernel.Events(self._config.routing.table) as events:
             task_status.started()
             due = trio.current_time()  # what came between `put` and here was no news yet
             while True:
@@ -135,11 +135,11 @@ class Keeper:
                 async with self._lock:
                     await in_thread(self._apply)
         except TproxydError as error:
-            if str(error) != self._complaint:
-                self._complaint = str(error)
+            if str(error) != self.trouble:
+                self.trouble = str(error)
                 _log.error("cannot repair the kernel's state, and will try again: %s", error)
             return False
-        self._complaint = ""
+        self.trouble = ""
         return True
 
     def _look(self) -> set[str]:
