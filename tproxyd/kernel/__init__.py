@@ -21,7 +21,7 @@ from tproxyd.kernel.state import (
     revert_steps,
     stop_capture,
 )
-from tproxyd.kernel.surroundings import is_loopback_up, look_around
+from tproxyd.kernel.surroundings import is_bridge, is_loopback_up, look_around
 
 __all__ = [
     "Change",
@@ -34,6 +34,7 @@ __all__ = [
     "apply",
     "differences",
     "is_applied",
+    "is_bridge",
     "is_loopback_up",
     "is_reverted",
     "look_around",
