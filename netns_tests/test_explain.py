@@ -226,11 +226,12 @@ async def test_explain_agrees_with_a_sidecar(sidecar_lab: Lab, nursery: trio.Nur
 @pytest.mark.parametrize(
     ("config", "rows"), [(PORTS, DEAD_OPEN), (PORTS + REFUSE, DEAD_CLOSED)], ids=["open", "closed"]
 )
-@pytest.mark.parametrize("state", ["killed", "applied"])
+@pytest.mark.parametrize("state", ["killed", "applied", "draining"])
 async def test_explain_agrees_where_nobody_serves(
     gateway_lab: Lab, nursery: trio.Nursery, tmp_path: Path, state: str, config: str, rows: list[Row]
 ) -> None:
-    """After SIGKILL the steering table is gone; what `tproxyd apply` has put there still has it, and no listener."""
+    """After SIGKILL the steering table is gone; what `tproxyd apply` has put there still has it, and no listener. A daemon that drains
+    has both, and captures nothing new."""
     gateway = gateway_lab["gateway"]
     await serve(nursery, gateway_lab)
     explain = explainer(tmp_path, config)
@@ -238,9 +239,21 @@ async def test_explain_agrees_where_nobody_serves(
         async with open_daemon(gateway, config) as daemon:
             daemon.process.send_signal(signal.SIGKILL)
             await daemon.process.wait()
-    else:
+    elif state == "applied":
         await gateway.run(*TPROXYD, "apply", "-c", str(tmp_path / "tproxyd.toml"))
-    await compare(gateway_lab, "gateway", explain, rows)
+    if state == "draining":
+        async with (
+            open_daemon(gateway, config) as daemon,
+            await gateway_lab["client"].connect("203.0.113.9", 8080) as stream,
+        ):
+            await stream.receive_some()
+            daemon.process.send_signal(signal.SIGTERM)
+            with trio.fail_after(5):
+                while explain(gateway, rows[0], 30000).kernel != "draining":
+                    await trio.sleep(0.02)
+            await compare(gateway_lab, "gateway", explain, rows)
+    else:
+        await compare(gateway_lab, "gateway", explain, rows)
     # After `revert` the kernel has nothing to refuse with.
     await gateway.run(*TPROXYD, "revert")
     await compare(gateway_lab, "gateway", explain, both("203.0.113.9", "2001:db8:f::9", 8080, "bypassed"))

@@ -113,6 +113,7 @@ def test_every_selector(capture: dict[str, Any], packet: dict[str, Any], outcome
         ({}, {}, {"listening": False}, True),
         ({}, {}, {"listening": False, "tables": {"tproxyd", "tproxyd_guard"}}, True),
         ({}, {}, {"tables": {"tproxyd_guard"}}, True),
+        ({}, {}, {"capturing": False}, True),
         ({}, {}, {"tables": NONE}, False),
         ({"destination": "169.254.169.254"}, {}, {"listening": False}, True),
         ({"destination": "2001:db8:f::9"}, {"families": (4,)}, {}, True),
@@ -142,7 +143,7 @@ def test_a_bridge_is_taken_note_of_only_while_br_netfilter_is_on() -> None:
 
 def test_routing_that_does_not_deliver_what_was_steered() -> None:
     missing, decides, account = explained(config_of(), packet_to(), arrives=lambda _: Route("unicast", "eth1"))
-    assert (missing, decides) == ("dropped", "inet tproxyd stray: mark 0x1000000/0x3000000 drop")
+    assert (missing, decides) == ("dropped", "inet tproxyd stray: meta mark & 0x03000000 == 0x01000000 counter drop")
     assert "it would leave by eth1" in account.what
     martian, decides, account = explained(config_of(), packet_to(), arrives=lambda _: Route("", error="martian"))
     assert (martian, decides) == ("dropped", "routing: from 192.0.2.2 on eth0")

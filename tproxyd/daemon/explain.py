@@ -28,6 +28,9 @@ from tproxyd.plan.selectors import AddressType, Packet
 
 __all__ = ["Account", "Request", "explain_connection", "read_request", "show"]
 
+Held = Literal["as planned", "draining", "differs", "empty", "unseen"]
+"""What the kernel has of the plan; it is draining where a daemon that stops has switched capture off."""
+
 _MARTIAN = {errno.EINVAL, errno.EXDEV}
 
 
@@ -50,7 +53,7 @@ class Account(msgspec.Struct, frozen=True, kw_only=True):
     assumed: bool
     daemon: str | None
     listening: bool
-    kernel: Literal["as planned", "differs", "empty", "unseen"]
+    kernel: Held
     differences: tuple[str, ...]
     unseen: str
     explanation: Explanation
@@ -116,7 +119,7 @@ def explain_connection(config: Config, request: Request) -> Account:
             found = locality.look_up(host)
             return Route(found.kind, _name(found.interface), "" if found.kind else _no_way(host, found))
 
-        machine = Machine(arrives, leaves, listening, held.tables)
+        machine = Machine(arrives, leaves, listening, held.kernel != "draining", held.tables)
         return Account(
             packet=packet,
             assumed=request.interface is None,
@@ -213,7 +216,7 @@ def _sysctl(name: str) -> str:
 
 
 class _Held(NamedTuple):
-    kernel: Literal["as planned", "differs", "empty", "unseen"]
+    kernel: Held
     tables: frozenset[str] | None
     differences: tuple[str, ...] = ()
     unseen: str = ""
@@ -224,17 +227,24 @@ def _held(config: Config, surroundings: Surroundings) -> _Held:
     try:
         require_capabilities("looking at the ruleset", ("CAP_NET_ADMIN",))
         observed = kernel.observe()
-        plan = make_plan(config, surroundings=surroundings, stays=STATE in observed.tables)
+        stays = STATE in observed.tables
         # Whether a daemon or `tproxyd apply` has put a table there makes no difference to a packet.
         tables = {name: unowned(listing) for name, listing in observed.tables.items()}
-        changes = kernel.differences(plan, msgspec.structs.replace(observed, tables=tables))
+        unowned_state = msgspec.structs.replace(observed, tables=tables)
+
+        def changes(*, capturing: bool) -> list[kernel.Change]:
+            plan = make_plan(config, surroundings=surroundings, stays=stays, capturing=capturing)
+            return kernel.differences(plan, unowned_state)
+
+        missing = changes(capturing=True)
+        drains = bool(missing) and not changes(capturing=False)
     except TproxydError as error:
         return _Held("unseen", None, unseen=str(error))
     names = frozenset(observed.tables)
-    if not changes:
-        return _Held("as planned", names)
+    if not missing or drains:
+        return _Held("draining" if drains else "as planned", names)
     is_empty = not (names or observed.rules or observed.routes)
-    return _Held("empty" if is_empty else "differs", names, tuple(map(str, changes)))
+    return _Held("empty" if is_empty else "differs", names, tuple(map(str, missing)))
 
 
 def _text(account: Account) -> str:
@@ -251,6 +261,8 @@ def _text(account: Account) -> str:
     match account.kernel:
         case "as planned":
             lines.append("the kernel holds the plan")
+        case "draining":
+            lines.append("the daemon is stopping: what lives goes on, and nothing new is captured")
         case "empty":
             lines.append("the kernel holds nothing of the plan, which this explains")
         case "differs":

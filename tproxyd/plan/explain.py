@@ -15,7 +15,7 @@ import msgspec
 from tproxyd.config import Config, Endpoint
 from tproxyd.plan.model import Surroundings
 from tproxyd.plan.plan import make_plan
-from tproxyd.plan.ruleset import GUARD, LISTEN_ADDRESS, STEERING, take_rules
+from tproxyd.plan.ruleset import GUARD, LISTEN_ADDRESS, STEERING, match_mark, take_rules
 from tproxyd.plan.selectors import (
     CAPTURE_CHAIN,
     GUARD_TAKE,
@@ -60,12 +60,14 @@ class Route(NamedTuple):
 
 class Machine(NamedTuple):
     """What the machine says. `arrives(mark)`: what its routing does with the packet in question, bearing this mark; `leaves(host)`: with
-    a packet of its own to this address; `listening`: whether there is a listener of the packet's family; `tables`: the names of our
+    a packet of its own to this address; `listening`: whether there is a listener of the packet's family; `capturing`: not so while a
+    daemon drains; `tables`: the names of our
     tables in the kernel, None if it could not be asked (then they are as planned)."""
 
     arrives: Callable[[int], Route]
     leaves: Callable[[str], Route]
     listening: bool = True
+    capturing: bool = True
     tables: frozenset[str] | None = None
 
 
@@ -131,6 +133,8 @@ class _Account:
         rules = take_rules(self.config, self.marks, self.surroundings.families)
         if not self.is_held(STEERING):
             self.add(f"inet {STEERING}", "(the table)", False, "is not in the kernel: nothing is steered")
+        elif not self.machine.capturing:
+            self.add(f"inet {STEERING} {CAPTURE_CHAIN}", "(the chain)", False, "is empty while the daemon stops")
         elif not any(rule.test(self.packet).matches for rule in rules):
             self.add(
                 take, "(end of the chain)", True, f"IPv{self.packet.family} is switched off here: nothing is steered"
@@ -164,7 +168,7 @@ class _Account:
             self.add("routing", f"from {packet.source} on {packet.interface}", True, route.error)
         else:
             missing = f"our ip rule or route is missing: it would leave by {route.interface}"
-            self.add(f"inet {STEERING} stray", f"mark {mark} drop", True, missing)
+            self.add(f"inet {STEERING} stray", f"{match_mark(mark)} counter drop", True, missing)
         self.decide()
         return self.end("dropped", f"steered, and then dropped by the kernel: {self.stages[-1].because}")
 

@@ -48,6 +48,7 @@ __all__ = [
     "STEERING",
     "guard_table",
     "is_owned",
+    "match_mark",
     "remove_tables",
     "state_table",
     "steering_table",
@@ -113,7 +114,7 @@ def steering_table(
     set_mark = f"meta mark set {_set_mark(marks.steering)}"
     ours = [
         'socket transparent 1 notrack accept comment "sent by a socket of ours: no conntrack entry"',
-        f"{_match_mark(marks.upstream)} notrack accept"
+        f"{match_mark(marks.upstream)} notrack accept"
         ' comment "a connection to a local app as somebody else, and its answers: no conntrack entry"',
     ]
     chains = [
@@ -134,7 +135,7 @@ def steering_table(
             "cookie",
             "type filter hook prerouting priority dstnat + 5; policy accept;",
             LOOPBACK,
-            f'{_match_mark(marks.steering)} accept comment "belongs to a connection of ours"',
+            f'{match_mark(marks.steering)} accept comment "belongs to a connection of ours"',
             f"{_ACK_ONLY} fib daddr type local goto {CAPTURE_CHAIN}"
             ' comment "may answer a SYN cookie of our listener; established connections of others pass tproxy"',
         ),
@@ -143,7 +144,7 @@ def steering_table(
         _chain(
             "stray",
             "type filter hook forward priority raw; policy accept;",
-            f'{_match_mark(marks.steering)} counter drop comment "steered, but our ip rule or route is missing: not to its destination, '
+            f'{match_mark(marks.steering)} counter drop comment "steered, but our ip rule or route is missing: not to its destination, '
             'which would reset it"',
         ),
         _chain(
@@ -177,7 +178,7 @@ def guard_table(config: Config, marks: Marks) -> str:
             "guard",
             "type filter hook prerouting priority raw + 1; policy accept;",
             LOOPBACK,
-            f'{_match_mark(marks.steering)} accept comment "the daemon has taken it"',
+            f'{match_mark(marks.steering)} accept comment "the daemon has taken it"',
             OPENS._replace(why="connections that exist go on"),
         ),
         _capture_chain(config),
@@ -271,5 +272,6 @@ def _set_mark(mark: Mark) -> str:
     return f"meta mark & 0x{0xFFFFFFFF & ~(mark.mask ^ mark.value):08x} | 0x{mark.value:08x}"
 
 
-def _match_mark(mark: Mark) -> str:
+def match_mark(mark: Mark) -> str:
+    """Matches what bears this mark."""
     return f"meta mark & 0x{mark.mask:08x} == 0x{mark.value:08x}"
