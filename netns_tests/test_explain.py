@@ -11,6 +11,7 @@ import re
 import signal
 import socket
 from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -235,24 +236,21 @@ async def test_explain_agrees_where_nobody_serves(
     gateway = gateway_lab["gateway"]
     await serve(nursery, gateway_lab)
     explain = explainer(tmp_path, config)
-    if state == "killed":
-        async with open_daemon(gateway, config) as daemon:
-            daemon.process.send_signal(signal.SIGKILL)
-            await daemon.process.wait()
-    elif state == "applied":
-        await gateway.run(*TPROXYD, "apply", "-c", str(tmp_path / "tproxyd.toml"))
-    if state == "draining":
-        async with (
-            open_daemon(gateway, config) as daemon,
-            await gateway_lab["client"].connect("203.0.113.9", 8080) as stream,
-        ):
+    async with AsyncExitStack() as stack:
+        if state == "applied":
+            await gateway.run(*TPROXYD, "apply", "-c", str(tmp_path / "tproxyd.toml"))
+        else:
+            daemon = await stack.enter_async_context(open_daemon(gateway, config))
+            stream = await stack.enter_async_context(await gateway_lab["client"].connect("203.0.113.9", 8080))
             await stream.receive_some()
-            daemon.process.send_signal(signal.SIGTERM)
-            with trio.fail_after(5):
-                while explain(gateway, rows[0], 30000).kernel != "draining":
-                    await trio.sleep(0.02)
-            await compare(gateway_lab, "gateway", explain, rows)
-    else:
+            if state == "killed":
+                daemon.process.send_signal(signal.SIGKILL)
+                await daemon.process.wait()
+            else:
+                daemon.process.send_signal(signal.SIGTERM)
+                with trio.fail_after(5):
+                    while explain(gateway, rows[0], 30000).kernel != "draining":
+                        await trio.sleep(0.02)
         await compare(gateway_lab, "gateway", explain, rows)
     # After `revert` the kernel has nothing to refuse with.
     await gateway.run(*TPROXYD, "revert")
@@ -365,19 +363,19 @@ def endpoint(host: str, port: int) -> str:
 
 async def serve(nursery: trio.Nursery, lab: Lab) -> None:
     """Somebody answers wherever a packet of the table may come to, so that who is not served was refused."""
-    client = lab["client"]
-    for address in ("192.0.2.3/24", "192.0.2.200/24"):
-        await client.run("ip", "address", "add", address, "dev", "eth0")
-    await client.run("ip", "address", "add", "2001:db8:1::3/64", "dev", "eth0", "nodad")
+    addresses = "".join(
+        f"address add {address} dev eth0 nodad\n" for address in ("192.0.2.3/24", "192.0.2.200/24", "2001:db8:1::3/64")
+    )
+    await lab["client"].run("ip", "-batch", "-", input=addresses)
     for node in lab:
         for port in (8080, 8082, 8089, 9099, 9100, 9201, 9202):
             await nursery.start(serve_identity, node, port)
         if node.name == "server":
             for port in (22, 15006):
                 await nursery.start(serve_identity, node, port)
+            # An IPv6 socket cannot be bound to an address that only a route makes local.
+            await node.run("ip", "address", "add", "2001:db8:f::9", "dev", "lo", "nodad")
             for address in ("203.0.113.9", "2001:db8:f::9"):
-                # An IPv6 socket cannot be bound to an address that only a route makes local.
-                await node.run("ip", "address", "add", address, "dev", "lo", "nodad")
                 await nursery.start(serve_udp, node, address)
         elif node.name == "gateway":
             for address in ("192.0.2.1", "2001:db8:1::1"):
@@ -475,6 +473,8 @@ def assert_real(row: Row, own: str, account: Account, answer: Answer, record: di
                 assert answer.what == "nothing"
             else:
                 assert answer == Answer("served", own, endpoint(row.destination, row.port))
+                here = "delivered to this host" in explanation.what
+                assert here == (account.packet.destination_type == "local")
         case "dropped":
             assert record is None
             assert answer.what == "nothing"
