@@ -19,7 +19,7 @@ from tproxyd.errors import TproxydError, UsageError
 __all__ = ["entry", "main"]
 
 # Promised for later versions: refused by name, not mistaken for a typing error.
-_LATER_VERBS = ("confirm", "connections", "doctor", "drain", "explain", "handover", "reload", "status", "top")
+_LATER_VERBS = ("confirm", "connections", "doctor", "drain", "handover", "reload", "status", "top")
 _LATER_OPTIONS = ("--after-exit", "--against", "--confirm", "--diff", "--name")
 
 
@@ -119,6 +119,14 @@ def _make_parser() -> argparse.ArgumentParser:
     plan.add_argument("--format", choices=("text", "nft", "shell", "json"), default="text", help="default: text")
     add("apply", "put the kernel state there for any transparent listener on the port")
     add("revert", "remove all kernel state that is tproxyd's, and nothing else", config=False)
+    explain = add("explain", "say which rules decide about a connection, and what happens")
+    explain.add_argument("source", metavar="SRC[:PORT]", help="the client; IPv6 with a port: [2001:db8::1]:40000")
+    explain.add_argument("destination", metavar="DST:PORT", help="where it wants to go; IPv6: [2001:db8::7]:80")
+    explain.add_argument("--proto", choices=("tcp", "udp"), default="tcp", help="default: tcp")
+    explain.add_argument(
+        "--in", dest="interface", metavar="IFACE", help="where it arrives (default: where the way back to SRC leaves)"
+    )
+    explain.add_argument("--json", action="store_true", help="for programs")
     return parser
 
 
@@ -163,6 +171,13 @@ def _dispatch(options: argparse.Namespace) -> int:
             from tproxyd.daemon import apply_revert
 
             return apply_revert.apply(config)
+        case "explain":
+            from tproxyd.daemon import explain
+
+            request = explain.read_request(
+                options.source, options.destination, protocol=options.proto, interface=options.interface
+            )
+            return explain.show(config, request, as_json=options.json)
         case "run":
             from tproxyd.daemon import run
 

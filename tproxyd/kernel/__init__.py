@@ -21,7 +21,7 @@ from tproxyd.kernel.state import (
     revert_steps,
     stop_capture,
 )
-from tproxyd.kernel.surroundings import is_forwarding, is_loopback_up, look_around
+from tproxyd.kernel.surroundings import is_bridge, is_forwarding, is_loopback_up, look_around
 
 __all__ = [
     "Change",
@@ -35,6 +35,7 @@ __all__ = [
     "differences",
     "find_program",
     "is_applied",
+    "is_bridge",
     "is_forwarding",
     "is_loopback_up",
     "is_reverted",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import fcntl
 import socket
 import struct
@@ -9,9 +11,10 @@ from pathlib import Path
 
 from tproxyd.plan import Family, Surroundings
 
-__all__ = ["is_forwarding", "is_loopback_up", "look_around"]
+__all__ = ["is_bridge", "is_forwarding", "is_loopback_up", "look_around"]
 
 _SIOCGIFFLAGS, _IFF_UP = 0x8913, 1  # linux/sockios.h, linux/if.h
+_SIOCETHTOOL, _ETHTOOL_GDRVINFO = 0x8946, 3  # linux/sockios.h, linux/ethtool.h
 _BRIDGE = Path("/proc/sys/net/bridge")
 
 
@@ -27,6 +30,21 @@ def is_forwarding() -> bool:
     """Whether this namespace forwards packets of others, of either family."""
     names = ("ipv4/ip_forward", "ipv6/conf/all/forwarding")
     return any(_read(Path("/proc/sys/net") / name) not in ("0", "") for name in names)
+
+
+def is_bridge(interface: str) -> bool:
+    """Whether it is one, as nft's `iifkind` has it; not its ports. Raises OSError."""
+    # struct ethtool_drvinfo: a command, the driver's name, and more; struct ifreq has its address.
+    info = ctypes.create_string_buffer(struct.pack("=I", _ETHTOOL_GDRVINFO), 256)
+    request = struct.pack("16sP", interface.encode(), ctypes.addressof(info))
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        try:
+            fcntl.ioctl(sock, _SIOCETHTOOL, request)
+        except OSError as error:
+            if error.errno == errno.EOPNOTSUPP:
+                return False  # a driver that has no name
+            raise
+    return info.raw[4:36].rstrip(b"\0") == b"bridge"
 
 
 def is_loopback_up() -> bool:

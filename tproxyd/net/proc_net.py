@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import socket
+import struct
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ __all__ = [
     "Connections",
     "closing_connections",
     "half_open_connections",
+    "is_listening",
     "open_file_count",
     "port_holder",
     "unix_name_holder",
@@ -34,6 +36,16 @@ def port_holder(port: int, *, family: int) -> str | None:
     """`name (pid N)` of a process that listens on this TCP port, on whichever address; None if it cannot be told."""
     rows = _rows("tcp6" if family == socket.AF_INET6 else "tcp")
     return _process_with(row[9] for row in rows if row[3] == _LISTEN and _port(row[1]) == port)
+
+
+def is_listening(address: str, port: int) -> bool:
+    """Whether a TCP socket listens on this address and port, or on every address of its family or of both."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    words = struct.iter_unpack("=I", socket.inet_pton(family, address))
+    exact = "".join(f"{word:08X}" for (word,) in words)  # the kernel prints each word in its own byte order
+    ends = {f"{host}:{port:04X}" for host in (exact, "0" * len(exact), "0" * 32)}
+    tables = ("tcp6",) if family == socket.AF_INET6 else ("tcp", "tcp6")
+    return any(row[3] == _LISTEN and row[1] in ends for table in tables for row in _rows(table))
 
 
 def unix_name_holder(name: str) -> str | None:

@@ -8,7 +8,7 @@ The text that is shown is the text that is applied.
 from tproxyd.plan.model import Family, LocalRoute, Marks, Plan, Rule, Surroundings
 from tproxyd.plan.plan import PROTOCOL, SUPPORTED_MARKS, make_plan
 from tproxyd.plan.render import FORMATS, render
-from tproxyd.plan.ruleset import STATE, is_owned, remove_tables
+from tproxyd.plan.ruleset import STATE, is_owned, remove_tables, unowned
 
 __all__ = [
     "FORMATS",
@@ -25,4 +25,5 @@ __all__ = [
     "make_plan",
     "remove_tables",
     "render",
+    "unowned",
 ]
