@@ -11,8 +11,9 @@ from contextlib import contextmanager
 from tproxyd import kernel
 from tproxyd.config import Config
 from tproxyd.daemon.lock import ServedError, lock_holder, namespace_lock, send_order
+from tproxyd.daemon.planned import surroundings_here
 from tproxyd.net.capabilities import require_capabilities
-from tproxyd.plan import make_plan
+from tproxyd.plan import Surroundings, make_plan, ssh_remarks
 
 __all__ = ["apply", "revert"]
 
@@ -21,7 +22,9 @@ def apply(config: Config) -> int:
     """Makes the kernel hold the config's plan, to stay; says what was changed. Raises TproxydError, with nothing changed."""
     config.require_captures()
     require_capabilities("changing the ruleset and the policy routing", ("CAP_NET_ADMIN",))
-    plan = make_plan(config, surroundings=kernel.look_around())
+    surroundings = surroundings_here()
+    plan = make_plan(config, surroundings=surroundings)
+    _tell_ssh(config, surroundings)
     try:
         with namespace_lock("apply"), _uninterrupted():
             changes = kernel.apply(plan)
@@ -60,6 +63,14 @@ def _uninterrupted() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _tell_ssh(config: Config, surroundings: Surroundings) -> None:
+    spared, taken = ssh_remarks(config, surroundings)
+    if spared:
+        print(f"tproxyd: {spared}", file=sys.stderr)
+    if taken:
+        print(f"tproxyd: warning: {taken}", file=sys.stderr)
 
 
 def _tell(changes: Sequence[object], *, nothing: str) -> None:

@@ -20,7 +20,7 @@ __all__ = ["entry", "main"]
 
 # Promised for later versions: refused by name, not mistaken for a typing error.
 _LATER_VERBS = ("confirm", "connections", "doctor", "drain", "explain", "handover", "reload", "status", "top")
-_LATER_OPTIONS = ("--after-exit", "--against", "--confirm", "--diff", "--name")
+_LATER_OPTIONS = ("--after-exit", "--confirm", "--name")
 
 
 def entry() -> NoReturn:
@@ -116,7 +116,18 @@ def _make_parser() -> argparse.ArgumentParser:
     )
     add("check", "validate the configuration; needs no root")
     plan = add("plan", "print everything that would be applied; needs no root")
-    plan.add_argument("--format", choices=("text", "nft", "shell", "json"), default="text", help="default: text")
+    plan.add_argument("--format", choices=("text", "nft", "shell", "json"), help="default: text")
+    plan.add_argument(
+        "--diff",
+        action="store_true",
+        help="print what the kernel holds otherwise instead; exit code 3 when there is a difference; needs CAP_NET_ADMIN",
+    )
+    plan.add_argument(
+        "--against",
+        type=Path,
+        metavar="FILE",
+        help="with --diff: compare with the plan of this configuration instead of the kernel; needs no root",
+    )
     add("apply", "put the kernel state there for any transparent listener on the port")
     add("revert", "remove all kernel state that is tproxyd's, and nothing else", config=False)
     return parser
@@ -129,7 +140,10 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     later = next((word for word in arguments if word.split("=")[0] in _LATER_OPTIONS), None)
     if later is not None:
         raise UsageError(f"the option {later.split('=')[0]} is not in this version of tproxyd; see `tproxyd --help`")
-    return _make_parser().parse_args(arguments)
+    options = _make_parser().parse_args(arguments)
+    if options.verb == "plan" and options.format and (options.diff or options.against):
+        raise UsageError("--diff and --against print text that no --format changes; leave --format out")
+    return options
 
 
 def _dispatch(options: argparse.Namespace) -> int:
@@ -148,10 +162,15 @@ def _dispatch(options: argparse.Namespace) -> int:
             make_plan(config)  # whether the marks fit together is found out there
             print("the configuration is good" if config.captures else "the configuration is good, but captures nothing")
         case "plan":
-            from tproxyd.kernel import look_around
+            from tproxyd.daemon import planned
             from tproxyd.plan import make_plan, render
 
-            sys.stdout.write(render(make_plan(config, surroundings=look_around()), options.format))
+            if options.against is not None:
+                return planned.diff_against(config, load_config(options.against), options.against)
+            if options.diff:
+                return planned.diff_kernel(config)
+            plan = make_plan(config, surroundings=planned.surroundings_here())
+            sys.stdout.write(render(plan, options.format or "text"))
         case "apply":
             from tproxyd.daemon import apply_revert
 

@@ -18,6 +18,7 @@ from tproxyd import __version__
 from tproxyd.config import Config
 from tproxyd.daemon.lock import namespace_lock, serve_orders
 from tproxyd.daemon.logs import LineWriter, access_format, encode_line, set_up_logging
+from tproxyd.daemon.planned import session_ports
 from tproxyd.errors import TproxydError
 from tproxyd.interceptor import Interceptor, open_interceptor
 from tproxyd.net.sockets import format_address
@@ -62,7 +63,7 @@ async def _serve(config: Config, stderr: LineWriter, access_log: LineWriter | No
             nursery.start_soon(_listen_to_signals, signals, stop)
             # A signal that comes while this starts is answered as soon as it has: that takes a fraction of a second.
             on_lines = access_log.write if access_log is not None else None
-            async with open_interceptor(config, on_lines=on_lines) as interceptor:
+            async with open_interceptor(config, on_lines=on_lines, ssh_ports=[*session_ports()]) as interceptor:
                 nursery.start_soon(serve_orders, held, {"revert": partial(_revert, interceptor)})
                 if metrics is not None:
                     nursery.start_soon(_serve_metrics, metrics, interceptor, stop, access_log)

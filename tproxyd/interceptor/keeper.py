@@ -10,6 +10,7 @@ import logging
 import socket
 import time
 from collections import Counter, defaultdict, deque
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from functools import partial
 
@@ -40,13 +41,15 @@ _FIGHT, _LONG_PAUSE = 90, 5.0
 class Keeper:
     """Made in a thread of the namespace that it keeps. `put` first, then `watch` as a task, `leave` at the end, and `close`.
 
-    `repairs` counts what others have changed and this has put right, by kind (KINDS).
+    `repairs` counts what others have changed and this has put right, by kind (KINDS). `ssh_ports` are known to the caller, besides those that
+    are found here.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, *, ssh_ports: Iterable[int] = ()) -> None:
         self.repairs: Counter[str] = Counter()
         self._config = config
-        self._surroundings = kernel.look_around()
+        self._ssh_ports = {*kernel.find_ssh_ports(), *ssh_ports}
+        self._surroundings = kernel.look_around(self._ssh_ports)
         self._nft = _own_tables()
         self._owned = isinstance(self._nft, kernel.Library)
         self._stays = False
@@ -147,13 +150,13 @@ class Keeper:
         is up again, and that is news, too."""
         if self._left or not kernel.is_loopback_up():
             return set()
-        plan = self._wanted(kernel.look_around())
+        plan = self._wanted(kernel.look_around(self._ssh_ports))
         return {change.kind for change in kernel.differences(plan, kernel.observe(self._nft), self._nft)}
 
     def _apply(self) -> None:
         if self._left or not kernel.is_loopback_up():
             return
-        surroundings = kernel.look_around()
+        surroundings = kernel.look_around(self._ssh_ports)
         changes = kernel.apply(self._wanted(surroundings), self._nft)
         before, self._surroundings = self._surroundings, surroundings
         if changes:

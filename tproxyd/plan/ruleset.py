@@ -27,6 +27,7 @@ from ipaddress import IPv4Network, IPv6Network, collapse_addresses
 
 from tproxyd.config import Config, Mark, Network, PortRange
 from tproxyd.plan.model import Family, Marks, Surroundings
+from tproxyd.plan.ssh import spare_rules
 from tproxyd.policy import SPECIAL_NETWORKS
 
 __all__ = [
@@ -138,7 +139,7 @@ def steering_table(
             f"{_ACK_ONLY} fib daddr type local goto {CAPTURE_CHAIN}"
             ' comment "may answer a SYN cookie of our listener; established connections of others pass tproxy"',
         ),
-        _capture_chain(config) if capturing else _chain(CAPTURE_CHAIN, None),
+        _capture_chain(config, surroundings) if capturing else _chain(CAPTURE_CHAIN, None),
         _chain(
             "take",
             None,
@@ -187,7 +188,7 @@ def steering_table(
     return _table(STEERING, [*_sets(config), *_relayed_set(config), *special, *legs], chains, owned=owned)
 
 
-def guard_table(config: Config, marks: Marks) -> str:
+def guard_table(config: Config, marks: Marks, surroundings: Surroundings) -> str:
     """The table that makes `when_down = "refuse"` true: it resets what the config selects and nobody steered."""
     chains = [
         _chain(
@@ -197,7 +198,7 @@ def guard_table(config: Config, marks: Marks) -> str:
             f'{_match_mark(marks.steering)} accept comment "the daemon has taken it"',
             f'{_OPENS} goto {CAPTURE_CHAIN} comment "connections that exist go on"',
         ),
-        _capture_chain(config),
+        _capture_chain(config, surroundings),
         _chain(
             "take",
             None,
@@ -221,9 +222,9 @@ def state_table() -> str:
     return f'table inet {STATE} {{\n\tcomment "put there by tproxyd apply: stays when a daemon stops, until tproxyd revert"\n}}\n'
 
 
-def _capture_chain(config: Config) -> str:
+def _capture_chain(config: Config, surroundings: Surroundings) -> str:
     capture = config.capture
-    rules: list[str] = []
+    rules = spare_rules(config, surroundings)
 
     def leave(match: str, why: str) -> None:
         rules.append(f'{match} return comment "{why}"')

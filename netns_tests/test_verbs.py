@@ -1,0 +1,207 @@
+"""The verbs that compare and confirm, and what becomes of the administrator's SSH: with real namespaces, and complete dumps."""
+
+from __future__ import annotations
+
+import re
+import signal
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import trio
+
+from netns_tests.way import Way
+from tproxyd.net.sockets import format_address
+from tproxyd.testing import Finished, LabProcess, Node, serve_identity
+from tproxyd.testing.daemon import TPROXYD, open_daemon
+
+CONFIG = '[capture]\nports = ["8080"]\nwhen_down = "refuse"\n'
+OTHER = '[capture]\nports = ["8080", "8090-8099"]\n[routing]\npriority = 7000\n'
+SAME = "no difference: the kernel holds the plan\n"
+
+
+async def tproxyd(node: Node, *arguments: str, code: int = 0, **more: dict[str, str]) -> Finished:
+    done = await node.run(*TPROXYD, *arguments, check=False, env=more.get("env"))
+    assert done.returncode == code, (arguments, done)
+    return done
+
+
+def changed(diff: str) -> list[str]:
+    """The lines of a diff that are more or less."""
+    return [line for line in diff.splitlines()[2:] if line[0] in "+-"]
+
+
+# plan --diff
+
+
+@pytest.mark.parametrize("way", ["gateway v4", "sidecar v6"], indirect=True)
+async def test_plan_diff_shows_line_by_line_what_would_have_to_change(way: Way) -> None:
+    node, file = way.proxy, str(way.file(CONFIG))
+    before = await node.dump()
+    everything = (await tproxyd(node, "plan", "--diff", "-c", file, code=3)).stdout
+    assert everything.startswith(
+        "--- kernel\n+++ plan\n@@ local routes @@\n+ip -4 route local default dev lo table 133\n"
+    )
+    assert all(line.startswith("+") for line in changed(everything))
+    assert await node.dump() == before
+    await tproxyd(node, "apply", "-c", file)
+    assert (await tproxyd(node, "plan", "--diff", "-c", file)).stdout == SAME
+    await node.run("ip", "-6", "rule", "del", "priority", "5234")
+    await node.run("ip", "-4", "route", "flush", "table", "133")
+    await node.run("nft", "add rule inet tproxyd_guard guard counter accept")
+    await node.run("nft", "add table inet tproxyd_old")
+    drifted = await node.dump()
+    diff = (await tproxyd(node, "plan", "--diff", "-c", file, code=3)).stdout
+    assert changed(diff) == [
+        "+ip -4 route local default dev lo table 133",
+        "+ip -6 rule priority 5234 fwmark 0x1000000/0x3000000 lookup 133",
+        "-\t\tcounter accept",
+        "-table inet tproxyd_old {",
+        "-}",
+    ]
+    assert "@@ table inet tproxyd_guard, chain guard @@" in diff
+    assert await node.dump() == drifted
+    await tproxyd(node, "apply", "-c", file)
+    assert (await tproxyd(node, "plan", "--diff", "-c", file)).stdout == SAME
+    await tproxyd(node, "revert")
+    assert await node.dump() == before
+
+
+@pytest.mark.parametrize("way", ["gateway v4"], indirect=True)
+@pytest.mark.parametrize("applied", [False, True])
+async def test_plan_diff_finds_no_difference_under_a_healthy_daemon(way: Way, applied: bool) -> None:
+    node, file = way.proxy, str(way.file(CONFIG))
+    if applied:
+        await tproxyd(node, "apply", "-c", file)
+    async with open_daemon(node, CONFIG) as daemon:
+        assert (await tproxyd(node, "plan", "--diff", "-c", file)).stdout == SAME
+        other = (await tproxyd(node, "plan", "--diff", "-c", str(way.file(OTHER)), code=3)).stdout
+        assert "-table inet tproxyd_guard {" in changed(other)
+        assert [line for line in changed(other) if "owner" in line or "tproxyd_state" in line] == []
+        await tproxyd(node, "revert")
+        diff = (await tproxyd(node, "plan", "--diff", "-c", str(way.file(CONFIG)), code=3)).stdout
+        assert all(line.startswith("+") for line in changed(diff))
+        assert await daemon.stop() == 0
+    diff = (await tproxyd(node, "plan", "--diff", "-c", file, code=3)).stdout
+    assert "+table inet tproxyd_state {" in diff
+
+
+@pytest.mark.parametrize("way", ["gateway v4"], indirect=True)
+async def test_plan_diff_against_another_file_needs_neither_root_nor_kernel(way: Way, tmp_path: Path) -> None:
+    node, other = way.proxy, tmp_path / "other.toml"
+    other.write_text(OTHER)
+    other.chmod(0o644)
+    file = way.file(CONFIG)
+    for directory in (tmp_path, *tmp_path.parents[:2]):
+        directory.chmod(0o755)
+    nobody = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", *TPROXYD, "plan", "-c", str(file))
+    done = await node.run(*nobody, "--diff", "--against", str(other), check=False, env={"PYTHONPATH": _checkout()})
+    assert (done.returncode, done.stderr) == (3, "")
+    assert done.stdout.startswith(f"--- plan of {other}\n+++ plan\n@@ ip rules @@\n")
+    assert "-ip -6 rule priority 7001 fwmark 0x1000000/0x3000000 lookup 133" in done.stdout.splitlines()
+    assert "+\t\telements = { 8080 }" in done.stdout.splitlines()
+    assert "+table inet tproxyd_guard {" in done.stdout.splitlines()
+    done = await node.run(*nobody, "--against", str(file), check=False)
+    assert (done.returncode, done.stdout) == (0, "no difference: the plans are the same\n")
+    done = await node.run(*nobody, "--diff", check=False)
+    assert done.returncode == 77
+    assert "CAP_NET_ADMIN" in done.stderr
+
+
+def _checkout() -> str:
+    return str(Path(__file__).parents[1])
+
+
+# The administrator's SSH
+
+SSHD = """
+import socket
+open("/proc/self/comm", "w").write("sshd")
+listener = socket.create_server(("::", 2222), family=socket.AF_INET6, dualstack_ipv6=True)
+print("listening", flush=True)
+while True:
+    listener.accept()[0].sendall(b"SSH-2.0-lab\\r\\n")
+"""
+RANGE = '[capture]\nports = ["2000-2999"]\nwhen_down = "refuse"\n'
+
+
+@asynccontextmanager
+async def serve_ssh(node: Node) -> AsyncIterator[LabProcess]:
+    """What an SSH server looks like from outside: its name, its port, its first line."""
+    async with node.process(sys.executable, "-c", SSHD, collect=True) as server:
+        await server.wait_for_output("listening")
+        yield server
+
+
+async def first_line(way: Way, port: int) -> tuple[str, bytes]:
+    """Who we are to the network, and what the server says first."""
+    async with await way.client.connect(way.address, port) as stream:
+        with trio.fail_after(3):
+            return format_address(stream.socket.getsockname()), await stream.receive_some()
+
+
+@pytest.mark.parametrize("way", ["sidecar v4", "sidecar v6"], indirect=True)
+async def test_ssh_of_the_host_is_spared_where_only_a_range_captures_it(way: Way, nursery: trio.Nursery) -> None:
+    node, file = way.proxy, str(way.file(RANGE))
+    before = await node.dump()
+    await nursery.start(serve_identity, way.app, 2300)
+    async with serve_ssh(node):
+        plan = (await tproxyd(node, "plan", "-c", file)).stdout
+        # In the steering table and in the guard, as the first rule of the chain.
+        spared = re.findall(r"chain capture \{\n\t\ttcp dport 2222 fib daddr type local return comment \"SSH", plan)
+        assert len(spared) == 2
+        async with open_daemon(node, RANGE) as daemon:
+            assert "SSH of this host (port 2222) is in `capture.ports` only through a range" in (
+                daemon.process.stderr_text
+            )
+            assert (await tproxyd(node, "plan", "--diff", "-c", file)).stdout == SAME
+            captured, _ = await first_line(way, 2300)
+            direct, said = await first_line(way, 2222)
+            assert said.startswith(b"SSH-2.0")
+            await daemon.record(captured)
+            assert direct not in {record["source"] for record in daemon.records()}
+            daemon.process.send_signal(signal.SIGKILL)
+            await daemon.process.wait()
+        # The guard refuses the rest.
+        with pytest.raises(ConnectionRefusedError):
+            await first_line(way, 2300)
+        assert (await first_line(way, 2222))[1].startswith(b"SSH-2.0")
+        done = await tproxyd(node, "apply", "-c", file)
+        assert done.stderr.count("only through a range") == 1
+        assert (await tproxyd(node, "apply", "-c", file)).stdout.startswith("nothing to change")
+        assert (await tproxyd(node, "plan", "--diff", "-c", file)).stdout == SAME
+    await tproxyd(node, "revert")
+    assert await node.dump() == before
+
+
+@pytest.mark.parametrize("way", ["sidecar v4"], indirect=True)
+async def test_ssh_that_is_named_singly_is_captured_with_a_warning(way: Way) -> None:
+    config = RANGE.replace('"2000-2999"', '"2000-2221", "2222"')
+    async with serve_ssh(way.proxy), open_daemon(way.proxy, config) as daemon:
+        assert "SSH of this host (port 2222) is named in `capture.ports`" in daemon.process.stderr_text
+        source, said = await first_line(way, 2222)
+        assert said.startswith(b"SSH-2.0")
+        await daemon.record(source)
+        assert await daemon.stop() == 0
+
+
+@pytest.mark.parametrize("way", ["gateway v4"], indirect=True)
+async def test_the_port_of_the_session_is_spared_and_ssh_through_the_host_is_not(
+    way: Way, nursery: trio.Nursery
+) -> None:
+    """SSH_CONNECTION, for a server that does not listen here under a name that is known. Behind a gateway, port 2222 is not its own."""
+    env = {"SSH_CONNECTION": "192.0.2.9 50000 192.0.2.1 2222"}
+    plan = (await way.proxy.run(*TPROXYD, "plan", "-c", str(way.file(RANGE)), env=env)).stdout
+    assert plan.count('tcp dport 2222 fib daddr type local return comment "SSH') == 2
+    await nursery.start(serve_identity, way.app, 2222)
+    async with way.proxy.process(*TPROXYD, "run", "-c", str(way.file(RANGE)), collect=True, env=env) as daemon:
+        await daemon.wait_for_output("tproxyd: ready")
+        assert "only through a range" in daemon.stderr_text
+        # Asked by somebody who is in no session.
+        assert (await tproxyd(way.proxy, "plan", "--diff", "-c", str(way.file(RANGE)))).stdout == SAME
+        source, _ = await first_line(way, 2222)
+        await daemon.wait_for_output(f'"source":"{source}"')
+        daemon.send_signal(signal.SIGTERM)
+        assert await daemon.wait() == 0
