@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -205,3 +207,94 @@ async def test_the_port_of_the_session_is_spared_and_ssh_through_the_host_is_not
         await daemon.wait_for_output(f'"source":"{source}"')
         daemon.send_signal(signal.SIGTERM)
         assert await daemon.wait() == 0
+
+
+# status
+
+
+async def status(node: Node, *arguments: str, code: int) -> dict[str, Any]:
+    """The JSON; and the text has the same exit code, and no line without content."""
+    text = await tproxyd(node, "status", *arguments, code=code)
+    assert all(re.match(r"(?:[a-z]+ +| {3,})\S", line) for line in text.stdout.splitlines()), text.stdout
+    done = await tproxyd(node, "status", "--json", *arguments, code=code)
+    assert done.stderr == text.stderr == ""
+    content: dict[str, Any] = json.loads(done.stdout)
+    assert list(content) == ["daemon", "waiting", "applied", "observed", "planned_by", "differences"]
+    return content
+
+
+async def test_status_of_a_daemon_tells_what_lives_and_what_it_has_counted(way: Way, nursery: trio.Nursery) -> None:
+    node = way.proxy
+    await nursery.start(serve_identity, way.app, 8080)
+    async with open_daemon(node, CONFIG) as daemon:
+        async with await way.client.connect(way.address, 8080) as stream:
+            await stream.receive_some()
+        await daemon.process.wait_for_output('"outcome"')
+        async with await way.client.connect(way.address, 8080) as stream:
+            await stream.receive_some()
+            told = await status(node, code=0)
+        serving = told["daemon"]
+        assert serving["pid"] == daemon.process.pid
+        assert serving["listen"] == ["127.0.0.1:15006", "[::1]:15006"]
+        assert serving["marks"] == {"steering": "0x1000000/0x3000000", "upstream": "0x2000000/0x3000000"}
+        assert 0 < serving["uptime_s"] < 60
+        assert (serving["capturing"], serving["connections"]) == (True, 1)
+        assert serving["counters"]["accepted"] == 2
+        assert sum(serving["counters"]["outcomes"].values()) == 1
+        assert serving["counters"]["bytes_from_upstream"] > 0
+        assert (told["applied"], told["planned_by"], told["differences"]) == (False, "daemon", [])
+        assert {table["name"]: table["owned"] for table in told["observed"]["tables"]} == {
+            "tproxyd": True,
+            "tproxyd_guard": False,
+        }
+        assert (len(told["observed"]["rules"]), len(told["observed"]["routes"])) == (6, 2)
+        assert await daemon.stop() == 0
+
+
+@pytest.mark.parametrize("way", ["gateway v4"], indirect=True)
+async def test_status_shows_drift_repairs_and_a_revert(way: Way) -> None:
+    node, file = way.proxy, str(way.file(CONFIG))
+    async with open_daemon(node, CONFIG) as daemon:
+        await node.run("ip", "-4", "rule", "del", "priority", "5234")
+        await daemon.process.wait_for_output("repaired")
+        told = await status(node, code=0)
+        assert told["daemon"]["repairs"] == {"rule": 1}
+        # With a file named, that is what counts.
+        assert (await status(node, "-c", file, code=0))["planned_by"] == file
+        other = await status(node, "-c", str(way.file(OTHER)), code=3)
+        assert other["differences"]
+        await tproxyd(node, "revert")
+        told = await status(node, code=3)
+        assert told["daemon"]["capturing"] is False
+        assert {change["kind"] for change in told["differences"]} == {"route", "rule", "ruleset"}
+        assert told["observed"] == {"rules": [], "routes": [], "tables": []}
+        assert await daemon.stop() == 0
+
+
+@pytest.mark.parametrize("way", ["gateway v4"], indirect=True)
+async def test_status_without_a_daemon(way: Way) -> None:
+    node, file = way.proxy, str(way.file(CONFIG))
+    nothing = await status(node, code=69)
+    assert (nothing["daemon"], nothing["waiting"], nothing["differences"]) == (None, None, None)
+    assert (await status(node, "-c", file, code=69))["differences"]
+    await tproxyd(node, "apply", "-c", file)
+    told = await status(node, "-c", file, code=0)
+    assert (told["applied"], told["planned_by"], told["differences"]) == (True, file, [])
+    # Nobody says what should be there.
+    told = await status(node, code=3)
+    assert (told["applied"], told["planned_by"], told["differences"]) == (True, None, None)
+    await node.run("ip", "-6", "rule", "del", "priority", "5234")
+    told = await status(node, "-c", file, code=3)
+    assert told["differences"] == [
+        {"kind": "rule", "what": "add ip rule -6 priority 5234 fwmark 0x1000000/0x3000000 lookup 133"}
+    ]
+    await tproxyd(node, "revert")
+    async with open_daemon(node, CONFIG) as daemon:
+        daemon.process.send_signal(signal.SIGKILL)
+        await daemon.process.wait()
+    # What it leaves: the guard, rules and routes.
+    told = await status(node, code=3)
+    assert (told["daemon"], told["applied"]) == (None, False)
+    assert told["observed"]["tables"] == [{"name": "tproxyd_guard", "owned": False}]
+    await tproxyd(node, "revert")
+    await status(node, code=69)

@@ -19,7 +19,7 @@ from tproxyd.errors import TproxydError, UsageError
 __all__ = ["entry", "main"]
 
 # Promised for later versions: refused by name, not mistaken for a typing error.
-_LATER_VERBS = ("confirm", "connections", "doctor", "drain", "explain", "handover", "reload", "status", "top")
+_LATER_VERBS = ("confirm", "connections", "doctor", "drain", "explain", "handover", "reload", "top")
 _LATER_OPTIONS = ("--after-exit", "--confirm", "--name")
 
 
@@ -129,6 +129,8 @@ def _make_parser() -> argparse.ArgumentParser:
         help="with --diff: compare with the plan of this configuration instead of the kernel; needs no root",
     )
     add("apply", "put the kernel state there for any transparent listener on the port")
+    status = add("status", "compare what is planned with what the kernel holds; say who serves, and what lives")
+    status.add_argument("--json", action="store_true", help="the same for programs")
     add("revert", "remove all kernel state that is tproxyd's, and nothing else", config=False)
     return parser
 
@@ -154,6 +156,12 @@ def _dispatch(options: argparse.Namespace) -> int:
 
     from tproxyd.config import load_config
 
+    if options.verb == "status":
+        from tproxyd.daemon.status import status
+
+        # Without a file named, what the daemon plans: what the usual file would plan may be another thing.
+        config = load_config(options.config) if options.config is not None else None
+        return status(config, options.config, as_json=options.json)
     config = load_config(options.config, ports=options.port if options.verb == "run" else ())
     match options.verb:
         case "check":

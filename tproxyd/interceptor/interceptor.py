@@ -29,7 +29,7 @@ from tproxyd.interceptor.threads import in_thread
 from tproxyd.net.capabilities import require_capabilities
 from tproxyd.net.proc_net import Connections, closing_connections, half_open_connections, open_file_count, port_holder
 from tproxyd.net.sockets import format_address, open_listener, spread_by_source
-from tproxyd.plan import Surroundings, make_plan, ssh_remarks
+from tproxyd.plan import Marks, Surroundings, make_plan, ssh_remarks
 from tproxyd.proxy import Policy
 
 __all__ = ["Interceptor", "open_interceptor"]
@@ -62,6 +62,19 @@ class Interceptor:
     def repairs(self) -> Mapping[str, int]:
         """How often the kernel's state was put right after somebody else had changed it, by kind."""
         return self._keeper.repairs
+
+    @property
+    def capturing(self) -> bool:
+        """Whether new connections are taken: not after `stop_capture`, `drain` or `revert`."""
+        return self._keeper.capturing
+
+    @property
+    def marks(self) -> Marks:
+        return self._keeper.marks
+
+    async def differences(self) -> list[kernel.Change]:
+        """What would have to change in the kernel, now; after `revert`, all that has been taken away. Raises TproxydError."""
+        return await self._keeper.differences()
 
     @property
     def connections(self) -> int:

@@ -20,7 +20,7 @@ from tproxyd import kernel
 from tproxyd.config import Config
 from tproxyd.errors import MissingError, TproxydError
 from tproxyd.interceptor.threads import in_thread
-from tproxyd.plan import Plan, Surroundings, make_plan
+from tproxyd.plan import Marks, Plan, Surroundings, make_plan
 
 __all__ = ["KINDS", "Keeper"]
 
@@ -68,6 +68,19 @@ class Keeper:
     @property
     def surroundings(self) -> Surroundings:
         return self._surroundings
+
+    @property
+    def capturing(self) -> bool:
+        return self._capturing and not self._left
+
+    @property
+    def marks(self) -> Marks:
+        return self._wanted(self._surroundings).marks
+
+    async def differences(self) -> list[kernel.Change]:
+        """What is otherwise than planned, now. Raises TproxydError."""
+        async with self._lock:
+            return await in_thread(self._compare)
 
     async def put(self) -> None:
         """Makes the kernel hold the plan, capture last; takes over what `tproxyd apply` or a predecessor has left. Raises
@@ -150,8 +163,11 @@ class Keeper:
         is up again, and that is news, too."""
         if self._left or not kernel.is_loopback_up():
             return set()
+        return {change.kind for change in self._compare()}
+
+    def _compare(self) -> list[kernel.Change]:
         plan = self._wanted(kernel.look_around(self._ssh_ports))
-        return {change.kind for change in kernel.differences(plan, kernel.observe(self._nft), self._nft)}
+        return kernel.differences(plan, kernel.observe(self._nft), self._nft)
 
     def _apply(self) -> None:
         if self._left or not kernel.is_loopback_up():
