@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
 import re
 import signal
+import subprocess
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -213,16 +216,14 @@ async def test_the_port_of_the_session_is_spared_and_ssh_through_the_host_is_not
 
 
 async def status(node: Node, *arguments: str, code: int) -> dict[str, Any]:
-    """The JSON; and the text has the same exit code, and no line without content."""
-    text = await tproxyd(node, "status", *arguments, code=code)
-    assert all(re.match(r"(?:[a-z]+ +| {3,})\S", line) for line in text.stdout.splitlines()), text.stdout
     done = await tproxyd(node, "status", "--json", *arguments, code=code)
-    assert done.stderr == text.stderr == ""
+    assert done.stderr == ""
     content: dict[str, Any] = json.loads(done.stdout)
     assert list(content) == ["daemon", "waiting", "applied", "observed", "planned_by", "differences"]
     return content
 
 
+@pytest.mark.parametrize("way", ["gateway v4", "sidecar v6"], indirect=True)
 async def test_status_of_a_daemon_tells_what_lives_and_what_it_has_counted(way: Way, nursery: trio.Nursery) -> None:
     node = way.proxy
     await nursery.start(serve_identity, way.app, 8080)
@@ -248,6 +249,14 @@ async def test_status_of_a_daemon_tells_what_lives_and_what_it_has_counted(way: 
             "tproxyd_guard": False,
         }
         assert (len(told["observed"]["rules"]), len(told["observed"]["routes"])) == (6, 2)
+        text = (await tproxyd(node, "status")).stdout
+        assert text.startswith(f"daemon       pid {daemon.process.pid}, version ")
+        assert "\nlisten       127.0.0.1:15006, [::1]:15006\n" in text
+        assert (
+            "\nkernel       6 ip rules, 2 local routes, tables inet: tproxyd (owned), tproxyd_guard\n"
+            "applied      no\n"
+            "planned      by the daemon: the kernel holds it\n"
+        ) in text
         assert await daemon.stop() == 0
 
 
@@ -288,6 +297,13 @@ async def test_status_without_a_daemon(way: Way) -> None:
     assert told["differences"] == [
         {"kind": "rule", "what": "add ip rule -6 priority 5234 fwmark 0x1000000/0x3000000 lookup 133"}
     ]
+    assert (await tproxyd(node, "status", "-c", file, code=3)).stdout == (
+        "daemon   none\n"
+        "kernel   5 ip rules, 2 local routes, tables inet: tproxyd, tproxyd_guard, tproxyd_state\n"
+        "applied  yes: stays until `tproxyd revert`\n"
+        f"planned  by {file}: the kernel does not hold it; see `tproxyd plan --diff`\n"
+        "         add ip rule -6 priority 5234 fwmark 0x1000000/0x3000000 lookup 133\n"
+    )
     await tproxyd(node, "revert")
     async with open_daemon(node, CONFIG) as daemon:
         daemon.process.send_signal(signal.SIGKILL)
@@ -298,3 +314,197 @@ async def test_status_without_a_daemon(way: Way) -> None:
     assert told["observed"]["tables"] == [{"name": "tproxyd_guard", "owned": False}]
     await tproxyd(node, "revert")
     await status(node, code=69)
+
+
+# apply --confirm, confirm
+
+
+@asynccontextmanager
+async def waiting(
+    node: Node, file: Path, seconds: int, *, stdin: int | None = subprocess.DEVNULL
+) -> AsyncIterator[LabProcess]:
+    """`tproxyd apply --confirm`, once the change is made and it waits."""
+    command = (*TPROXYD, "apply", "-c", str(file), "--confirm", str(seconds))
+    async with node.process(*command, stdin=stdin, collect=True) as process:
+        await process.wait_for_output("s to confirm the change")
+        yield process
+
+
+@pytest.mark.parametrize("way", ["gateway v4", "sidecar v6"], indirect=True)
+@pytest.mark.parametrize("first", ["", OTHER], ids=["nothing", "another config"])
+async def test_a_change_that_is_not_confirmed_in_time_is_taken_back_to_the_letter(way: Way, first: str) -> None:
+    """Whether there was nothing of ours before or another config, foreign state around it; SIGHUP and a closed stdin are no answer."""
+    node = way.proxy
+    await node.run("nft", "-f", "-", input="table inet foreign { chain c { counter; }; }")
+    await node.run("ip", "-6", "rule", "add", "priority", "5234", "fwmark", "0x8/0x8", "lookup", "100")
+    if first:
+        await tproxyd(node, "apply", "-c", str(way.file(first)))
+    before = await node.dump()
+    began = trio.current_time()
+    async with waiting(node, way.file(CONFIG), 1) as process:
+        assert "load table inet tproxyd, load table inet tproxyd_guard" in process.stdout_text
+        process.send_signal(signal.SIGHUP)
+        process.send_signal(signal.SIGTSTP)
+        assert await process.wait() == 1
+    assert 1 <= trio.current_time() - began < 12
+    assert "not confirmed within 1 s: the change is taken back" in process.stderr_text
+    assert await node.dump() == before
+
+
+@pytest.mark.parametrize("way", ["gateway v4"], indirect=True)
+async def test_yes_on_stdin_confirms_and_nothing_else_does(way: Way) -> None:
+    node, file = way.proxy, way.file(CONFIG)
+    await tproxyd(node, "apply", "-c", str(file))
+    applied = await node.dump()
+    await tproxyd(node, "revert")
+    async with waiting(node, file, 60, stdin=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        await process.stdin.send_all(b"no\nyes please\n\nYES\nye")
+        with pytest.raises(trio.TooSlowError), trio.fail_after(0.5):
+            await process.wait()
+        await process.stdin.send_all(b"s\n yes \n")
+        assert await process.wait() == 0
+    assert process.stdout_text.endswith("confirmed: the change stays\n")
+    assert await node.dump() == applied
+    # With nothing to change there is nothing to wait for.
+    done = await tproxyd(node, "apply", "-c", str(file), "--confirm", "60")
+    assert done.stdout == "nothing to change: the kernel holds the plan\n"
+
+
+@pytest.mark.parametrize("way", ["gateway v4"], indirect=True)
+async def test_confirm_elsewhere_confirms_and_status_tells_who_waits(way: Way) -> None:
+    node, file = way.proxy, way.file(CONFIG)
+    nothing = await tproxyd(node, "confirm", code=69)
+    assert "no change waits to be confirmed" in nothing.stderr
+    async with waiting(node, file, 60) as process:
+        told = await status(node, "-c", str(file), code=0)
+        assert told["waiting"]["pid"] == process.pid
+        assert 40 < told["waiting"]["seconds_left"] <= 60
+        # Neither a second one nor a daemon may come in between.
+        for verb, code in (("apply", 1), ("run", 71)):
+            assert f"(pid {process.pid})" in (await tproxyd(node, verb, "-c", str(file), code=code)).stderr
+        applied = await node.dump()
+        assert (await tproxyd(node, "confirm")).stdout == "confirmed: the change stays\n"
+        assert await process.wait() == 0
+    assert await node.dump() == applied
+    await tproxyd(node, "confirm", code=69)
+    async with open_daemon(node, CONFIG) as daemon:
+        assert "serves here" in (await tproxyd(node, "confirm", code=69)).stderr
+        assert await daemon.stop() == 0
+
+
+@pytest.mark.parametrize("way", ["gateway v4"], indirect=True)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+async def test_a_signal_takes_the_change_back_at_once(way: Way, number: signal.Signals) -> None:
+    await tproxyd(way.proxy, "apply", "-c", str(way.file(OTHER)))
+    before = await way.proxy.dump()
+    async with waiting(way.proxy, way.file(CONFIG), 60) as process:
+        for _ in range(3):  # more of them change nothing
+            process.send_signal(number)
+        with trio.fail_after(10):
+            assert await process.wait() == 1
+    assert re.fullmatch(
+        r"tproxyd: 60 s to confirm [^\n]*\ntproxyd: stopped before it was confirmed: [^\n]*\n", process.stderr_text
+    )
+    assert await way.proxy.dump() == before
+
+
+@pytest.mark.parametrize("way", ["gateway v4"], indirect=True)
+async def test_a_signal_at_any_moment_leaves_what_was_there_before(way: Way) -> None:
+    """SIGTERM while the change is made, waited for, or taken back."""
+    before = await way.proxy.dump()
+    command = (*TPROXYD, "apply", "-c", str(way.file(CONFIG)), "--confirm", "1")
+    for milliseconds in range(200, 1800, 300):
+        async with way.proxy.process(*command, collect=True) as process:
+            await trio.sleep(milliseconds / 1000)
+            process.send_signal(signal.SIGTERM)
+            # Before its handlers were there, or after its work was done, the signal ends it.
+            assert await process.wait() in (1, -signal.SIGTERM)
+            assert "Traceback" not in process.stderr_text
+        assert await way.proxy.dump() == before
+
+
+@pytest.mark.parametrize("way", ["gateway v4"], indirect=True)
+async def test_a_killed_apply_takes_nothing_back_and_is_in_nobodys_way(way: Way) -> None:
+    before = await way.proxy.dump()
+    async with waiting(way.proxy, way.file(CONFIG), 1) as process:
+        applied = await way.proxy.dump()
+        process.send_signal(signal.SIGKILL)
+        await process.wait()
+    await trio.sleep(1.2)
+    assert await way.proxy.dump() == applied
+    await tproxyd(way.proxy, "confirm", code=69)
+    assert (await tproxyd(way.proxy, "apply", "-c", str(way.file(CONFIG)))).stdout.startswith("nothing to change")
+    await tproxyd(way.proxy, "revert")
+    assert await way.proxy.dump() == before
+
+
+@pytest.mark.parametrize("way", ["gateway v4"], indirect=True)
+async def test_revert_while_a_change_waits_is_the_last_word(way: Way) -> None:
+    before = await way.proxy.dump()
+    await tproxyd(way.proxy, "apply", "-c", str(way.file(OTHER)))
+    async with waiting(way.proxy, way.file(CONFIG), 60) as process:
+        done = await tproxyd(way.proxy, "revert")
+        assert "delete table inet tproxyd" in done.stdout
+        assert f"pid {process.pid} waited for its change to be confirmed, and ends" in done.stderr
+        assert await process.wait() == 1
+    assert "`tproxyd revert` has removed everything meanwhile" in process.stderr_text
+    assert await way.proxy.dump() == before
+
+
+@pytest.mark.parametrize("way", ["gateway v4"], indirect=True)
+async def test_what_others_changed_meanwhile_is_taken_back_or_said(way: Way) -> None:
+    node = way.proxy
+    await tproxyd(node, "apply", "-c", str(way.file(OTHER)))
+    before = await node.dump()
+    elsewhere = CONFIG + "[routing]\ntable = 200\n"
+    async with waiting(node, way.file(elsewhere), 60) as process:
+        await node.run("nft", "flush", "ruleset")
+        await node.run("ip", "-4", "rule", "flush", "protocol", "133")
+        process.send_signal(signal.SIGTERM)
+        assert await process.wait() == 1
+    assert await node.dump() == before
+    async with waiting(node, way.file(elsewhere), 60) as process:
+        # Where ours has to be again.
+        await node.run("ip", "-4", "route", "add", "local", "default", "dev", "lo", "table", "133")
+        stays = await node.dump()
+        process.send_signal(signal.SIGTERM)
+        assert await process.wait() == 71
+    assert "could not be taken back, and stays: cannot add the IPv4 local route to table 133" in process.stderr_text
+    assert await node.dump() == stays
+
+
+@pytest.mark.parametrize("way", ["gateway v4"], indirect=True)
+async def test_on_a_terminal_the_seconds_count_down_and_a_lost_one_does_not_stop_them(way: Way) -> None:
+    """Typed yes; then the other end of the terminal is closed, as by a connection that breaks off."""
+    node, command = way.proxy, (*TPROXYD, "apply", "-c", str(way.file(CONFIG)), "--confirm", "3")
+    before = await node.dump()
+    for answer in (b"yes\n", b""):
+        ours, theirs = pty.openpty()
+        # A session of its own, whose terminal this is: SIGHUP comes from the kernel when it is gone.
+        session = ("setsid", "--ctty", "--wait", *command)
+        try:
+            async with node.process(*session, stdin=theirs, stdout=theirs, stderr=theirs) as process:
+                os.close(theirs)
+                said = b""
+                while b"  2 s to confirm" not in said:
+                    await trio.lowlevel.wait_readable(ours)
+                    said += os.read(ours, 4096)
+                assert b"\rtproxyd:   3 s to confirm" in said
+                if answer:
+                    os.write(ours, answer)
+                    assert await process.wait() == 0
+                    assert await node.dump() != before
+                    await tproxyd(node, "revert")
+                else:
+                    os.close(ours)
+                    ours = -1
+                    with trio.fail_after(15):
+                        await process.wait()
+        finally:
+            if ours >= 0:
+                os.close(ours)
+        with trio.move_on_after(10):
+            while await node.dump() != before:
+                await trio.sleep(0.1)
+        assert await node.dump() == before

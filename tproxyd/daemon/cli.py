@@ -9,6 +9,7 @@ import argparse
 import logging
 import os
 import platform
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,8 +20,9 @@ from tproxyd.errors import TproxydError, UsageError
 __all__ = ["entry", "main"]
 
 # Promised for later versions: refused by name, not mistaken for a typing error.
-_LATER_VERBS = ("confirm", "connections", "doctor", "drain", "explain", "handover", "reload", "top")
-_LATER_OPTIONS = ("--after-exit", "--confirm", "--name")
+_LATER_VERBS = ("connections", "doctor", "drain", "explain", "handover", "reload", "top")
+_LATER_OPTIONS = ("--after-exit", "--name")
+_DAY = 24 * 3600
 
 
 def entry() -> NoReturn:
@@ -128,11 +130,24 @@ def _make_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="with --diff: compare with the plan of this configuration instead of the kernel; needs no root",
     )
-    add("apply", "put the kernel state there for any transparent listener on the port")
+    apply = add("apply", "put the kernel state there for any transparent listener on the port")
+    apply.add_argument(
+        "--confirm",
+        type=_seconds,
+        metavar="SECONDS",
+        help="take it back unless `yes` is typed, or `tproxyd confirm` elsewhere, within so many seconds",
+    )
+    add("confirm", "confirm the change of an `apply --confirm` that waits", config=False)
     status = add("status", "compare what is planned with what the kernel holds; say who serves, and what lives")
     status.add_argument("--json", action="store_true", help="the same for programs")
     add("revert", "remove all kernel state that is tproxyd's, and nothing else", config=False)
     return parser
+
+
+def _seconds(text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,5}", text) or not 1 <= int(text) <= _DAY:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of seconds from 1 to {_DAY}")
+    return int(text)
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -149,6 +164,10 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def _dispatch(options: argparse.Namespace) -> int:
+    if options.verb == "confirm":
+        from tproxyd.daemon import confirm
+
+        return confirm.confirm()
     if options.verb == "revert":
         from tproxyd.daemon import apply_revert
 
@@ -182,7 +201,7 @@ def _dispatch(options: argparse.Namespace) -> int:
         case "apply":
             from tproxyd.daemon import apply_revert
 
-            return apply_revert.apply(config)
+            return apply_revert.apply(config, seconds=options.confirm)
         case "run":
             from tproxyd.daemon import run
 

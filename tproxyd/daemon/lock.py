@@ -14,7 +14,7 @@ import errno
 import os
 import socket
 import struct
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import trio
@@ -22,7 +22,16 @@ import trio
 from tproxyd.errors import KernelError, TproxydError
 from tproxyd.net.proc_net import unix_name_holder
 
-__all__ = ["Orders", "ServedError", "UnknownOrderError", "lock_holder", "namespace_lock", "send_order", "serve_orders"]
+__all__ = [
+    "Orders",
+    "ServedError",
+    "UnknownOrderError",
+    "lock_holder",
+    "namespace_lock",
+    "reverted",
+    "send_order",
+    "serve_orders",
+]
 
 _NAME = "tproxyd"
 _LONGEST = 64  # bytes of an order
@@ -122,6 +131,11 @@ def send_order(order: str) -> str | None:
     if kind == "error":
         raise KernelError(f"{lock_holder() or 'the daemon'} refuses: {text}")
     return text if kind == "ok" else None
+
+
+def reverted(removed: Iterable[object], remark: str) -> str:
+    """The answer to the order `revert`: what was removed, and what that means for who answers."""
+    return "\n".join(map(str, removed)) + f"\n\npid {os.getpid()} {remark}"
 
 
 def _is_trusted(sock: socket.socket | trio.socket.SocketType) -> bool:

@@ -17,7 +17,7 @@ import trio
 
 from tproxyd import __version__
 from tproxyd.config import Config
-from tproxyd.daemon.lock import Orders, namespace_lock, serve_orders
+from tproxyd.daemon.lock import Orders, namespace_lock, reverted, serve_orders
 from tproxyd.daemon.logs import LineWriter, access_format, encode_line, set_up_logging
 from tproxyd.daemon.planned import session_ports
 from tproxyd.daemon.status import tell_serving
@@ -86,7 +86,7 @@ async def _revert(interceptor: Interceptor) -> str:
     _log.warning(
         "`tproxyd revert` has removed all kernel state: nothing is captured from now on; restart or stop this daemon"
     )
-    return "\n".join(map(str, removed))
+    return reverted(removed, "serves this network namespace and captures nothing from now on; restart or stop it")
 
 
 @asynccontextmanager

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -18,11 +19,13 @@ from tproxyd.config import Config
 from tproxyd.daemon.lock import lock_holder, send_order
 from tproxyd.daemon.planned import DIFFERENT, compare
 from tproxyd.errors import KernelError
-from tproxyd.interceptor import Interceptor
 from tproxyd.kernel import Change
 from tproxyd.net.capabilities import require_capabilities
 from tproxyd.net.sockets import format_address
 from tproxyd.plan import STATE, is_owned
+
+if TYPE_CHECKING:
+    from tproxyd.interceptor import Interceptor
 
 __all__ = ["Serving", "Waiting", "status", "tell_serving", "tell_waiting"]
 
