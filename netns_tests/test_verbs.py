@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import pty
@@ -18,8 +19,9 @@ import pytest
 import trio
 
 from netns_tests.way import Way
+from tproxyd.kernel import find_ssh_ports
 from tproxyd.net.sockets import format_address
-from tproxyd.testing import Finished, LabProcess, Node, serve_identity
+from tproxyd.testing import Finished, Lab, LabProcess, Node, serve_identity
 from tproxyd.testing.daemon import TPROXYD, open_daemon
 
 CONFIG = '[capture]\nports = ["8080"]\nwhen_down = "refuse"\n'
@@ -179,6 +181,16 @@ async def test_ssh_of_the_host_is_spared_where_only_a_range_captures_it(way: Way
         assert (await tproxyd(node, "plan", "--diff", "-c", file)).stdout == SAME
     await tproxyd(node, "revert")
     assert await node.dump() == before
+
+
+async def test_where_ssh_is_looked_for(sidecar_lab: Lab) -> None:
+    """Port 22 of anybody, an SSH server's own ports, and neither of both on loopback, from where nothing is captured."""
+    host = sidecar_lab["host"]
+    async with host.listen("127.0.0.1", 22), host.listen("::1", 22), host.listen("0.0.0.0", 2200):
+        assert host.call(find_ssh_ports) == set()
+        async with host.listen(host.v6, 22), serve_ssh(host):
+            assert host.call(find_ssh_ports) == {22, 2222}
+    assert host.call(find_ssh_ports) == set()
 
 
 @pytest.mark.parametrize("way", ["sidecar v4"], indirect=True)
@@ -508,3 +520,24 @@ async def test_on_a_terminal_the_seconds_count_down_and_a_lost_one_does_not_stop
             while await node.dump() != before:
                 await trio.sleep(0.1)
         assert await node.dump() == before
+
+
+@pytest.mark.parametrize("way", ["gateway v4"], indirect=True)
+async def test_an_output_that_takes_nothing_does_not_stop_the_clock(way: Way) -> None:
+    """As a terminal after Ctrl-S, or one whose connection is dead."""
+    node, command = way.proxy, (*TPROXYD, "apply", "-c", str(way.file(CONFIG)), "--confirm", "1")
+    before = await node.dump()
+    read_end, write_end = os.pipe()
+    try:
+        size = fcntl.fcntl(write_end, fcntl.F_GETPIPE_SZ)
+        os.write(write_end, bytes(size))
+        async with node.process(*command, stdout=write_end, stderr=write_end):
+            with trio.fail_after(15):
+                while await node.dump() == before:
+                    await trio.sleep(0.02)
+            with trio.fail_after(15):
+                while await node.dump() != before:
+                    await trio.sleep(0.02)
+    finally:
+        os.close(read_end)
+        os.close(write_end)
