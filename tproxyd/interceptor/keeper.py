@@ -10,6 +10,7 @@ import logging
 import socket
 import time
 from collections import Counter, defaultdict, deque
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from functools import partial
 
@@ -19,7 +20,7 @@ from tproxyd import kernel
 from tproxyd.config import Config
 from tproxyd.errors import MissingError, TproxydError
 from tproxyd.interceptor.threads import in_thread
-from tproxyd.plan import Plan, Surroundings, make_plan
+from tproxyd.plan import Marks, Plan, Surroundings, make_plan
 
 __all__ = ["KINDS", "Keeper"]
 
@@ -41,12 +42,14 @@ class Keeper:
     """Made in a thread of the namespace that it keeps. `put` first, then `watch` as a task, `leave` at the end, and `close`.
 
     `repairs` counts what others have changed and this has put right, by kind (KINDS); `trouble` says what cannot be put right, if anything.
+    `ssh_ports` are known to the caller, besides those that are found here.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, *, ssh_ports: Iterable[int] = ()) -> None:
         self.repairs: Counter[str] = Counter()
         self._config = config
-        self._surroundings = kernel.look_around()
+        self._ssh_ports = {*kernel.find_ssh_ports(), *ssh_ports}
+        self._surroundings = kernel.look_around(self._ssh_ports)
         self._nft = _own_tables()
         self._owned = isinstance(self._nft, kernel.Library)
         self._stays = False
@@ -65,6 +68,19 @@ class Keeper:
     @property
     def surroundings(self) -> Surroundings:
         return self._surroundings
+
+    @property
+    def capturing(self) -> bool:
+        return self._capturing and not self._left
+
+    @property
+    def marks(self) -> Marks:
+        return self._wanted(self._surroundings).marks
+
+    async def differences(self) -> list[kernel.Change]:
+        """What is otherwise than planned, now. Raises TproxydError."""
+        async with self._lock:
+            return await in_thread(self._compare)
 
     async def put(self) -> None:
         """Makes the kernel hold the plan, capture last; takes over what `tproxyd apply` or a predecessor has left. Raises
@@ -147,13 +163,16 @@ class Keeper:
         is up again, and that is news, too."""
         if self._left or not kernel.is_loopback_up():
             return set()
-        plan = self._wanted(kernel.look_around())
-        return {change.kind for change in kernel.differences(plan, kernel.observe(self._nft), self._nft)}
+        return {change.kind for change in self._compare()}
+
+    def _compare(self) -> list[kernel.Change]:
+        plan = self._wanted(kernel.look_around(self._ssh_ports))
+        return kernel.differences(plan, kernel.observe(self._nft), self._nft)
 
     def _apply(self) -> None:
         if self._left or not kernel.is_loopback_up():
             return
-        surroundings = kernel.look_around()
+        surroundings = kernel.look_around(self._ssh_ports)
         changes = kernel.apply(self._wanted(surroundings), self._nft)
         before, self._surroundings = self._surroundings, surroundings
         if changes:

@@ -12,16 +12,19 @@ from tproxyd.kernel.state import (
     Observed,
     apply,
     differences,
+    expected,
     is_applied,
     is_reverted,
     make_steps,
     observe,
+    planned,
     restore,
     revert,
     revert_steps,
+    sections,
     stop_capture,
 )
-from tproxyd.kernel.surroundings import is_bridge, is_forwarding, is_loopback_up, look_around
+from tproxyd.kernel.surroundings import find_ssh_ports, is_bridge, is_forwarding, is_loopback_up, look_around
 
 __all__ = [
     "Change",
@@ -33,7 +36,9 @@ __all__ = [
     "Program",
     "apply",
     "differences",
+    "expected",
     "find_program",
+    "find_ssh_ports",
     "is_applied",
     "is_bridge",
     "is_forwarding",
@@ -43,8 +48,10 @@ __all__ = [
     "make_steps",
     "nft_version",
     "observe",
+    "planned",
     "restore",
     "revert",
     "revert_steps",
+    "sections",
     "stop_capture",
 ]

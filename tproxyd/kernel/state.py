@@ -10,7 +10,7 @@ Who holds a Library and plans an owned steering table gives that Library to ever
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Literal
 
@@ -29,13 +29,16 @@ __all__ = [
     "Step",
     "apply",
     "differences",
+    "expected",
     "is_applied",
     "is_reverted",
     "make_steps",
     "observe",
+    "planned",
     "restore",
     "revert",
     "revert_steps",
+    "sections",
     "stop_capture",
 ]
 
@@ -75,6 +78,41 @@ class Step(msgspec.Struct, frozen=True):
 def observe(nft: Nft = _PROGRAM) -> Observed:
     """What is ours in this namespace, now. Raises MissingError, CapabilityError or KernelError."""
     return Observed(routing.dump_rules(), routing.dump_routes(), list_tables(nft))
+
+
+def planned(plan: Plan) -> Observed:
+    """What `observe` gives when the kernel holds the plan, but for the words of its tables."""
+    return Observed(
+        tuple(routing.rule_key(rule) for rule in plan.rules),
+        tuple(routing.route_key(route) for route in plan.routes),
+        plan.tables,
+    )
+
+
+def expected(plan: Plan, observed: Observed, nft: Nft = _PROGRAM) -> Observed:
+    """The same, in the words in which nft lists the tables here, as far as it can be asked for them (see `_changed_tables`)."""
+    tables = plan.tables
+    if any(name in observed.tables for name in _unlike(tables, observed.tables)):
+        with suppress(TproxydError):
+            tables = {**tables, **spelled(plan.ruleset, nft)}
+    unlike = _unlike(tables, observed.tables)
+    return msgspec.structs.replace(
+        planned(plan), tables={name: tables[name] if name in unlike else observed.tables[name] for name in tables}
+    )
+
+
+def sections(state: Observed) -> dict[str, list[str]]:
+    """A state as text, to be shown and compared. Rules and routes are sorted: the order in which they were made means nothing."""
+    return {
+        "local routes": [
+            f"ip -{family} route local default dev lo table {table}" for family, table in sorted(state.routes)
+        ],
+        "ip rules": [
+            f"ip -{key[0]} rule {routing.describe_rule(key).partition(' ')[2]}"
+            for key in sorted(state.rules, key=lambda key: (key[:2], str(key)))
+        ],
+        **{f"table inet {name}": text.rstrip("\n").split("\n") for name, text in sorted(state.tables.items())},
+    }
 
 
 def is_applied(nft: Nft = _PROGRAM) -> bool:
@@ -151,12 +189,7 @@ def make_steps(plan: Plan, observed: Observed, nft: Nft = _PROGRAM, *, unsure: b
 
     `unsure` is whether a table counts as changed of which it cannot be told (see `_changed_tables`).
     """
-    wanted = Observed(
-        tuple(routing.rule_key(rule) for rule in plan.rules),
-        tuple(routing.route_key(route) for route in plan.routes),
-        plan.tables,
-    )
-    return _steps(wanted, observed, _changed_tables(plan, observed, nft, unsure=unsure), nft)
+    return _steps(planned(plan), observed, _changed_tables(plan, observed, nft, unsure=unsure), nft)
 
 
 def _steps(wanted: Observed, observed: Observed, changed: list[str], nft: Nft) -> list[Step]:

@@ -7,23 +7,37 @@ import errno
 import fcntl
 import socket
 import struct
+from collections.abc import Iterable
 from pathlib import Path
 
+from tproxyd.net.proc_net import listening_ports
 from tproxyd.plan import Family, Surroundings
 
 __all__ = ["is_bridge", "is_forwarding", "is_loopback_up", "look_around"]
 
 _SIOCGIFFLAGS, _IFF_UP = 0x8913, 1  # linux/sockios.h, linux/if.h
 _SIOCETHTOOL, _ETHTOOL_GDRVINFO = 0x8946, 3  # linux/sockios.h, linux/ethtool.h
+__all__ = ["find_ssh_ports", "is_loopback_up", "look_around"]
+
+_SIOCGIFFLAGS, _IFF_UP = 0x8913, 1  # linux/sockios.h, linux/if.h
+_SSH_PORT, _SSH_SERVERS = 22, ("sshd", "dropbear")
 _BRIDGE = Path("/proc/sys/net/bridge")
 
 
-def look_around() -> Surroundings:
-    """The surroundings of the calling process's network namespace, as they are now."""
+def look_around(ssh_ports: Iterable[int] = ()) -> Surroundings:
+    """The surroundings of the calling process's network namespace, as they are now, with these SSH ports: to find them takes a look at
+    every process, and a plan that changed with them would look like somebody's doing."""
     bridged = any(_read(_BRIDGE / name) == "1" for name in ("bridge-nf-call-iptables", "bridge-nf-call-ip6tables"))
     sockets = _socket_families()
     off = 6 not in sockets or _read(Path("/proc/sys/net/ipv6/conf/lo/disable_ipv6")) != "0"
-    return Surroundings(families=(4,) if off else (4, 6), sockets=sockets, bridge_netfilter=bridged)
+    return Surroundings(
+        families=(4,) if off else (4, 6), sockets=sockets, bridge_netfilter=bridged, ssh_ports=tuple(sorted(ssh_ports))
+    )
+
+
+def find_ssh_ports() -> set[int]:
+    """Where SSH of this namespace is served: port 22 if something listens there, and where an SSH server does whose files may be seen."""
+    return listening_ports(_SSH_SERVERS) | (listening_ports() & {_SSH_PORT})
 
 
 def is_forwarding() -> bool:

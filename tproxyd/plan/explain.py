@@ -119,7 +119,7 @@ class _Account:
             self.add("prerouting", "(nothing arrives)", True, "this host sends it elsewhere; captured is what arrives")
             return self.bypassed()
         if self.walk(STEERING, "intercept", arrival_rules(self.config, self.surroundings)) is OPENS:
-            chosen = self.walk(STEERING, CAPTURE_CHAIN, capture_rules(self.config))
+            chosen = self.walk(STEERING, CAPTURE_CHAIN, capture_rules(self.config, self.surroundings))
             if chosen is not None and chosen.verdict == "goto take":
                 return self.selected()
             if chosen is None:
@@ -187,7 +187,9 @@ class _Account:
         """Whether the guard's chains select the packet: the same rules, but for what only the steering table lets off."""
         if LOOPBACK.test(self.packet).matches or not OPENS.test(self.packet).matches:
             return False
-        chosen = next((rule for rule in capture_rules(self.config) if rule.test(self.packet).matches), None)
+        chosen = next(
+            (rule for rule in capture_rules(self.config, self.surroundings) if rule.test(self.packet).matches), None
+        )
         return chosen is not None and chosen.verdict == "goto take"
 
     def bypassed(self) -> Explanation:

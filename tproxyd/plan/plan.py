@@ -96,7 +96,7 @@ def make_plan(
     if config.captures:
         tables[STEERING] = steering_table(config, marks, surroundings, owned=owned, capturing=capturing)
         if config.capture.when_down == "refuse":
-            tables[GUARD] = guard_table(config, marks)
+            tables[GUARD] = guard_table(config, marks, surroundings)
         if stays:
             tables[STATE] = state_table()
     return Plan(

@@ -139,7 +139,7 @@ def steering_table(
             f"{_ACK_ONLY} fib daddr type local goto {CAPTURE_CHAIN}"
             ' comment "may answer a SYN cookie of our listener; established connections of others pass tproxy"',
         ),
-        _capture_chain(config) if capturing else _chain(CAPTURE_CHAIN, None),
+        _capture_chain(config, surroundings) if capturing else _chain(CAPTURE_CHAIN, None),
         _chain("take", None, *take_rules(config, marks, families)),
         _chain(
             "stray",
@@ -171,7 +171,7 @@ def steering_table(
     return _table(STEERING, [*sets, *map(_legs_set, _IP)], chains, owned=owned)
 
 
-def guard_table(config: Config, marks: Marks) -> str:
+def guard_table(config: Config, marks: Marks, surroundings: Surroundings) -> str:
     """The table that makes `when_down = "refuse"` true: it resets what the config selects and nobody steered."""
     chains = [
         _chain(
@@ -181,7 +181,7 @@ def guard_table(config: Config, marks: Marks) -> str:
             f'{match_mark(marks.steering)} accept comment "the daemon has taken it"',
             OPENS._replace(why="connections that exist go on"),
         ),
-        _capture_chain(config),
+        _capture_chain(config, surroundings),
         _chain("take", None, GUARD_TAKE),
         _chain(
             "defragment",
@@ -221,8 +221,8 @@ def take_rules(config: Config, marks: Marks, families: Sequence[Family]) -> list
     ]
 
 
-def _capture_chain(config: Config) -> str:
-    return _chain(CAPTURE_CHAIN, None, *capture_rules(config))
+def _capture_chain(config: Config, surroundings: Surroundings) -> str:
+    return _chain(CAPTURE_CHAIN, None, *capture_rules(config, surroundings))
 
 
 def _leg(ip: str, ours: str, theirs: str) -> str:

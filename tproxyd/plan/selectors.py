@@ -23,6 +23,7 @@ from tproxyd.plan.sets import (
     relayed_sets,
     special_sets,
 )
+from tproxyd.plan.ssh import SPARED, nft_ports, spared_ports
 
 __all__ = [
     "CAPTURE_CHAIN",
@@ -167,11 +168,12 @@ def foreign_ports(config: Config) -> list[Selector]:
     ]
 
 
-def capture_rules(config: Config) -> list[Selector]:
+def capture_rules(config: Config, surroundings: Surroundings) -> list[Selector]:
     """Whether the configuration selects a packet that opens a connection: `goto take` is yes; `return`, or the list's end, is no."""
     capture = config.capture
     sets = {one.name: one for one in capture_sets(config)}
-    rules: list[Selector] = []
+    spared = spared_ports(config, surroundings)
+    rules = [_spare(spared)] if spared else []
 
     def leave(match: str, why: str, test: Callable[[Packet], Finding]) -> None:
         rules.append(Selector(match, "return", why, test))
@@ -235,6 +237,15 @@ def capture_rules(config: Config) -> list[Selector]:
                 Selector("fib daddr type local", "goto take", "an address of this namespace", _of_type("local"))
             )
     return rules
+
+
+def _spare(ports: Sequence[int]) -> Selector:
+    def test(packet: Packet) -> Finding:
+        if packet.port not in ports:
+            return _NOT_ASKED
+        return Finding(packet.destination_type == "local", f"port {packet.port} is where SSH is served")
+
+    return Selector(f"tcp dport {nft_ports(ports)} fib daddr type local", "return", SPARED, test)
 
 
 def special_rules(config: Config, families: Sequence[Family]) -> dict[Family, Selector]:
