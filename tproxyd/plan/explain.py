@@ -59,10 +59,12 @@ class Route(NamedTuple):
 
 
 class Machine(NamedTuple):
-    """What the machine says. `arrives(mark)`: what its routing does with the packet in question, bearing this mark; `leaves(host)`: with
-    a packet of its own to this address; `listening`: whether there is a listener of the packet's family; `capturing`: not so while a
-    daemon drains; `tables`: the names of our
-    tables in the kernel, None if it could not be asked (then they are as planned)."""
+    """What the machine says.
+
+    `arrives(mark)`: what its routing does with the packet in question, bearing this mark; `leaves(host)`: with a packet of its own to
+    this address. `listening`: whether there is a listener of the packet's family. `capturing`: not so while a daemon drains. `tables`:
+    the names of our tables in the kernel; None if it could not be asked, and they are taken to be as planned.
+    """
 
     arrives: Callable[[int], Route]
     leaves: Callable[[str], Route]
@@ -82,8 +84,11 @@ class Stage(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Explanation(msgspec.Struct, frozen=True, kw_only=True):
-    """The whole account. `kernel_rule` is the stage that decided in the kernel, `rule` the name of the policy rule that decided then (None: the
-    default, or it did not come to that), `upstream` where it is connected to, as the client or as the proxy (`upstream_source`); all as in the access log."""
+    """The whole account.
+
+    `kernel_rule` is the stage that decided in the kernel. As in the access log, `rule` is the name of the policy rule that decided then (None:
+    the default, or it did not come to that), and `upstream` where it is connected to; `upstream_source` is as whom.
+    """
 
     outcome: Foreseen
     what: str
