@@ -12,7 +12,7 @@ from tproxyd import kernel
 from tproxyd.config import Config
 from tproxyd.daemon.lock import ServedError, lock_holder, namespace_lock, send_order
 from tproxyd.net.capabilities import require_capabilities
-from tproxyd.plan import make_plan
+from tproxyd.plan import UNOWNED_BYPASS, make_plan
 
 __all__ = ["apply", "revert"]
 
@@ -29,6 +29,8 @@ def apply(config: Config) -> int:
         error.exit_code = 1  # the contract's: apply did nothing, because a daemon serves here
         raise
     _tell(changes, nothing="nothing to change: the kernel holds the plan")
+    if UNOWNED_BYPASS in plan.losses:
+        print(f"tproxyd: warning: {UNOWNED_BYPASS}", file=sys.stderr)
     return os.EX_OK
 
 

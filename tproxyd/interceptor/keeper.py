@@ -47,7 +47,7 @@ class Keeper:
         self.repairs: Counter[str] = Counter()
         self._config = config
         self._surroundings = kernel.look_around()
-        self._nft = _own_tables()
+        self._nft = _own_tables(config)
         self._owned = isinstance(self._nft, kernel.Library)
         self._stays = False
         self._capturing = True
@@ -203,11 +203,16 @@ class Keeper:
         return any(fnmatchcase(name, pattern) for pattern in (*capture.interfaces, *capture.exclude_interfaces))
 
 
-def _own_tables() -> kernel.Nft:
-    """A library that owns the steering table, or the program where there is none."""
+def _own_tables(config: Config) -> kernel.Nft:
+    """A library that owns the steering table, or the program where there is none; MissingError where only ownership will do."""
     try:
         return kernel.Library()
     except MissingError as error:
+        if config.redirects and config.capture.when_down == "bypass":
+            raise MissingError(
+                f'{error}; without it the rules of capture.mode = "redirect" would outlive the daemon, and clients be refused: else set '
+                'when_down = "refuse"'
+            ) from error
         _log.warning(
             "%s; without it another program's `nft flush ruleset` interrupts connections until it is repaired", error
         )

@@ -6,7 +6,7 @@ The text that is shown is the text that is applied.
 """
 
 from tproxyd.plan.model import Family, LocalRoute, Marks, Plan, Rule, Surroundings
-from tproxyd.plan.plan import PROTOCOL, SUPPORTED_MARKS, make_plan
+from tproxyd.plan.plan import PROTOCOL, SUPPORTED_MARKS, UNOWNED_BYPASS, make_plan
 from tproxyd.plan.render import FORMATS, render
 from tproxyd.plan.ruleset import STATE, is_owned, remove_tables
 
@@ -15,6 +15,7 @@ __all__ = [
     "PROTOCOL",
     "STATE",
     "SUPPORTED_MARKS",
+    "UNOWNED_BYPASS",
     "Family",
     "LocalRoute",
     "Marks",

@@ -17,6 +17,8 @@ Only a SYN is captured there, so connections that existed before, through the ho
 begin a connection is the answer to a SYN cookie, an ACK that belongs to no socket. It is looked for after NAT (`cookie`), because
 before NAT a packet of somebody's masqueraded connection looks the same. Forwarded traffic cannot be told apart at all (its
 sockets are elsewhere), therefore a captured connection to a foreign address cannot be made by a SYN cookie.
+
+In redirect mode `take` only marks a SYN; then comes conntrack, NAT (`divert`) and the end of the mark (`unmark`). See `redirecting_table`.
 """
 
 from __future__ import annotations
@@ -33,10 +35,12 @@ __all__ = [
     "CAPTURE_CHAIN",
     "GUARD",
     "LISTEN_ADDRESS",
+    "LISTEN_EVERYWHERE",
     "STATE",
     "STEERING",
     "guard_table",
     "is_owned",
+    "redirecting_table",
     "remove_tables",
     "state_table",
     "steering_table",
@@ -52,6 +56,9 @@ LISTEN_ADDRESS: dict[Family, str] = {4: "127.0.0.1", 6: "::1"}
 """Loopback, so that the network cannot reach the listener's port (but for IPv4 where route_localnet is on); the statement names
 the very address."""
 
+LISTEN_EVERYWHERE: dict[Family, str] = {4: "0.0.0.0", 6: "::"}  # noqa: S104  # what arrives there directly is closed
+"""For redirect mode: NAT gives a connection an address of the interface that it came in on."""
+
 _TPROXY: dict[Family, str] = {
     4: f"meta nfproto ipv4 meta l4proto tcp tproxy ip to {LISTEN_ADDRESS[4]}",
     6: f"meta nfproto ipv6 meta l4proto tcp tproxy ip6 to [{LISTEN_ADDRESS[6]}]",
@@ -63,6 +70,7 @@ _IP: dict[Family, str] = {4: "ip", 6: "ip6"}
 _OWNED = "\tflags owner\n"
 _OPENS = "tcp flags syn / fin,syn,rst,ack"
 _ACK_ONLY = "tcp flags ack / fin,syn,rst,ack"
+_SPECIAL = "loopback, link-local, metadata, multicast or mapped: never relayed (policy.allow_special)"
 
 
 def transaction(tables: Mapping[str, str]) -> str:
@@ -143,8 +151,7 @@ def steering_table(
             "take",
             None,
             *(
-                f"{_OPENS} {match} {tproxy[family]} counter reject with tcp reset"
-                ' comment "loopback, link-local, metadata, multicast or mapped: never relayed (policy.allow_special)"'
+                f'{_OPENS} {match} {tproxy[family]} counter reject with tcp reset comment "{_SPECIAL}"'
                 for family, match in _special_matches(config).items()
                 if family in families
             ),
@@ -187,14 +194,61 @@ def steering_table(
     return _table(STEERING, [*_sets(config), *_relayed_set(config), *special, *legs], chains, owned=owned)
 
 
+def redirecting_table(
+    config: Config, marks: Marks, surroundings: Surroundings, *, owned: bool = False, capturing: bool = True
+) -> str:
+    """The steering table of redirect mode: what the config selects is marked at priority raw, as in tproxy mode and seen by the same
+    guard, and NAT brings what is marked to the listener. No mark leaves prerouting. Not `capturing`, it does nothing: what lives needs
+    conntrack alone, and that there is a nat chain."""
+    families = surroundings.families
+    steered = _match_mark(marks.steering)
+    chains = [
+        _chain(
+            "intercept",
+            "type filter hook prerouting priority raw; policy accept;",
+            'iif "lo" accept comment "what this host sends to itself is never captured"',
+            f'{_OPENS} goto {CAPTURE_CHAIN} comment "opens a connection: those that exist go on"',
+        ),
+        _capture_chain(config) if capturing else _chain(CAPTURE_CHAIN, None),
+        _chain(
+            "take",
+            None,
+            *(
+                f'meta l4proto tcp {match} counter reject with tcp reset comment "{_SPECIAL}"'
+                for family, match in _special_matches(config).items()
+                if family in families
+            ),
+            *(
+                f"meta nfproto ipv{family} meta mark set {_set_mark(marks.steering)} counter accept"
+                ' comment "new connection: taken by the chain divert"'
+                for family in families
+            ),
+        ),
+        _chain(
+            "divert",
+            "type nat hook prerouting priority dstnat - 5; policy accept;",
+            f"{steered} meta l4proto tcp redirect to :{config.listen.port}"
+            ' comment "to our listener; before the NAT of others, which would change where it was going"',
+        ),
+        _chain(
+            "unmark",
+            "type filter hook prerouting priority dstnat + 2; policy accept;",
+            f"{steered} meta mark set meta mark & 0x{0xFFFFFFFF & ~marks.steering.mask:08x}"
+            ' comment "the mark has done its work: nobody else is to see it"',
+        ),
+    ]
+    return _table(STEERING, [*_sets(config), *_special_sets(config, families)], chains, owned=owned)
+
+
 def guard_table(config: Config, marks: Marks) -> str:
     """The table that makes `when_down = "refuse"` true: it resets what the config selects and nobody steered."""
+    steered = _match_mark(marks.steering)
     chains = [
         _chain(
             "guard",
             "type filter hook prerouting priority raw + 1; policy accept;",
             'iif "lo" accept comment "what this host sends to itself is never captured"',
-            f'{_match_mark(marks.steering)} accept comment "the daemon has taken it"',
+            f'{steered} accept comment "the daemon has taken it"',
             f'{_OPENS} goto {CAPTURE_CHAIN} comment "connections that exist go on"',
         ),
         _capture_chain(config),
@@ -203,13 +257,30 @@ def guard_table(config: Config, marks: Marks) -> str:
             None,
             'meta l4proto tcp counter reject with tcp reset comment "selected, but no daemon took it: refused at once (when_down)"',
         ),
+        *(
+            [
+                _chain(
+                    "missed",
+                    "type filter hook prerouting priority dstnat + 1; policy accept;",
+                    f'{steered} tcp dport {config.listen.port} fib daddr type local accept comment "with the daemon\'s listener"',
+                    f"{steered} meta l4proto tcp counter reject with tcp reset"
+                    ' comment "taken, but not brought to the listener: the NAT of others came first"',
+                )
+            ]
+            if config.redirects
+            else []
+        ),
         _chain(
             "defragment",
             None,
             *(
-                f'{statement}:{config.listen.port} comment "never reached; that it is there makes the kernel put fragments '
+                f'{statement} comment "never reached; that it is there makes the kernel put fragments '
                 'together first, so that a SYN in two pieces is seen"'
-                for statement in _TPROXY.values()
+                for statement in (
+                    ["ct state new"]
+                    if config.redirects
+                    else [f"{tproxy}:{config.listen.port}" for tproxy in _TPROXY.values()]
+                )
             ),
         ),
     ]
