@@ -106,8 +106,9 @@ def make_plan(
     if config.captures:
         make_table = redirecting_table if config.redirects else steering_table
         tables[STEERING] = make_table(config, marks, surroundings, owned=owned, capturing=capturing)
-        if config.capture.when_down == "refuse":
-            tables[GUARD] = guard_table(config, marks)
+        guard = guard_table(config, marks)
+        if guard is not None:
+            tables[GUARD] = guard
         if stays:
             tables[STATE] = state_table()
     return Plan(

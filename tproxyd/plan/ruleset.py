@@ -240,15 +240,29 @@ def redirecting_table(
     return _table(STEERING, [*_sets(config), *_special_sets(config, families)], chains, owned=owned)
 
 
-def guard_table(config: Config, marks: Marks) -> str:
-    """The table that makes `when_down = "refuse"` true: it resets what the config selects and nobody steered."""
-    steered = _match_mark(marks.steering)
-    chains = [
+def guard_table(config: Config, marks: Marks) -> str | None:
+    """The table that a dead daemon leaves behind; None if there need not be one.
+
+    It makes `when_down = "refuse"` true: it resets what the config selects and nobody steered. In redirect mode it also keeps NAT at work,
+    without which the last words of the daemon's sockets would not reach its clients.
+    """
+    refuses = config.capture.when_down == "refuse"
+    if config.redirects:
+        chains = [*(_refusing_chains(config, marks) if refuses else []), *_nat_chains(config, marks, refuses=refuses)]
+    elif refuses:
+        chains = [*_refusing_chains(config, marks), _defragment_chain(config)]
+    else:
+        return None
+    return _table(GUARD, _sets(config) if refuses else [], chains)
+
+
+def _refusing_chains(config: Config, marks: Marks) -> list[str]:
+    return [
         _chain(
             "guard",
             "type filter hook prerouting priority raw + 1; policy accept;",
             'iif "lo" accept comment "what this host sends to itself is never captured"',
-            f'{steered} accept comment "the daemon has taken it"',
+            f'{_match_mark(marks.steering)} accept comment "the daemon has taken it"',
             f'{_OPENS} goto {CAPTURE_CHAIN} comment "connections that exist go on"',
         ),
         _capture_chain(config),
@@ -257,34 +271,37 @@ def guard_table(config: Config, marks: Marks) -> str:
             None,
             'meta l4proto tcp counter reject with tcp reset comment "selected, but no daemon took it: refused at once (when_down)"',
         ),
-        *(
-            [
-                _chain(
-                    "missed",
-                    "type filter hook prerouting priority dstnat + 1; policy accept;",
-                    f'{steered} tcp dport {config.listen.port} fib daddr type local accept comment "with the daemon\'s listener"',
-                    f"{steered} meta l4proto tcp counter reject with tcp reset"
-                    ' comment "taken, but not brought to the listener: the NAT of others came first"',
-                )
-            ]
-            if config.redirects
-            else []
-        ),
-        _chain(
-            "defragment",
-            None,
-            *(
-                f'{statement} comment "never reached; that it is there makes the kernel put fragments '
-                'together first, so that a SYN in two pieces is seen"'
-                for statement in (
-                    ["ct state new"]
-                    if config.redirects
-                    else [f"{tproxy}:{config.listen.port}" for tproxy in _TPROXY.values()]
-                )
-            ),
-        ),
     ]
-    return _table(GUARD, _sets(config), chains)
+
+
+def _defragment_chain(config: Config) -> str:
+    return _chain(
+        "defragment",
+        None,
+        *(
+            f'{statement}:{config.listen.port} comment "never reached; that it is there makes the kernel put fragments '
+            'together first, so that a SYN in two pieces is seen"'
+            for statement in _TPROXY.values()
+        ),
+    )
+
+
+def _nat_chains(config: Config, marks: Marks, *, refuses: bool) -> list[str]:
+    steered = _match_mark(marks.steering)
+    missed = _chain(
+        "missed",
+        "type filter hook prerouting priority dstnat + 1; policy accept;",
+        f'{steered} tcp dport {config.listen.port} fib daddr type local accept comment "with the daemon\'s listener"',
+        f"{steered} meta l4proto tcp counter reject with tcp reset"
+        ' comment "taken, but not brought to the listener: the NAT of others came first"',
+    )
+    # `ct`, because a nat chain alone does not switch conntrack on. Which also puts fragments together.
+    keep = _chain(
+        "keep",
+        "type nat hook prerouting priority dstnat; policy accept;",
+        'ct state new accept comment "changes nothing; that it is there keeps NAT at work for what a dead daemon still has to say"',
+    )
+    return [missed, keep] if refuses else [keep]
 
 
 def state_table() -> str:

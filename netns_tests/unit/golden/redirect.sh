@@ -96,6 +96,13 @@ table inet tproxyd {
 	}
 }
 
+table inet tproxyd_guard {
+	chain keep {
+		type nat hook prerouting priority dstnat; policy accept;
+		ct state new accept comment "changes nothing; that it is there keeps NAT at work for what a dead daemon still has to say"
+	}
+}
+
 table inet tproxyd_state {
 	comment "put there by tproxyd apply: stays when a daemon stops, until tproxyd revert"
 }
