@@ -10,6 +10,8 @@ import json
 import signal
 import socket
 import struct
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -37,6 +39,7 @@ from tproxyd.testing.daemon import TPROXYD, open_daemon
 
 CONFIG = '[capture]\nports = ["8080"]\n'
 ALL_PORTS = '[capture]\nports = "all"\n'
+_BRIDGE = Path("/proc/sys/net/bridge")
 FOREIGN = {"v4": "203.0.113.9", "v6": "2001:db8:f::9"}
 
 
@@ -234,10 +237,9 @@ async def test_38_a_conntrack_table_that_takes_no_more_hurts_no_intercepted_conn
                 await echoes(stream)
 
 
-@pytest.mark.parametrize("when_down", ["bypass", "refuse"])
-@pytest.mark.parametrize("bridge_netfilter", ["0", "1"])
-async def test_clients_behind_a_bridge_never_hang(nursery: trio.Nursery, bridge_netfilter: str, when_down: str) -> None:
-    """As containers are. With br_netfilter on they cannot be captured: then they are told, and so is the administrator."""
+@asynccontextmanager
+async def open_bridged_lab(bridge_netfilter: str) -> AsyncIterator[Lab]:
+    """A gateway whose clients are behind a bridge, with br_netfilter (where the kernel has it) on, "1", or off."""
     bridged = Topology(
         links=(
             Link("gateway:port", "client:eth0"),
@@ -247,8 +249,8 @@ async def test_clients_behind_a_bridge_never_hang(nursery: trio.Nursery, bridge_
         routes=(Route("server", "0.0.0.0/0", "198.51.100.1"), Route("server", "::/0", "2001:db8:2::1")),
         forwarding=("gateway",),
     )
-    async with open_lab(bridged) as lab, trio.open_nursery() as serving:
-        gateway, client, server = lab["gateway"], lab["client"], lab["server"]
+    async with open_lab(bridged) as lab:
+        gateway, client = lab["gateway"], lab["client"]
         for command in (
             "link add br0 type bridge",
             "link set port master br0",
@@ -259,11 +261,19 @@ async def test_clients_behind_a_bridge_never_hang(nursery: trio.Nursery, bridge_
             await gateway.run("ip", *command.split())
         await client.run("ip", "route", "add", "default", "via", "192.0.2.1")
         await client.run("ip", "-6", "route", "add", "default", "via", "2001:db8:1::1")
-        has_it = gateway.call(lambda: Path("/proc/sys/net/bridge").exists())
-        captured = not (has_it and bridge_netfilter == "1")
-        if has_it:
+        if gateway.call(_BRIDGE.exists):
             for tables in ("iptables", "ip6tables"):
                 gateway.set_sysctl(f"net/bridge/bridge-nf-call-{tables}", bridge_netfilter)
+        yield lab
+
+
+@pytest.mark.parametrize("when_down", ["bypass", "refuse"])
+@pytest.mark.parametrize("bridge_netfilter", ["0", "1"])
+async def test_clients_behind_a_bridge_never_hang(nursery: trio.Nursery, bridge_netfilter: str, when_down: str) -> None:
+    """As containers are. With br_netfilter on they cannot be captured: then they are told, and so is the administrator."""
+    async with open_bridged_lab(bridge_netfilter) as lab, trio.open_nursery() as serving:
+        gateway, client, server = lab["gateway"], lab["client"], lab["server"]
+        captured = not (gateway.call(_BRIDGE.exists) and bridge_netfilter == "1")
         await serving.start(serve_identity, server, 8080)
         await until_it_forwards(client, server)
         async with open_daemon(gateway, f'{CONFIG}when_down = "{when_down}"\n') as daemon:
@@ -384,11 +394,14 @@ def send_syn_in_two_fragments(source: str, destination: str, port: int) -> None:
             raw.sendto(header + ends + data, (destination, 0))
 
 
-async def test_05_a_syn_in_two_fragments_does_not_slip_past_the_guard(gateway_lab: Lab, tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", ["tproxy", "redirect"])
+async def test_05_a_syn_in_two_fragments_does_not_slip_past_the_guard(
+    gateway_lab: Lab, tmp_path: Path, mode: str
+) -> None:
     """The guard alone, as it is once the steering table is gone."""
     gateway, client, server = gateway_lab["gateway"], gateway_lab["client"], gateway_lab["server"]
     file = tmp_path / "tproxyd.toml"
-    file.write_text(f'{CONFIG}when_down = "refuse"\n')
+    file.write_text(f'{CONFIG}mode = "{mode}"\nwhen_down = "refuse"\n')
     await load(
         server,
         "type filter hook prerouting priority -500;",

@@ -28,6 +28,7 @@ from tproxyd.plan import (
     FORMATS,
     PROTOCOL,
     SUPPORTED_MARKS,
+    UNOWNED_BYPASS,
     Family,
     LocalRoute,
     Marks,
@@ -43,7 +44,7 @@ from tproxyd.plan import (
 GOLDEN = Path(__file__).parent / "golden"
 NAMES = sorted(file.stem for file in GOLDEN.glob("*.toml"))
 ENDINGS = {"text": ".txt", "nft": ".nft", "shell": ".sh", "json": ".json"}
-EVERY_FORMAT = ("two-lines", "everything", "nothing")  # the others differ in the ruleset alone
+EVERY_FORMAT = ("two-lines", "everything", "nothing", "redirect")  # the others differ in the ruleset alone
 
 TWO_LINES = config_from_mapping({"capture": {"ports": ["8080"]}})
 EVERYTHING = load_config(GOLDEN / "everything.toml")
@@ -141,7 +142,7 @@ def test_every_nft_rule_says_why_it_is_there(name: str) -> None:
         ]
         assert rules or re.search(r'^\tcomment "[^"]+"$', table, re.M)
         for rule in rules:
-            assert rule.startswith("\t\ttype filter hook ") or re.search(r' comment "[^"]{4,127}"$', rule), rule
+            assert re.match(r"\t\ttype (filter|nat) hook ", rule) or re.search(r' comment "[^"]{4,127}"$', rule), rule
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -168,6 +169,28 @@ def test_what_of_the_plan_follows_from_the_configuration() -> None:
     assert list(make_plan(TWO_LINES, stays=False).tables) == ["tproxyd"]
     assert plan.capture_off == make_plan(TWO_LINES).capture_off
     assert plan.capture_off.endswith("flush chain inet tproxyd capture\n")
+
+
+def test_redirect_mode_needs_nothing_of_tproxy_and_says_what_it_loses() -> None:
+    plan = make_plan(load_config(GOLDEN / "redirect-everything.toml"))
+    assert plan.listen == (("0.0.0.0", 15099), ("::", 15099))  # where NAT finds them
+    assert (plan.routes, plan.rules, plan.sysctls) == ((), (), {})
+    for word in ("tproxy ", "socket ", "notrack"):
+        assert word not in plan.ruleset.replace("inet tproxyd", "")
+    # As in tproxy mode: the same selectors, and the same switch.
+    for name in ("capture", "guard"):
+        (chain,) = re.findall(rf"\tchain {name} .*?\n\t\}}\n", plan.tables["tproxyd_guard"], re.S)
+        assert chain in make_plan(EVERYTHING).tables["tproxyd_guard"]
+    assert plan.capture_off == make_plan(EVERYTHING).capture_off
+    assert make_plan(EVERYTHING).losses == ()
+    assert "\n".join(f"# - {loss}" for loss in plan.losses) in render(plan, "text")
+    # A bypass is kept by the rules that a daemon takes with it, and by no others.
+    bypass = config_from_mapping({"capture": {"ports": ["8080"], "mode": "redirect"}})
+    assert UNOWNED_BYPASS in make_plan(bypass).losses
+    assert UNOWNED_BYPASS not in make_plan(bypass, stays=False, owned=True).losses
+    assert UNOWNED_BYPASS not in plan.losses
+    alone = make_plan(bypass, surroundings=Surroundings(families=(4,)))
+    assert "nfproto ipv6" not in alone.tables["tproxyd"]
 
 
 @pytest.mark.parametrize(("family", "other"), [(4, 6), (6, 4)])

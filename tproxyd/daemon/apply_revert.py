@@ -13,7 +13,7 @@ from tproxyd.config import Config
 from tproxyd.daemon.lock import ServedError, namespace_lock, send_order
 from tproxyd.daemon.planned import surroundings_here
 from tproxyd.net.capabilities import require_capabilities
-from tproxyd.plan import Surroundings, make_plan, ssh_remarks
+from tproxyd.plan import UNOWNED_BYPASS, Surroundings, make_plan, ssh_remarks
 
 __all__ = ["apply", "revert"]
 
@@ -42,6 +42,8 @@ def apply(config: Config, *, seconds: int | None = None) -> int:
         print("confirmed: the change stays")
     else:
         _tell(changes, nothing="nothing to change: the kernel holds the plan")
+    if UNOWNED_BYPASS in plan.losses:
+        print(f"tproxyd: warning: {UNOWNED_BYPASS}", file=sys.stderr)
     return os.EX_OK
 
 

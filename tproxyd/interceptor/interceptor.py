@@ -96,7 +96,8 @@ class Interceptor:
             _log.error("capture cannot be switched off: %s", error)
 
     async def revert(self) -> list[kernel.Change]:
-        """Takes all kernel state away, for good: what `tproxyd revert` asks for. Connections to foreign addresses do not survive that."""
+        """Takes all kernel state away, for good: what `tproxyd revert` asks for. Connections to foreign addresses, and in redirect mode all, do not
+        survive that."""
         return await self._keeper.revert()
 
     async def counters(self) -> Counters:
@@ -111,10 +112,12 @@ class Interceptor:
         seconds.
         """
         await self.stop_capture()
-        captured = self._config.capture.takes_port
-        await _until_gone(half_open_connections, captured)
+        config = self._config
+        await _until_gone(half_open_connections, config.arrives_at_port)
         await self._relays.wait_idle()
-        stuck = await _until_gone(closing_connections, self._config.relays_port)
+        stuck = await _until_gone(
+            closing_connections, lambda port: config.arrives_at_port(port) or config.relays_port(port)
+        )
         if stuck:
             _log.warning("the last bytes of %d closed connections were not taken by their peers", stuck)
 
@@ -312,7 +315,7 @@ def _warn(config: Config, surroundings: Surroundings) -> None:
         _log.warning(
             "IPv6 is switched off on lo: only IPv4 is captured (net.ipv6.conf.lo.disable_ipv6=0 switches it on)"
         )
-    if surroundings.bridge_netfilter:
+    if surroundings.bridge_netfilter and not config.redirects:  # NAT there is what br_netfilter is for
         _log.warning(
             "br_netfilter is on: what arrives on bridges is not captured (net.bridge.bridge-nf-call-iptables=0 and "
             "-ip6tables=0 switch it off)"
@@ -321,7 +324,9 @@ def _warn(config: Config, surroundings: Surroundings) -> None:
 
 def _listen(config: Config, address: str, port: int, *, shared: bool) -> socket.socket:
     try:
-        return open_listener(address, port, backlog=config.listen.backlog, shared=shared)
+        return open_listener(
+            address, port, backlog=config.listen.backlog, shared=shared, transparent=not config.redirects
+        )
     except OSError as error:
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         holder = port_holder(port, family=family) if error.errno == errno.EADDRINUSE else None

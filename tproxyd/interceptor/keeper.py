@@ -50,7 +50,7 @@ class Keeper:
         self._config = config
         self._ssh_ports = {*kernel.find_ssh_ports(), *ssh_ports}
         self._surroundings = kernel.look_around(self._ssh_ports)
-        self._nft = _own_tables()
+        self._nft = _own_tables(config)
         self._owned = isinstance(self._nft, kernel.Library)
         self._stays = False
         self._capturing = True
@@ -222,13 +222,18 @@ class Keeper:
         return any(fnmatchcase(name, pattern) for pattern in (*capture.interfaces, *capture.exclude_interfaces))
 
 
-def _own_tables() -> kernel.Nft:
-    """A library that owns the steering table, or the program where there is none. MissingError without the program: `tproxyd revert`
-    will need it, when no daemon lives."""
+def _own_tables(config: Config) -> kernel.Nft:
+    """A library that owns the steering table, or the program where there is none. MissingError without the program, which `tproxyd
+    revert` will need, and where only ownership will do."""
     kernel.find_program()
     try:
         return kernel.Library()
     except MissingError as error:
+        if config.redirects and config.capture.when_down == "bypass":
+            raise MissingError(
+                f'{error}; without it the rules of capture.mode = "redirect" would outlive the daemon, and clients be refused: else set '
+                'when_down = "refuse"'
+            ) from error
         _log.warning(
             "%s; without it another program's `nft flush ruleset` interrupts connections until it is repaired", error
         )

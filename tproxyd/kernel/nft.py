@@ -49,6 +49,9 @@ _MODULES = (
     (r"\bsocket (transparent|wildcard)\b", "nft_socket"),
     (r"\bfib daddr\b", "nft_fib_inet"),
     (r"\breject with\b", "nft_reject_inet"),
+    (r"\btype nat hook\b", "nft_chain_nat"),
+    (r"\bredirect to\b", "nft_redir"),
+    (r"\bct state\b", "nft_ct"),
 )
 _SYSTEM_PATH = "/usr/sbin:/sbin:/usr/local/sbin:/usr/bin:/bin"
 # A hung nft would hang the daemon's start and stop; its largest transactions take well under a second.

@@ -75,7 +75,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
     `tables` maps a table's name to its body in the spelling of `nft -s list table`, so that what is observed can be
     compared with it. `routes` and `rules` are in the order in which they are added; the tables come last, in one
-    transaction. `listen` is where the transparent listeners have to be, as (address, port).
+    transaction. `listen` is where the listeners have to be, as (address, port).
     """
 
     listen: tuple[tuple[str, int], ...]
@@ -87,3 +87,5 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     ruleset: str
     capture_off: str
     """What makes the plan one that does not capture, without a moment in between."""
+    losses: tuple[str, ...] = ()
+    """What this mode of capture loses against tproxy, a line each."""

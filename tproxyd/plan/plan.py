@@ -9,15 +9,17 @@ from tproxyd.plan.ruleset import (
     CAPTURE_CHAIN,
     GUARD,
     LISTEN_ADDRESS,
+    LISTEN_EVERYWHERE,
     STATE,
     STEERING,
     guard_table,
+    redirecting_table,
     state_table,
     steering_table,
     transaction,
 )
 
-__all__ = ["PROTOCOL", "SUPPORTED_MARKS", "make_plan"]
+__all__ = ["PROTOCOL", "SUPPORTED_MARKS", "UNOWNED_BYPASS", "make_plan"]
 
 PROTOCOL = 133
 """Stamp on every ip rule and route of ours: makes exact look-up and cleaning up without a config possible.
@@ -36,6 +38,12 @@ Bits 24-29 lie outside the masks of Tailscale (0xff0000), kube-proxy (0x4000, 0x
 AWS's CNI (0x80) and mwan3 (0x3f00), but inside Calico's default (0xffff0000), for whose hosts bits 12-13 come last.
 """
 
+
+UNOWNED_BYPASS = (
+    'when_down = "bypass" with `tproxyd apply`: NAT does not look for a listener, so while none is there clients are refused; a daemon '
+    "takes its rules with it, and keeps to it"
+)
+"""What the rules of redirect mode cannot do that outlive their daemon."""
 
 _USUAL = Surroundings()
 
@@ -86,7 +94,9 @@ def make_plan(
     """
     marks = make_marks(config)
     table, first = config.routing.table, config.routing.priority
-    families = surroundings.families if config.captures else ()
+    # NAT changes the destination to an address of this host, so there is nothing to be routed.
+    families = surroundings.families if config.captures and not config.redirects else ()
+    listen = LISTEN_EVERYWHERE if config.redirects else LISTEN_ADDRESS
     routes = tuple(
         LocalRoute(family=family, table=table, why="deliver what the rules below send here to this host")
         for family in families
@@ -94,14 +104,16 @@ def make_plan(
     rules = tuple(rule for family in families for rule in _rules(family, marks, first, table))
     tables = {}
     if config.captures:
-        tables[STEERING] = steering_table(config, marks, surroundings, owned=owned, capturing=capturing)
-        if config.capture.when_down == "refuse":
-            tables[GUARD] = guard_table(config, marks, surroundings)
+        make_table = redirecting_table if config.redirects else steering_table
+        tables[STEERING] = make_table(config, marks, surroundings, owned=owned, capturing=capturing)
+        guard = guard_table(config, marks, surroundings)
+        if guard is not None:
+            tables[GUARD] = guard
         if stays:
             tables[STATE] = state_table()
     return Plan(
         listen=tuple(
-            (LISTEN_ADDRESS[family], config.listen.port) for family in (surroundings.sockets if config.captures else ())
+            (listen[family], config.listen.port) for family in (surroundings.sockets if config.captures else ())
         ),
         marks=marks,
         routes=routes,
@@ -113,7 +125,21 @@ def make_plan(
         # with an owner cannot be flushed by others, nor added again.
         capture_off=("" if owned else f"add table inet {STEERING}\nadd chain inet {STEERING} {CAPTURE_CHAIN}\n")
         + f"flush chain inet {STEERING} {CAPTURE_CHAIN}\n",
+        losses=_losses(config, owned=owned) if config.captures and config.redirects else (),
     )
+
+
+def _losses(config: Config, *, owned: bool) -> tuple[str, ...]:
+    losses = [
+        'the client\'s address: whom tproxyd connects to sees the proxy\'s own (upstream.source = "auto" is "proxy")',
+        "freedom from conntrack: two entries a connection, the client's and the upstream's, and while the table is full new connections "
+        "are dropped",
+        "listeners that the network does not reach: these are on every address, and who dials them is closed as self_call",
+        "connections that arrive on an interface without an address of their family: the kernel drops them",
+    ]
+    if not owned and config.capture.when_down == "bypass":
+        losses.append(UNOWNED_BYPASS)
+    return tuple(losses)
 
 
 def _rules(family: Family, marks: Marks, first: int, table: int) -> tuple[Rule, ...]:

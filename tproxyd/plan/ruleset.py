@@ -17,6 +17,8 @@ Only a SYN is captured there, so connections that existed before, through the ho
 begin a connection is the answer to a SYN cookie, an ACK that belongs to no socket. It is looked for after NAT (`cookie`), because
 before NAT a packet of somebody's masqueraded connection looks the same. Forwarded traffic cannot be told apart at all (its
 sockets are elsewhere), therefore a captured connection to a foreign address cannot be made by a SYN cookie.
+
+In redirect mode `take` only marks a SYN; then comes conntrack, NAT (`divert`) and the end of the mark (`unmark`). See `redirecting_table`.
 """
 
 from __future__ import annotations
@@ -44,11 +46,13 @@ __all__ = [
     "CAPTURE_CHAIN",
     "GUARD",
     "LISTEN_ADDRESS",
+    "LISTEN_EVERYWHERE",
     "STATE",
     "STEERING",
     "guard_table",
     "is_owned",
     "match_mark",
+    "redirecting_table",
     "remove_tables",
     "state_table",
     "steering_table",
@@ -64,6 +68,9 @@ STATE = "tproxyd_state"
 LISTEN_ADDRESS: dict[Family, str] = {4: "127.0.0.1", 6: "::1"}
 """Loopback, so that the network cannot reach the listener's port (but for IPv4 where route_localnet is on); the statement names
 the very address."""
+
+LISTEN_EVERYWHERE: dict[Family, str] = {4: "0.0.0.0", 6: "::"}  # noqa: S104  # what arrives there directly is closed
+"""For redirect mode: NAT gives a connection an address of the interface that it came in on."""
 
 _TPROXY: dict[Family, str] = {
     4: f"meta nfproto ipv4 meta l4proto tcp tproxy ip to {LISTEN_ADDRESS[4]}",
@@ -171,9 +178,72 @@ def steering_table(
     return _table(STEERING, [*sets, *map(_legs_set, _IP)], chains, owned=owned)
 
 
-def guard_table(config: Config, marks: Marks, surroundings: Surroundings) -> str:
-    """The table that makes `when_down = "refuse"` true: it resets what the config selects and nobody steered."""
+def redirecting_table(
+    config: Config, marks: Marks, surroundings: Surroundings, *, owned: bool = False, capturing: bool = True
+) -> str:
+    """The steering table of redirect mode: what the config selects is marked at priority raw, as in tproxy mode and seen by the same
+    guard, and NAT brings what is marked to the listener. No mark leaves prerouting. Not `capturing`, it does nothing: what lives needs
+    conntrack alone, and that there is a nat chain."""
+    families = surroundings.families
+    steered = match_mark(marks.steering)
     chains = [
+        _chain(
+            "intercept",
+            "type filter hook prerouting priority raw; policy accept;",
+            LOOPBACK,
+            OPENS._replace(why="opens a connection: those that exist go on"),
+        ),
+        _capture_chain(config, surroundings) if capturing else _chain(CAPTURE_CHAIN, None),
+        _chain(
+            "take",
+            None,
+            *(
+                Selector(f"meta l4proto tcp {special.match}", f"counter {special.verdict}", special.why, special.test)
+                for special in special_rules(config, families).values()
+            ),
+            *(
+                f"meta nfproto ipv{family} meta mark set {_set_mark(marks.steering)} counter accept"
+                ' comment "new connection: taken by the chain divert"'
+                for family in families
+            ),
+        ),
+        _chain(
+            "divert",
+            "type nat hook prerouting priority dstnat - 5; policy accept;",
+            f"{steered} meta l4proto tcp redirect to :{config.listen.port}"
+            ' comment "to our listener; before the NAT of others, which would change where it was going"',
+        ),
+        _chain(
+            "unmark",
+            "type filter hook prerouting priority dstnat + 2; policy accept;",
+            f"{steered} meta mark set meta mark & 0x{0xFFFFFFFF & ~marks.steering.mask:08x}"
+            ' comment "the mark has done its work: nobody else is to see it"',
+        ),
+    ]
+    return _table(STEERING, [*capture_sets(config), *special_sets(config, families)], chains, owned=owned)
+
+
+def guard_table(config: Config, marks: Marks, surroundings: Surroundings) -> str | None:
+    """The table that a dead daemon leaves behind; None if there need not be one.
+
+    It makes `when_down = "refuse"` true: it resets what the config selects and nobody steered. In redirect mode it also keeps NAT at work,
+    without which the last words of the daemon's sockets would not reach its clients.
+    """
+    refuses = config.capture.when_down == "refuse"
+    if config.redirects:
+        chains = [
+            *(_refusing_chains(config, marks, surroundings) if refuses else []),
+            *_nat_chains(config, marks, refuses=refuses),
+        ]
+    elif refuses:
+        chains = [*_refusing_chains(config, marks, surroundings), _defragment_chain(config)]
+    else:
+        return None
+    return _table(GUARD, capture_sets(config) if refuses else [], chains)
+
+
+def _refusing_chains(config: Config, marks: Marks, surroundings: Surroundings) -> list[str]:
+    return [
         _chain(
             "guard",
             "type filter hook prerouting priority raw + 1; policy accept;",
@@ -183,17 +253,37 @@ def guard_table(config: Config, marks: Marks, surroundings: Surroundings) -> str
         ),
         _capture_chain(config, surroundings),
         _chain("take", None, GUARD_TAKE),
-        _chain(
-            "defragment",
-            None,
-            *(
-                f'{statement}:{config.listen.port} comment "never reached; that it is there makes the kernel put fragments '
-                'together first, so that a SYN in two pieces is seen"'
-                for statement in _TPROXY.values()
-            ),
-        ),
     ]
-    return _table(GUARD, capture_sets(config), chains)
+
+
+def _defragment_chain(config: Config) -> str:
+    return _chain(
+        "defragment",
+        None,
+        *(
+            f'{statement}:{config.listen.port} comment "never reached; that it is there makes the kernel put fragments '
+            'together first, so that a SYN in two pieces is seen"'
+            for statement in _TPROXY.values()
+        ),
+    )
+
+
+def _nat_chains(config: Config, marks: Marks, *, refuses: bool) -> list[str]:
+    steered = match_mark(marks.steering)
+    missed = _chain(
+        "missed",
+        "type filter hook prerouting priority dstnat + 1; policy accept;",
+        f'{steered} tcp dport {config.listen.port} fib daddr type local accept comment "with the daemon\'s listener"',
+        f"{steered} meta l4proto tcp counter reject with tcp reset"
+        ' comment "taken, but not brought to the listener: the NAT of others came first"',
+    )
+    # `ct`, because a nat chain alone does not switch conntrack on. Which also puts fragments together.
+    keep = _chain(
+        "keep",
+        "type nat hook prerouting priority dstnat; policy accept;",
+        'ct state new accept comment "changes nothing; that it is there keeps NAT at work for what a dead daemon still has to say"',
+    )
+    return [missed, keep] if refuses else [keep]
 
 
 def state_table() -> str:
