@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import sys
+from pathlib import Path
 
 import pytest
 import trio
 
+import tproxyd
 from netns_tests.way import Way
 from tproxyd.net.sockets import format_address
 from tproxyd.testing import serve_identity
@@ -122,3 +125,19 @@ async def test_63_an_exception_in_one_connection_costs_no_other(way: Way, nurser
         assert await program.wait() == 0
     assert "this program's own mistake" in program.stderr_text
     assert await way.proxy.dump() == before
+
+
+@pytest.mark.parametrize("way", ["sidecar v4"], indirect=True)
+async def test_no_compiled_file_is_left_where_none_may_be(way: Way, tmp_path: Path) -> None:
+    """Not by the relay process either, which does without the environment: root leaves nothing in somebody's checkout."""
+    copy = tmp_path / "copy"
+    shutil.copytree(Path(tproxyd.__file__).parent, copy / "tproxyd", ignore=shutil.ignore_patterns("__pycache__"))
+    code = "import tproxyd.daemon.cli as cli; print(cli.__file__); cli.main(['run', '--port', '8080'])"
+    for environment, there in (({"PYTHONDONTWRITEBYTECODE": "1"}, False), ({"PYTHONPYCACHEPREFIX": ""}, True)):
+        environment["PYTHONPATH"] = str(copy)
+        async with way.proxy.process(sys.executable, "-c", code, collect=True, env=environment, cwd="/") as daemon:
+            await daemon.wait_for_output("ready")
+            daemon.send_signal(signal.SIGTERM)
+            await daemon.wait()
+        assert daemon.stdout_text.startswith(str(copy))
+        assert bool(list(copy.rglob("__pycache__"))) == there
