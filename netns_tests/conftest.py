@@ -6,7 +6,7 @@ namespace before anything else happened, so not even a mistake in a test can rea
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,8 +17,9 @@ from tproxyd.testing.isolation import LAB_CAPABILITIES, isolate_this_process
 from tproxyd.testing.plugin import DEFAULT_COUNT_DIVISOR
 
 if TYPE_CHECKING:
+    from netns_tests.both_ends import Bench
     from netns_tests.way import Way
-    from tproxyd.testing import Lab
+    from tproxyd.testing.plugin import OpenLab
 
 pytest_plugins = [
     "tproxyd.testing.plugin"
@@ -49,32 +50,27 @@ def _leaves_nothing_behind(request: pytest.FixtureRequest) -> None:
         request.getfixturevalue("no_leaks")
 
 
-@pytest.fixture
-def make_way(gateway_lab: Lab, sidecar_lab: Lab, tmp_path: Path) -> Callable[[str], Way]:
-    """`make_way("gateway v4")` and the like. Behind the gateway the app is a foreign destination, which no interface has."""
-
-    def file(text: str) -> Path:
-        path = tmp_path / "tproxyd.toml"
-        path.write_text(text, encoding="utf-8")
-        return path
-
-    from netns_tests.way import Way  # late: the unit tests need no lab, and no trio
-
-    def make(name: str) -> Way:
-        layout, family = name.split()
-        if layout == "gateway":
-            address = "203.0.113.9" if family == "v4" else "2001:db8:f::9"
-            return Way(name, gateway_lab["client"], gateway_lab["gateway"], gateway_lab["server"], address, file)
-        host = sidecar_lab["host"]
-        return Way(name, sidecar_lab["client"], host, host, getattr(host, family), file)
-
-    return make
-
-
 @pytest.fixture(params=["gateway v4", "gateway v6", "sidecar v4", "sidecar v6"])
-def way(request: pytest.FixtureRequest, make_way: Callable[[str], Way]) -> Way:
+async def way(request: pytest.FixtureRequest, open_lab: OpenLab, tmp_path: Path) -> AsyncIterator[Way]:
     """Both layouts in both families."""
-    return make_way(request.param)
+    from netns_tests.way import open_way  # late: the unit tests need no lab, and no trio
+
+    async with open_way(request.param, open_lab, tmp_path) as opened:
+        yield opened
+
+
+@pytest.fixture(
+    params=[
+        *(f"{engine} {home} sidecar v4" for engine in ("auto", "copy", "splice") for home in ("thread", "process")),
+        "auto process gateway v6",
+    ]
+)
+async def bench(request: pytest.FixtureRequest, open_lab: OpenLab) -> AsyncIterator[Bench]:
+    """A daemon with each engine in each home, and both ends of every connection through it."""
+    from netns_tests.both_ends import open_bench  # late, as above
+
+    async with open_bench(request.param, open_lab) as opened:
+        yield opened
 
 
 def _is_unit(path: Path) -> bool:

@@ -105,12 +105,10 @@ async def test_nobody_else_can_change_the_steering_table(way: Way, nursery: trio
         assert await daemon.stop() == 0
 
 
-@pytest.mark.parametrize("layout", ["gateway", "sidecar"])
-async def test_14_lo_down_and_up(
-    layout: str, make_way: Callable[[str], Way], counted: Counted, nursery: trio.Nursery
-) -> None:
+@pytest.mark.parametrize("way", ["gateway v4", "sidecar v4"], indirect=True)
+async def test_14_lo_down_and_up(way: Way, counted: Counted, nursery: trio.Nursery) -> None:
     """The kernel deletes the IPv6 local route for good; IPv4 connections go on when lo is back."""
-    four, six = make_way(f"{layout} v4"), make_way(f"{layout} v6")
+    four, six = way, way.in_family("v6")
     await nursery.start(serve_echo, four.app, 8080)
     took, times = [], counted(50)
     async with open_daemon(four.proxy, CONFIG) as daemon:
@@ -128,16 +126,14 @@ async def test_14_lo_down_and_up(
                     await echo(stream, b"six", within=3)
         assert len(events(daemon)) == times
         assert await daemon.stop() == 0
-    median_ms(f"lo down and up, {layout}", took)
+    median_ms(f"lo down and up, {way}", took)
     assert max(took) < 1
 
 
-@pytest.mark.parametrize("layout", ["gateway", "sidecar"])
-async def test_15_ipv6_switched_off_and_on(
-    layout: str, make_way: Callable[[str], Way], counted: Counted, nursery: trio.Nursery
-) -> None:
+@pytest.mark.parametrize("way", ["gateway v4", "sidecar v4"], indirect=True)
+async def test_15_ipv6_switched_off_and_on(way: Way, counted: Counted, nursery: trio.Nursery) -> None:
     """On lo alone, so that the interface keeps its addresses: live connections of both families go on."""
-    four, six = make_way(f"{layout} v4"), make_way(f"{layout} v6")
+    four, six = way, way.in_family("v6")
     await nursery.start(serve_echo, four.app, 8080)
     took, times = [], counted(50)
     async with open_daemon(four.proxy, CONFIG) as daemon:
@@ -156,7 +152,7 @@ async def test_15_ipv6_switched_off_and_on(
                     await echo(stream, b"six", within=3)
         assert len(events(daemon)) == 2 * times
         assert await daemon.stop() == 0
-    median_ms(f"IPv6 off and on, {layout}", took)
+    median_ms(f"IPv6 off and on, {way}", took)
     assert max(took) < 1
 
 
