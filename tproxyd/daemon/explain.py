@@ -61,6 +61,8 @@ class Account(msgspec.Struct, frozen=True, kw_only=True):
 
 def show(config: Config, request: Request, *, as_json: bool) -> int:
     """Prints the account of a connection. Raises TproxydError."""
+    if config.redirects:
+        raise UsageError('`tproxyd explain` of `capture.mode` = "redirect" is not in this version of tproxyd')
     account = explain_connection(config, request)
     sys.stdout.write(_json(account) if as_json else _text(account))
     return os.EX_OK
