@@ -7,47 +7,20 @@ measured from the moment at which the other program has ended to the one at whic
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 
 import pytest
 import trio
 
+from netns_tests.drift import echo, events, load
 from netns_tests.watch import METRICS, get, metrics, until
 from netns_tests.way import BOTH_LAYOUTS, Way, median_ms
 from tproxyd import kernel
-from tproxyd.testing import Lab, Node, serve_echo
-from tproxyd.testing.daemon import LabDaemon, open_daemon
+from tproxyd.testing import Lab, serve_echo
+from tproxyd.testing.daemon import open_daemon
 
 Counted = Callable[[int], int]
 CONFIG = '[capture]\nports = ["8080"]\nwhen_down = "refuse"\n' + METRICS
-
-
-async def echo(stream: trio.SocketStream, word: bytes, *, within: float) -> None:
-    with trio.fail_after(within):
-        await stream.send_all(word)
-        got = b""
-        while len(got) < len(word):
-            got += await stream.receive_some()
-    assert got == word
-
-
-async def load(client: Node, address: str) -> None:
-    """One client in a loop; what becomes of its connections while something is broken is not asked here."""
-    while True:
-        try:
-            async with await client.connect(address, 8080, timeout=1) as stream:
-                await echo(stream, b"load", within=1)
-        except (OSError, trio.BrokenResourceError, trio.TooSlowError):
-            await trio.sleep(0.05)
-
-
-def events(daemon: LabDaemon) -> list[str]:
-    """What the daemon has told of changes by others."""
-    return re.findall(
-        r"another program has changed.*|IPv6 is (?:off|on).*|interface .*(?:called|come|gone).*",
-        daemon.process.stderr_text,
-    )
 
 
 FAULTS = {

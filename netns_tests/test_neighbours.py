@@ -10,13 +10,12 @@ import json
 import signal
 import socket
 import struct
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 import trio
 
+from netns_tests.labs import BRIDGE, open_bridged_lab, until_it_forwards
 from netns_tests.watch import reset
 from netns_tests.way import BOTH_LAYOUTS, Way
 from tproxyd.config import config_from_mapping
@@ -26,9 +25,7 @@ from tproxyd.testing import (
     GATEWAY,
     SIDECAR,
     Lab,
-    Link,
     Node,
-    Route,
     Topology,
     activate_conntrack,
     conntrack_count,
@@ -40,7 +37,6 @@ from tproxyd.testing.daemon import TPROXYD, open_daemon
 
 CONFIG = '[capture]\nports = ["8080"]\n'
 ALL_PORTS = '[capture]\nports = "all"\n'
-_BRIDGE = Path("/proc/sys/net/bridge")
 FOREIGN = {"v4": "203.0.113.9", "v6": "2001:db8:f::9"}
 
 
@@ -241,43 +237,13 @@ async def test_38_a_conntrack_table_that_takes_no_more_hurts_no_intercepted_conn
                 await echoes(stream)
 
 
-@asynccontextmanager
-async def open_bridged_lab(bridge_netfilter: str) -> AsyncIterator[Lab]:
-    """A gateway whose clients are behind a bridge, with br_netfilter (where the kernel has it) on, "1", or off."""
-    bridged = Topology(
-        links=(
-            Link("gateway:port", "client:eth0"),
-            Link("gateway:eth1", "server:eth0", v4="198.51.100.0/24", v6="2001:db8:2::/64"),
-        ),
-        addresses=(("client:eth0", "192.0.2.2/24"), ("client:eth0", "2001:db8:1::2/64")),
-        routes=(Route("server", "0.0.0.0/0", "198.51.100.1"), Route("server", "::/0", "2001:db8:2::1")),
-        forwarding=("gateway",),
-    )
-    async with open_lab(bridged) as lab:
-        gateway, client = lab["gateway"], lab["client"]
-        for command in (
-            "link add br0 type bridge",
-            "link set port master br0",
-            "link set br0 up",
-            "address add 192.0.2.1/24 dev br0",
-            "address add 2001:db8:1::1/64 dev br0 nodad",
-        ):
-            await gateway.run("ip", *command.split())
-        await client.run("ip", "route", "add", "default", "via", "192.0.2.1")
-        await client.run("ip", "-6", "route", "add", "default", "via", "2001:db8:1::1")
-        if gateway.call(_BRIDGE.exists):
-            for tables in ("iptables", "ip6tables"):
-                gateway.set_sysctl(f"net/bridge/bridge-nf-call-{tables}", bridge_netfilter)
-        yield lab
-
-
 @pytest.mark.parametrize("when_down", ["bypass", "refuse"])
 @pytest.mark.parametrize("bridge_netfilter", ["0", "1"])
 async def test_clients_behind_a_bridge_never_hang(nursery: trio.Nursery, bridge_netfilter: str, when_down: str) -> None:
     """As containers are. With br_netfilter on they cannot be captured: then they are told, and so is the administrator."""
     async with open_bridged_lab(bridge_netfilter) as lab, trio.open_nursery() as serving:
         gateway, client, server = lab["gateway"], lab["client"], lab["server"]
-        captured = not (gateway.call(_BRIDGE.exists) and bridge_netfilter == "1")
+        captured = not (gateway.call(BRIDGE.exists) and bridge_netfilter == "1")
         await serving.start(serve_identity, server, 8080)
         await until_it_forwards(client, server)
         async with open_daemon(gateway, f'{CONFIG}when_down = "{when_down}"\n') as daemon:
@@ -299,18 +265,6 @@ async def test_clients_behind_a_bridge_never_hang(nursery: trio.Nursery, bridge_
             assert await daemon.stop() == 0
         assert len(daemon.records()) == (2 if captured else 0)
         serving.cancel_scope.cancel()
-
-
-async def until_it_forwards(client: Node, server: Node) -> None:
-    """A bridge's port begins to forward when it has learned enough; a connection is the event."""
-    with trio.fail_after(20):
-        for address in (server.v4, server.v6):
-            while True:
-                try:
-                    async with await client.connect(address, 8080, timeout=1):
-                        break
-                except (trio.TooSlowError, OSError):
-                    await trio.sleep(0.05)
 
 
 @pytest.mark.parametrize("source", ["auto", "proxy"])

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-
 import pytest
 import trio
 
+from netns_tests.labs import SPECIAL, open_special_lab
 from netns_tests.watch import attempt
 from netns_tests.way import BOTH_LAYOUTS, Way
 from tproxyd.net.sockets import format_address
-from tproxyd.testing import SIDECAR, Lab, Link, Node, Route, Topology, open_lab, serve_identity
+from tproxyd.testing import Lab, Node, serve_identity
 from tproxyd.testing.daemon import LabDaemon, open_daemon
 
 ALL_PORTS = '[capture]\nports = "all"\n'
@@ -86,25 +84,6 @@ async def test_18_40_the_guard_knows_addresses_that_come_later(sidecar_lab: Lab)
             await attempt(client, address, 15006)
         assert await daemon.stop() == 0
     assert [record["outcome"] for record in daemon.records()] == ["self_call"] * len(later)
-
-
-@asynccontextmanager
-async def open_special_lab(*, router: str) -> AsyncIterator[tuple[Node, Node]]:
-    """(client, host): special destinations are routed to the host, as an attacker on the link would send them."""
-    special = Topology(
-        links=(Link("host:eth0", "client:eth0", v4="192.0.2.0/24", v6="2001:db8:1::/64"),),
-        routes=(
-            *SIDECAR.routes,
-            Route("client", "169.254.0.0/16", router),
-            Route("client", "100.100.100.200/32", router),
-            Route("client", "fd00:ec2::254/128", "2001:db8:1::1"),
-        ),
-    )
-    async with open_lab(special) as lab:
-        yield lab["client"], lab["host"]
-
-
-SPECIAL = ("169.254.169.254", "169.254.1.1", "100.100.100.200", "fd00:ec2::254")
 
 
 async def test_41_special_destinations_are_refused_by_the_kernel() -> None:
