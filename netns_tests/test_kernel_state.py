@@ -11,7 +11,7 @@ import trio
 
 from netns_tests.way import Way
 from tproxyd.net.sockets import format_address
-from tproxyd.testing import Lab, LabError, Node, serve_identity
+from tproxyd.testing import KernelState, Lab, LabError, Node, serve_identity
 from tproxyd.testing.daemon import TPROXYD, open_daemon
 
 CONFIG = '[capture]\nports = ["8080", "9000-9099"]\nwhen_down = "refuse"\n'
@@ -52,20 +52,23 @@ table inet tproxydaemon {
 }
 """
 FOREIGN_ROUTING = [
-    # Our priorities with other marks, tables, interfaces and protocols; our table number; our very marks elsewhere.
+    # Our priorities with other marks, tables, interfaces and protocols; our table number with a route that does no harm.
     "-4 rule add priority 5233 fwmark 0x100/0xf00 lookup 100",
-    "-4 rule add priority 5234 fwmark 0x40/0xff lookup 133",
-    "-4 rule add priority 5234 from 198.51.100.0/24 lookup 101 protocol static",
+    "-4 rule add priority 5234 from 198.51.100.0/24 lookup 101 protocol static",  # and nothing is in table 101
     "-4 rule add priority 5235 iif lo fwmark 0x8/0x8 lookup 102",
-    "-4 rule add priority 6000 fwmark 0x1000000/0x3000000 lookup 133",
-    "-4 rule add priority 5234 fwmark 0x1000000/0x3000000 lookup 133 protocol 3",  # equal to one of ours but for its protocol
     "-6 rule add priority 5233 fwmark 0x100/0xf00 lookup 100",
-    "-6 rule add priority 5234 fwmark 0x1000000/0x1000000 lookup 133",
     "-6 rule add priority 5235 to 2001:db8:77::/48 lookup 101 protocol 134",
-    "-4 route add 198.51.100.0/28 dev eth0 table 133",
     "-4 route add local 203.0.113.128/25 dev lo table 133 proto 132",
     "-4 route add local default dev lo table 100",
     "-6 route add local default dev lo table 100",
+]
+IN_THE_WAY = [
+    # Refused at the start (test_collisions.py); who comes later finds ours, and is left alone, too.
+    "-4 rule add priority 5234 fwmark 0x40/0xff lookup 133",
+    "-4 rule add priority 6000 fwmark 0x1000000/0x3000000 lookup 133",
+    "-4 rule add priority 5234 fwmark 0x1000000/0x3000000 lookup 133 protocol 3",  # equal to one of ours but for its protocol
+    "-6 rule add priority 5234 fwmark 0x1000000/0x1000000 lookup 133",
+    "-4 route add 198.51.100.0/28 dev eth0 table 133",
     "-6 route add 2001:db8:77::/48 dev eth0 table 133",
 ]
 
@@ -76,9 +79,24 @@ async def plant_foreign(node: Node) -> None:
         await node.run("ip", *command.split())
 
 
+async def among_foreign(node: Node) -> KernelState:
+    """The foreign state at its fullest, and its dump, for what is expected in the end; then without what is in the way at a start."""
+    await plant_foreign(node)
+    await plant_in_the_way(node)
+    full = await node.dump()
+    for command in reversed(IN_THE_WAY):
+        await node.run("ip", *command.replace(" add ", " del ").split())
+    return full
+
+
+async def plant_in_the_way(node: Node) -> None:
+    for command in IN_THE_WAY:
+        await node.run("ip", *command.split())
+
+
 async def test_apply_twice_changes_nothing_and_revert_leaves_everything_foreign(way: Way) -> None:
     node = way.proxy
-    await plant_foreign(node)
+    full = await among_foreign(node)
     before = await node.dump()
     first = await node.run(*TPROXYD, "apply", "-c", str(way.file(CONFIG)))
     assert "add ip rule" in first.stdout
@@ -87,12 +105,13 @@ async def test_apply_twice_changes_nothing_and_revert_leaves_everything_foreign(
     second = await node.run(*TPROXYD, "apply", "-c", str(way.file(CONFIG)))
     assert second.stdout == "nothing to change: the kernel holds the plan\n"
     assert await node.dump() == applied
+    await plant_in_the_way(node)
     # In a directory without a configuration, and none is given.
     removed = await node.run(*TPROXYD, "revert", cwd="/")
     assert "delete table inet tproxyd_guard" in removed.stdout
-    assert await node.dump() == before
+    assert await node.dump() == full
     assert (await node.run(*TPROXYD, "revert")).stdout == "nothing to remove\n"
-    assert await node.dump() == before
+    assert await node.dump() == full
 
 
 async def test_apply_of_another_config_changes_the_difference_only(way: Way) -> None:
@@ -248,16 +267,17 @@ async def test_ctrl_c_during_apply_leaves_all_or_nothing(way: Way) -> None:
 
 async def test_the_daemon_among_foreign_state_leaves_it_as_it_was(way: Way, nursery: trio.Nursery) -> None:
     node = way.proxy
-    await plant_foreign(node)
-    before = await node.dump()
+    full = await among_foreign(node)
     await nursery.start(serve_identity, way.app, 9000)
     async with open_daemon(node, CONFIG) as daemon:
+        assert "warning" not in daemon.process.stderr_text.lower()
         async with await way.client.connect(way.address, 9000) as stream:
             own = format_address(stream.socket.getsockname())
             await stream.receive_some()
         assert (await daemon.record(own))["outcome"] in ("closed", "client_reset")
+        await plant_in_the_way(node)
         assert await daemon.stop() == 0
-    assert await node.dump() == before
+    assert await node.dump() == full
 
 
 async def test_what_a_killed_daemon_left_is_reverted_without_its_config(way: Way) -> None:
@@ -292,8 +312,24 @@ async def test_13_an_equal_route_of_somebody_else_is_refused_and_nothing_is_half
         done = await node.run(*TPROXYD, *command, check=False)
         assert done.returncode == 71
         assert done.stderr.count("\n") == 1
+        assert "`local default dev lo table 133` (ip -" in done.stderr
         assert "somebody else" in done.stderr
         assert await node.dump() == before
+
+
+# Somebody adds a route when all has been looked at and nothing has been changed yet.
+LATE = """
+import subprocess, sys
+from tproxyd import kernel
+look = kernel.preflight
+def preflight(config):
+    found = look(config)
+    subprocess.run(["ip", *sys.argv[1].split()], check=True)
+    return found
+kernel.preflight = preflight
+from tproxyd.daemon.cli import main
+sys.exit(main(sys.argv[2:]))
+"""
 
 
 @pytest.mark.parametrize("way", ["sidecar v4"], indirect=True)
@@ -301,12 +337,14 @@ async def test_a_change_that_fails_half_way_is_taken_back_whole(way: Way) -> Non
     """From one applied config to another one, with a foreign route in the way: the first one stays, to the letter."""
     node = way.proxy
     await node.run(*TPROXYD, "apply", "-c", str(way.file('[capture]\nports = ["8080"]\n')))
-    await node.run("ip", "-6", "route", "add", "local", "default", "dev", "lo", "table", "200")
+    route = "-6 route add local default dev lo table 200"
+    await node.run("ip", *route.split())
     before = await node.dump()
-    done = await node.run(
-        *TPROXYD, "apply", "-c", str(way.file(CONFIG + "[routing]\npriority = 7000\ntable = 200\n")), check=False
-    )
+    await node.run("ip", *route.replace("add", "del").split())
+    file = way.file(CONFIG + "[routing]\npriority = 7000\ntable = 200\n")
+    done = await node.run(sys.executable, "-c", LATE, route, "apply", "-c", str(file), check=False)
     assert done.returncode == 71
+    assert "cannot add the IPv6 local route to table 200: somebody else has put an equal one there" in done.stderr
     assert await node.dump() == before
 
 

@@ -21,13 +21,15 @@ def apply(config: Config) -> int:
     """Makes the kernel hold the config's plan, to stay; says what was changed. Raises TproxydError, with nothing changed."""
     config.require_captures()
     require_capabilities("changing the ruleset and the policy routing", ("CAP_NET_ADMIN",))
-    plan = make_plan(config, surroundings=kernel.look_around())
     try:
         with namespace_lock("apply"), _uninterrupted():
-            changes = kernel.apply(plan)
+            found = kernel.preflight(config)
+            changes = kernel.apply(make_plan(config, surroundings=found.surroundings))
     except ServedError as error:
         error.exit_code = 1  # the contract's: apply did nothing, because a daemon serves here
         raise
+    for warning in found.warnings:
+        print(f"tproxyd: warning: {warning}", file=sys.stderr)
     _tell(changes, nothing="nothing to change: the kernel holds the plan")
     return os.EX_OK
 

@@ -148,10 +148,10 @@ def _dispatch(options: argparse.Namespace) -> int:
             make_plan(config)  # whether the marks fit together is found out there
             print("the configuration is good" if config.captures else "the configuration is good, but captures nothing")
         case "plan":
-            from tproxyd.kernel import look_around
+            from tproxyd.kernel import look_ahead
             from tproxyd.plan import make_plan, render
 
-            sys.stdout.write(render(make_plan(config, surroundings=look_around()), options.format))
+            sys.stdout.write(render(make_plan(config, surroundings=look_ahead(config)), options.format))
         case "apply":
             from tproxyd.daemon import apply_revert
 

@@ -29,7 +29,7 @@ from tproxyd.interceptor.threads import in_thread
 from tproxyd.net.capabilities import require_capabilities
 from tproxyd.net.proc_net import Connections, closing_connections, half_open_connections, open_file_count, port_holder
 from tproxyd.net.sockets import format_address, open_listener, spread_by_source
-from tproxyd.plan import Surroundings, make_plan
+from tproxyd.plan import make_plan
 from tproxyd.proxy import Policy
 
 __all__ = ["Interceptor", "open_interceptor"]
@@ -122,8 +122,8 @@ async def open_interceptor(
     kernel holds what was planned, and the relay loops have answered. On exit, living connections are reset; call `drain` before
     to let them end.
 
-    Raises ConfigError (nothing to capture, too many connections), CapabilityError, MissingError, and KernelError (a port in use,
-    too few files, a step that the kernel refused); then nothing was changed. What the block itself raises arrives in an
+    Raises ConfigError (nothing to capture, too many connections), CapabilityError, MissingError, and KernelError (another program's
+    marks, routes or rules in the way, a port in use, too few files, a step that the kernel refused); then nothing was changed. What the block itself raises arrives in an
     ExceptionGroup, as from a nursery.
     """
     config.require_captures()
@@ -132,7 +132,6 @@ async def open_interceptor(
     async with AsyncExitStack() as stack:
         keeper = Keeper(config)
         stack.callback(keeper.close)
-        _warn(keeper.surroundings)
         listen = make_plan(config, surroundings=keeper.surroundings).listen
         setups = _make_setups(config, listen, asks=policy is not None)
         listeners = [
@@ -280,18 +279,6 @@ def _make_setups(config: Config, listen: tuple[tuple[str, int], ...], *, asks: b
         )
         for index in range(loops)
     ]
-
-
-def _warn(surroundings: Surroundings) -> None:
-    if 6 not in surroundings.families:
-        _log.warning(
-            "IPv6 is switched off on lo: only IPv4 is captured (net.ipv6.conf.lo.disable_ipv6=0 switches it on)"
-        )
-    if surroundings.bridge_netfilter:
-        _log.warning(
-            "br_netfilter is on: what arrives on bridges is not captured (net.bridge.bridge-nf-call-iptables=0 and "
-            "-ip6tables=0 switch it off)"
-        )
 
 
 def _listen(config: Config, address: str, port: int, *, shared: bool) -> socket.socket:

@@ -38,7 +38,8 @@ _FIGHT, _LONG_PAUSE = 90, 5.0
 
 
 class Keeper:
-    """Made in a thread of the namespace that it keeps. `put` first, then `watch` as a task, `leave` at the end, and `close`.
+    """Made in a thread of the namespace that it keeps, where it looks first whether the config can work: raises MissingError,
+    CapabilityError, or KernelError if another program is in the way, and warns of what is half in the way. `put` first, then `watch` as a task, `leave` at the end, and `close`.
 
     `repairs` counts what others have changed and this has put right, by kind (KINDS).
     """
@@ -46,7 +47,10 @@ class Keeper:
     def __init__(self, config: Config) -> None:
         self.repairs: Counter[str] = Counter()
         self._config = config
-        self._surroundings = kernel.look_around()
+        found = kernel.preflight(config)
+        for warning in found.warnings:
+            _log.warning("%s", warning)
+        self._surroundings = found.surroundings
         self._nft = _own_tables()
         self._owned = isinstance(self._nft, kernel.Library)
         self._stays = False
@@ -125,6 +129,10 @@ class Keeper:
             capturing=self._capturing,
         )
 
+    def _look_around(self) -> Surroundings:
+        # The marks stay as they were chosen at the start: connections have them.
+        return kernel.look_around(self._surroundings.taken_marks)
+
     async def _repair(self) -> bool:
         """Looks, and puts right what is otherwise; False if that has to be tried again."""
         try:
@@ -147,13 +155,13 @@ class Keeper:
         is up again, and that is news, too."""
         if self._left or not kernel.is_loopback_up():
             return set()
-        plan = self._wanted(kernel.look_around())
+        plan = self._wanted(self._look_around())
         return {change.kind for change in kernel.differences(plan, kernel.observe(self._nft), self._nft)}
 
     def _apply(self) -> None:
         if self._left or not kernel.is_loopback_up():
             return
-        surroundings = kernel.look_around()
+        surroundings = self._look_around()
         changes = kernel.apply(self._wanted(surroundings), self._nft)
         before, self._surroundings = self._surroundings, surroundings
         if changes:

@@ -15,12 +15,17 @@ _SIOCGIFFLAGS, _IFF_UP = 0x8913, 1  # linux/sockios.h, linux/if.h
 _BRIDGE = Path("/proc/sys/net/bridge")
 
 
-def look_around() -> Surroundings:
-    """The surroundings of the calling process's network namespace, as they are now."""
+def look_around(taken_marks: int = 0) -> Surroundings:
+    """The surroundings of the calling process's network namespace, as they are now.
+
+    `taken_marks` goes in as it is: who else uses marks is asked once, by `preflight`, or a daemon's own marks would change under it.
+    """
     bridged = any(_read(_BRIDGE / name) == "1" for name in ("bridge-nf-call-iptables", "bridge-nf-call-ip6tables"))
     sockets = _socket_families()
     off = 6 not in sockets or _read(Path("/proc/sys/net/ipv6/conf/lo/disable_ipv6")) != "0"
-    return Surroundings(families=(4,) if off else (4, 6), sockets=sockets, bridge_netfilter=bridged)
+    return Surroundings(
+        families=(4,) if off else (4, 6), sockets=sockets, bridge_netfilter=bridged, taken_marks=taken_marks
+    )
 
 
 def is_loopback_up() -> bool:

@@ -6,7 +6,7 @@ The text that is shown is the text that is applied.
 """
 
 from tproxyd.plan.model import Family, LocalRoute, Marks, Plan, Rule, Surroundings
-from tproxyd.plan.plan import PROTOCOL, SUPPORTED_MARKS, make_plan
+from tproxyd.plan.plan import PROTOCOL, SUPPORTED_MARKS, make_marks, make_plan
 from tproxyd.plan.render import FORMATS, render
 from tproxyd.plan.ruleset import STATE, is_owned, remove_tables
 
@@ -22,6 +22,7 @@ __all__ = [
     "Rule",
     "Surroundings",
     "is_owned",
+    "make_marks",
     "make_plan",
     "remove_tables",
     "render",
