@@ -10,7 +10,7 @@ import time
 import pytest
 import trio
 
-from netns_tests.foreign import plant_foreign
+from netns_tests.foreign import among_foreign, plant_foreign, plant_in_the_way
 from netns_tests.way import Way, median_ms
 from tproxyd import kernel
 from tproxyd.config import config_from_mapping
@@ -24,7 +24,7 @@ CONFIG = '[capture]\nports = ["8080", "9000-9099"]\nwhen_down = "refuse"\n'
 
 async def test_apply_twice_changes_nothing_and_revert_leaves_everything_foreign(way: Way) -> None:
     node = way.proxy
-    await plant_foreign(node)
+    full = await among_foreign(node)
     before = await node.dump()
     first = await node.run(*TPROXYD, "apply", "-c", str(way.file(CONFIG)))
     assert "add ip rule" in first.stdout
@@ -33,12 +33,13 @@ async def test_apply_twice_changes_nothing_and_revert_leaves_everything_foreign(
     second = await node.run(*TPROXYD, "apply", "-c", str(way.file(CONFIG)))
     assert second.stdout == "nothing to change: the kernel holds the plan\n"
     assert await node.dump() == applied
+    await plant_in_the_way(node)
     # In a directory without a configuration, and none is given.
     removed = await node.run(*TPROXYD, "revert", cwd="/")
     assert "delete table inet tproxyd_guard" in removed.stdout
-    assert await node.dump() == before
+    assert await node.dump() == full
     assert (await node.run(*TPROXYD, "revert")).stdout == "nothing to remove\n"
-    assert await node.dump() == before
+    assert await node.dump() == full
 
 
 async def test_apply_of_another_config_changes_the_difference_only(way: Way) -> None:
@@ -194,16 +195,17 @@ async def test_ctrl_c_during_apply_leaves_all_or_nothing(way: Way) -> None:
 
 async def test_the_daemon_among_foreign_state_leaves_it_as_it_was(way: Way, nursery: trio.Nursery) -> None:
     node = way.proxy
-    await plant_foreign(node)
-    before = await node.dump()
+    full = await among_foreign(node)
     await nursery.start(serve_identity, way.app, 9000)
     async with open_daemon(node, CONFIG) as daemon:
+        assert "warning" not in daemon.process.stderr_text.lower()
         async with await way.client.connect(way.address, 9000) as stream:
             own = format_address(stream.socket.getsockname())
             await stream.receive_some()
         assert (await daemon.record(own))["outcome"] in ("closed", "client_reset")
+        await plant_in_the_way(node)
         assert await daemon.stop() == 0
-    assert await node.dump() == before
+    assert await node.dump() == full
 
 
 async def test_what_a_killed_daemon_left_is_reverted_without_its_config(way: Way) -> None:
@@ -238,8 +240,24 @@ async def test_13_an_equal_route_of_somebody_else_is_refused_and_nothing_is_half
         done = await node.run(*TPROXYD, *command, check=False)
         assert done.returncode == 71
         assert done.stderr.count("\n") == 1
+        assert "`local default dev lo table 133` (ip -" in done.stderr
         assert "somebody else" in done.stderr
         assert await node.dump() == before
+
+
+# Somebody adds a route when all has been looked at and nothing has been changed yet.
+LATE = """
+import subprocess, sys
+from tproxyd import kernel
+look = kernel.preflight
+def preflight(config):
+    found = look(config)
+    subprocess.run(["ip", *sys.argv[1].split()], check=True)
+    return found
+kernel.preflight = preflight
+from tproxyd.daemon.cli import main
+sys.exit(main(sys.argv[2:]))
+"""
 
 
 @pytest.mark.parametrize("way", ["sidecar v4"], indirect=True)
@@ -247,12 +265,14 @@ async def test_a_change_that_fails_half_way_is_taken_back_whole(way: Way) -> Non
     """From one applied config to another one, with a foreign route in the way: the first one stays, to the letter."""
     node = way.proxy
     await node.run(*TPROXYD, "apply", "-c", str(way.file('[capture]\nports = ["8080"]\n')))
-    await node.run("ip", "-6", "route", "add", "local", "default", "dev", "lo", "table", "200")
+    route = "-6 route add local default dev lo table 200"
+    await node.run("ip", *route.split())
     before = await node.dump()
-    done = await node.run(
-        *TPROXYD, "apply", "-c", str(way.file(CONFIG + "[routing]\npriority = 7000\ntable = 200\n")), check=False
-    )
+    await node.run("ip", *route.replace("add", "del").split())
+    file = way.file(CONFIG + "[routing]\npriority = 7000\ntable = 200\n")
+    done = await node.run(sys.executable, "-c", LATE, route, "apply", "-c", str(file), check=False)
     assert done.returncode == 71
+    assert "cannot add the IPv6 local route to table 200: somebody else has put an equal one there" in done.stderr
     assert await node.dump() == before
 
 

@@ -283,6 +283,32 @@ def test_marks(mark: str, upstream_mark: str, steering: str, upstream: str) -> N
     assert (str(marks.steering), str(marks.upstream)) == (steering, upstream)
 
 
+TAKEN = [
+    ("others have other bits", {}, 0x00FFCFFF, "0x1000000/0x3000000", "0x2000000/0x3000000"),
+    ("the first bit", {}, 0x1000000, "0x4000000/0xc000000", "0x8000000/0xc000000"),
+    ("the upper one", {}, 0x2000000, "0x4000000/0xc000000", "0x8000000/0xc000000"),
+    ("the first and third pair", {}, 0x13000000, "0x4000000/0xc000000", "0x8000000/0xc000000"),
+    ("Calico's", {}, 0xFFFF0000, "0x1000/0x3000", "0x2000/0x3000"),
+    ("all: whoever looks will say so", {}, 0xFFFFFFFF, "0x1000000/0x3000000", "0x2000000/0x3000000"),
+    ("beside a given one", {"mark": "0x1/0x1"}, 0x1000000, "0x1/0x1", "0x8000000/0xc000000"),
+    ("a given one itself", {"mark": "0x1/0x1"}, 0x3000001, "0x1/0x1", "0x8000000/0xc000000"),
+    ("both given", {"mark": "0x1/0x3", "upstream_mark": "0x2/0x3"}, 0x3, "0x1/0x3", "0x2/0x3"),
+]
+
+
+@pytest.mark.parametrize(
+    ("routing", "taken", "steering", "upstream"), [row[1:] for row in TAKEN], ids=[row[0] for row in TAKEN]
+)
+def test_automatic_marks_keep_away_from_what_others_use(
+    routing: dict[str, str], taken: int, steering: str, upstream: str
+) -> None:
+    marks = make_plan(
+        config_from_mapping({"capture": {"ports": ["8080"]}, "routing": routing}),
+        surroundings=Surroundings(taken_marks=taken),
+    ).marks
+    assert (str(marks.steering), str(marks.upstream)) == (steering, upstream)
+
+
 @pytest.mark.parametrize("key", ["mark", "upstream_mark"])
 @pytest.mark.parametrize("mark", ["0x1/0xffffffff", "0x1000/0xfffff000", "0x1000/0x15001000"])
 def test_no_automatic_mark_fits_beside_one_whose_mask_covers_all(key: str, mark: str) -> None:

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from tproxyd import kernel
 from tproxyd.config import Config
 from tproxyd.daemon.lock import ServedError, namespace_lock, send_order
-from tproxyd.daemon.planned import surroundings_here
 from tproxyd.net.capabilities import require_capabilities
 from tproxyd.plan import UNOWNED_BYPASS, Surroundings, make_plan, ssh_remarks
 
@@ -23,11 +22,13 @@ def apply(config: Config, *, seconds: int | None = None) -> int:
     in that time. Raises TproxydError, with nothing changed."""
     config.require_captures()
     require_capabilities("changing the ruleset and the policy routing", ("CAP_NET_ADMIN",))
-    surroundings = surroundings_here()
-    plan = make_plan(config, surroundings=surroundings)
-    _tell_ssh(config, surroundings)
     try:
         with namespace_lock("apply") as held:
+            found = kernel.preflight(config, ssh_ports=ssh_ports_here())
+            plan = make_plan(config, surroundings=found.surroundings)
+            _tell_ssh(config, found.surroundings)
+            for warning in found.warnings:
+                print(f"tproxyd: warning: {warning}", file=sys.stderr)
             if seconds is None:
                 with _uninterrupted():
                     changes = kernel.apply(plan)

@@ -211,7 +211,7 @@ def _dispatch(options: argparse.Namespace) -> int:
                 return planned.diff_against(config, load_config(options.against), options.against)
             if options.diff:
                 return planned.diff_kernel(config)
-            plan = make_plan(config, surroundings=planned.surroundings_here())
+            plan = make_plan(config, surroundings=planned.surroundings_here(config))
             sys.stdout.write(render(plan, options.format or "text"))
         case "apply":
             from tproxyd.daemon import apply_revert

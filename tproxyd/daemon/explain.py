@@ -92,7 +92,7 @@ def read_request(source: str, destination: str, *, protocol: Literal["tcp", "udp
 
 def explain_connection(config: Config, request: Request) -> Account:
     """Asks this network namespace, and explains. Raises UsageError if there is no such interface, or it cannot be told which one."""
-    surroundings = kernel.look_around()
+    surroundings = kernel.look_ahead(config, ssh_ports=kernel.find_ssh_ports())
     with Locality() as locality:
         target = locality.look_up(str(request.destination))
         interface = request.interface

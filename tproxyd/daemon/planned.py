@@ -17,7 +17,16 @@ from tproxyd.net.capabilities import require_capabilities
 from tproxyd.net.sockets import format_address
 from tproxyd.plan import STATE, STEERING, Plan, Surroundings, is_owned, make_plan, spared_in, unified_diff
 
-__all__ = ["DIFFERENT", "Comparison", "compare", "diff_against", "diff_kernel", "session_ports", "surroundings_here"]
+__all__ = [
+    "DIFFERENT",
+    "Comparison",
+    "compare",
+    "diff_against",
+    "diff_kernel",
+    "session_ports",
+    "ssh_ports_here",
+    "surroundings_here",
+]
 
 DIFFERENT = 3
 """Exit code: what is there is not what is planned."""
@@ -38,9 +47,14 @@ def session_ports() -> set[int]:
     return {int(words[3])} if len(words) == 4 and words[3].isdecimal() and int(words[3]) <= 65535 else set()
 
 
-def surroundings_here() -> Surroundings:
+def ssh_ports_here() -> set[int]:
+    """Where the administrator reaches this host by SSH, as far as it can be seen."""
+    return {*kernel.find_ssh_ports(), *session_ports()}
+
+
+def surroundings_here(config: Config) -> Surroundings:
     """What a plan depends on in this namespace, for a verb that a user types."""
-    return kernel.look_around({*kernel.find_ssh_ports(), *session_ports()})
+    return kernel.look_ahead(config, ssh_ports=ssh_ports_here())
 
 
 def compare(config: Config, *, served: bool) -> Comparison:
@@ -53,7 +67,7 @@ def compare(config: Config, *, served: bool) -> Comparison:
         observed = kernel.observe(nft)
         steering = observed.tables.get(STEERING)
         served = served or (steering is not None and is_owned(steering))
-        surroundings = surroundings_here()
+        surroundings = surroundings_here(config)
         if served and steering is not None:
             surroundings = msgspec.structs.replace(surroundings, ssh_ports=spared_in(steering))
         plan = make_plan(
@@ -77,7 +91,7 @@ def diff_kernel(config: Config) -> int:
 
 def diff_against(config: Config, other: Config, path: Path) -> int:
     """Prints what the config plans otherwise than another one, which the path names, and gives DIFFERENT if that is anything."""
-    surroundings = surroundings_here()
+    surroundings = surroundings_here(config)
     one, two = (
         {
             "listeners": [format_address(address) for address in plan.listen],

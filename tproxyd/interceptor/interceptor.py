@@ -145,8 +145,8 @@ async def open_interceptor(
     kernel holds what was planned, and the relay loops have answered. On exit, living connections are reset; call `drain` before
     to let them end.
 
-    Raises ConfigError (nothing to capture, too many connections), CapabilityError, MissingError, and KernelError (a port in use,
-    too few files, a step that the kernel refused); then nothing was changed. What the block itself raises arrives in an
+    Raises ConfigError (nothing to capture, too many connections), CapabilityError, MissingError, and KernelError (another program's
+    marks, routes or rules in the way, a port in use, too few files, a step that the kernel refused); then nothing was changed. What the block itself raises arrives in an
     ExceptionGroup, as from a nursery.
     """
     config.require_captures()
@@ -155,7 +155,7 @@ async def open_interceptor(
     async with AsyncExitStack() as stack:
         keeper = Keeper(config, ssh_ports=ssh_ports)
         stack.callback(keeper.close)
-        _warn(config, keeper.surroundings)
+        _tell_ssh(config, keeper.surroundings)
         listen = make_plan(config, surroundings=keeper.surroundings).listen
         setups = _make_setups(config, listen, asks=policy is not None)
         listeners = [
@@ -305,21 +305,12 @@ def _make_setups(config: Config, listen: tuple[tuple[str, int], ...], *, asks: b
     ]
 
 
-def _warn(config: Config, surroundings: Surroundings) -> None:
+def _tell_ssh(config: Config, surroundings: Surroundings) -> None:
     spared, taken = ssh_remarks(config, surroundings)
     if spared:
         _log.info("%s", spared)
     if taken:
         _log.warning("%s", taken)
-    if 6 not in surroundings.families:
-        _log.warning(
-            "IPv6 is switched off on lo: only IPv4 is captured (net.ipv6.conf.lo.disable_ipv6=0 switches it on)"
-        )
-    if surroundings.bridge_netfilter and not config.redirects:  # NAT there is what br_netfilter is for
-        _log.warning(
-            "br_netfilter is on: what arrives on bridges is not captured (net.bridge.bridge-nf-call-iptables=0 and "
-            "-ip6tables=0 switch it off)"
-        )
 
 
 def _listen(config: Config, address: str, port: int, *, shared: bool) -> socket.socket:

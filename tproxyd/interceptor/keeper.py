@@ -39,7 +39,8 @@ _FIGHT, _LONG_PAUSE = 90, 5.0
 
 
 class Keeper:
-    """Made in a thread of the namespace that it keeps. `put` first, then `watch` as a task, `leave` at the end, and `close`.
+    """Made in a thread of the namespace that it keeps, where it looks first whether the config can work: raises MissingError,
+    CapabilityError, or KernelError if another program is in the way, and warns of what is half in the way. `put` first, then `watch` as a task, `leave` at the end, and `close`.
 
     `repairs` counts what others have changed and this has put right, by kind (KINDS); `trouble` says what cannot be put right, if anything.
     `ssh_ports` are known to the caller, besides those that are found here.
@@ -49,7 +50,10 @@ class Keeper:
         self.repairs: Counter[str] = Counter()
         self._config = config
         self._ssh_ports = {*kernel.find_ssh_ports(), *ssh_ports}
-        self._surroundings = kernel.look_around(self._ssh_ports)
+        found = kernel.preflight(config, ssh_ports=self._ssh_ports)
+        for warning in found.warnings:
+            _log.warning("%s", warning)
+        self._surroundings = found.surroundings
         self._nft = _own_tables(config)
         self._owned = isinstance(self._nft, kernel.Library)
         self._stays = False
@@ -141,6 +145,10 @@ class Keeper:
             capturing=self._capturing,
         )
 
+    def _look_around(self) -> Surroundings:
+        # The marks stay as they were chosen at the start: connections have them.
+        return kernel.look_around(ssh_ports=self._ssh_ports, taken_marks=self._surroundings.taken_marks)
+
     async def _repair(self) -> bool:
         """Looks, and puts right what is otherwise; False if that has to be tried again."""
         try:
@@ -166,13 +174,13 @@ class Keeper:
         return {change.kind for change in self._compare()}
 
     def _compare(self) -> list[kernel.Change]:
-        plan = self._wanted(kernel.look_around(self._ssh_ports))
+        plan = self._wanted(self._look_around())
         return kernel.differences(plan, kernel.observe(self._nft), self._nft)
 
     def _apply(self) -> None:
         if self._left or not kernel.is_loopback_up():
             return
-        surroundings = kernel.look_around(self._ssh_ports)
+        surroundings = self._look_around()
         changes = kernel.apply(self._wanted(surroundings), self._nft)
         before, self._surroundings = self._surroundings, surroundings
         if changes:

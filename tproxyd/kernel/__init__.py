@@ -5,7 +5,9 @@ Everything acts on the network namespace of the calling thread, and only on what
 """
 
 from tproxyd.kernel.events import Events
+from tproxyd.kernel.neighbours import Neighbour, look_at_neighbours
 from tproxyd.kernel.nft import Library, Nft, Program, find_program, nft_version
+from tproxyd.kernel.preflight import Preflight, look_ahead, preflight
 from tproxyd.kernel.state import (
     Change,
     Kind,
@@ -31,8 +33,10 @@ __all__ = [
     "Events",
     "Kind",
     "Library",
+    "Neighbour",
     "Nft",
     "Observed",
+    "Preflight",
     "Program",
     "apply",
     "differences",
@@ -44,11 +48,14 @@ __all__ = [
     "is_forwarding",
     "is_loopback_up",
     "is_reverted",
+    "look_ahead",
     "look_around",
+    "look_at_neighbours",
     "make_steps",
     "nft_version",
     "observe",
     "planned",
+    "preflight",
     "restore",
     "revert",
     "revert_steps",

@@ -30,6 +30,8 @@ __all__ = [
     "Nft",
     "Program",
     "find_program",
+    "is_ours",
+    "list_all",
     "list_names",
     "list_tables",
     "nft_version",
@@ -134,6 +136,16 @@ class Library:
         self._lib.nft_ctx_set_dry_run(self._context, True)
         try:
             self.run(text)
+        except KernelError as error:
+            # Of what the kernel does not take, the library shows the first line of the whole text. The program shows the rule, and with
+            # it which module is missing.
+            try:
+                Program().check(text)
+            except MissingError as better:
+                raise better from error
+            except TproxydError:
+                pass
+            raise
         finally:
             self._lib.nft_ctx_set_dry_run(self._context, False)
 
@@ -146,9 +158,7 @@ class Library:
 def list_names(nft: Nft) -> list[str]:
     """The names of our tables."""
     words = [line.split() for line in nft.run("list tables inet\n").splitlines()]
-    return sorted(
-        name for table, family, name in words if (table, family) == ("table", "inet") and _OURS.fullmatch(name)
-    )
+    return sorted(name for table, family, name in words if table == "table" and is_ours(family, name))
 
 
 def list_tables(nft: Nft) -> dict[str, str]:
@@ -184,6 +194,16 @@ def without_traffic(listing: str) -> str:
 def _list_table(nft: Nft, name: str) -> str:
     listing = nft.run(f"list table inet {name}\n")
     return without_traffic(_OWNER.sub("{\n", listing, count=1))
+
+
+def is_ours(family: str, table: str) -> bool:
+    """Whether a table is one of ours, by its name."""
+    return family == "inet" and _OURS.fullmatch(table) is not None
+
+
+def list_all() -> tuple[str, str]:
+    """The whole ruleset of this namespace, everybody's, as JSON and as text with handles; sets without what is in them."""
+    return _run_program("-j", "-t", "list", "ruleset"), _run_program("-a", "-s", "-t", "list", "ruleset")
 
 
 def nft_version() -> str | None:
@@ -276,10 +296,10 @@ def _is_netfilter(fd: int) -> bool:
 
 
 def _translate(shown: str, stderr: str) -> TproxydError:
-    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
-    first = lines[0] if lines else "no message"
+    lines = [line for line in stderr.splitlines() if line.strip()]
+    first = lines[0].strip() if lines else "no message"
     shown = f"{shown} failed: {first}"
-    rule = lines[1] if len(lines) > 1 else ""
+    rule = lines[1].strip() if len(lines) > 1 else ""
     if "Operation not permitted" in stderr:
         if not missing_capabilities(["CAP_NET_ADMIN"]):
             # A table with an owner is for nobody else.
@@ -289,10 +309,19 @@ def _translate(shown: str, stderr: str) -> TproxydError:
         return CapabilityError(
             f"{shown}: changing the ruleset needs CAP_NET_ADMIN in this network namespace; run as root"
         )
-    # The kernel answers ENOENT for an expression whose module it does not have; nft shows the rule in the line below.
-    for pattern, module in _MODULES:
-        if "No such file or directory" in first and re.search(pattern, rule):
-            return MissingError(
-                f"{shown}: this kernel has no {module}; load it with `modprobe {module}` or use a kernel that has it"
-            )
+    module = _missing_module(lines) if "No such file or directory" in first else None
+    if module is not None:
+        return MissingError(
+            f"{shown}: this kernel has no {module}; load it with `modprobe {module}` or use a kernel that has it"
+        )
     return KernelError(f"{shown}: {rule}" if rule else shown)
+
+
+def _missing_module(lines: list[str]) -> str | None:
+    """The kernel answers ENOENT for an expression whose module it does not have. nft shows the rule in the line below, and below that
+    marks the expression: a rule may have several that need one."""
+    rule, marks, *_ = [*lines[1:], "", ""]
+    first, last = marks.find("^"), marks.rfind("^")
+    found = [(match, module) for pattern, module in _MODULES for match in re.finditer(pattern, rule)]
+    marked = [module for match, module in found if match.start() <= last and match.end() > first >= 0]
+    return next(iter(marked + [module for _, module in found]), None)

@@ -24,14 +24,21 @@ _SSH_PORT, _SSH_SERVERS = 22, ("sshd", "dropbear")
 _BRIDGE = Path("/proc/sys/net/bridge")
 
 
-def look_around(ssh_ports: Iterable[int] = ()) -> Surroundings:
-    """The surroundings of the calling process's network namespace, as they are now, with these SSH ports: to find them takes a look at
-    every process, and a plan that changed with them would look like somebody's doing."""
+def look_around(*, ssh_ports: Iterable[int] = (), taken_marks: int = 0) -> Surroundings:
+    """The surroundings of the calling process's network namespace, as they are now.
+
+    These SSH ports and marks go in as they are: to find the ports takes a look at every process, and a plan that changed with either
+    would look like somebody's doing. Who else uses marks is asked once, by `preflight`.
+    """
     bridged = any(_read(_BRIDGE / name) == "1" for name in ("bridge-nf-call-iptables", "bridge-nf-call-ip6tables"))
     sockets = _socket_families()
     off = 6 not in sockets or _read(Path("/proc/sys/net/ipv6/conf/lo/disable_ipv6")) != "0"
     return Surroundings(
-        families=(4,) if off else (4, 6), sockets=sockets, bridge_netfilter=bridged, ssh_ports=tuple(sorted(ssh_ports))
+        families=(4,) if off else (4, 6),
+        sockets=sockets,
+        bridge_netfilter=bridged,
+        ssh_ports=tuple(sorted(ssh_ports)),
+        taken_marks=taken_marks,
     )
 
 

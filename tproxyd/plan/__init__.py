@@ -8,7 +8,7 @@ The text that is shown is the text that is applied.
 
 from tproxyd.plan.diff import Sections, unified_diff
 from tproxyd.plan.model import Family, LocalRoute, Marks, Plan, Rule, Surroundings
-from tproxyd.plan.plan import PROTOCOL, SUPPORTED_MARKS, UNOWNED_BYPASS, make_plan
+from tproxyd.plan.plan import PROTOCOL, SUPPORTED_MARKS, UNOWNED_BYPASS, make_marks, make_plan
 from tproxyd.plan.render import FORMATS, render
 from tproxyd.plan.ruleset import STATE, STEERING, is_owned, remove_tables, unowned
 from tproxyd.plan.ssh import spared_in, ssh_remarks
@@ -28,6 +28,7 @@ __all__ = [
     "Sections",
     "Surroundings",
     "is_owned",
+    "make_marks",
     "make_plan",
     "remove_tables",
     "render",

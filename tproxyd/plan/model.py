@@ -23,19 +23,26 @@ class Marks(msgspec.Struct, frozen=True):
     steering: Mark
     upstream: Mark
 
+    @property
+    def bits(self) -> int:
+        """All bits that are ours."""
+        return self.steering.mask | self.upstream.mask
+
 
 class Surroundings(msgspec.Struct, frozen=True, kw_only=True):
     """What a plan depends on besides the config: what the namespace can do in which it is applied.
 
     `families`: where IPv6 is switched off, nothing of IPv6 is steered. `sockets`: the families of which there can be sockets at all;
     listeners are opened for all of them, for IPv6 may be switched on later. `bridge_netfilter`: br_netfilter shows what arrives on
-    bridges to the ruleset before its time, and it cannot be captured. `ssh_ports`: where the administrator reaches this host.
+    bridges to the ruleset before its time, and it cannot be captured. `ssh_ports`: where the administrator reaches this host. `taken_marks`: the
+    bits of packet marks that other programs use, as far as it is known; `auto` keeps away from them.
     """
 
     families: tuple[Family, ...] = (4, 6)
     sockets: tuple[Family, ...] = (4, 6)
     bridge_netfilter: bool = False
     ssh_ports: tuple[int, ...] = ()
+    taken_marks: int = 0
 
 
 class Rule(msgspec.Struct, frozen=True, kw_only=True):

@@ -19,7 +19,7 @@ from tproxyd.plan.ruleset import (
     transaction,
 )
 
-__all__ = ["PROTOCOL", "SUPPORTED_MARKS", "UNOWNED_BYPASS", "make_plan"]
+__all__ = ["PROTOCOL", "SUPPORTED_MARKS", "UNOWNED_BYPASS", "make_marks", "make_plan"]
 
 PROTOCOL = 133
 """Stamp on every ip rule and route of ours: makes exact look-up and cleaning up without a config possible.
@@ -48,9 +48,11 @@ UNOWNED_BYPASS = (
 _USUAL = Surroundings()
 
 
-def make_marks(config: Config) -> Marks:
-    """The two marks of a Config; `auto` takes the first pair of SUPPORTED_MARKS that fits beside the other one.
+def make_marks(config: Config, taken: int = 0) -> Marks:
+    """The two marks of a Config; `auto` takes the first pair of SUPPORTED_MARKS that fits beside the other one and has none of the
+    `taken` bits.
 
+    If no pair is free of them, it is the first one that fits: who is there already is named by who looks (`kernel.neighbours`).
     Raises ConfigError when the two given marks do not fit together, or no pair of the list fits the one that is given.
     """
     steering, upstream = config.routing.mark, config.routing.upstream_mark
@@ -61,19 +63,22 @@ def make_marks(config: Config) -> Marks:
                 f"`routing.mark` {steering} and `routing.upstream_mark` {upstream} do not tell packets apart"
             )
         return Marks(steering, upstream)
-    for auto_steering, auto_upstream in SUPPORTED_MARKS:
-        if isinstance(steering, Mark):
-            pair = (steering, auto_upstream)
-        elif isinstance(upstream, Mark):
-            pair = (auto_steering, upstream)
-        else:
-            pair = (auto_steering, auto_upstream)
-        if pair[0].fits(pair[1]):
-            return Marks(*pair)
-    raise ConfigError(
-        f"`routing.mark` {steering} and `routing.upstream_mark` {upstream}: no automatic mark fits beside the given one, "
-        "because its mask covers all candidates; give both marks, e.g. two values of one mask"
-    )
+    pairs = [
+        Marks(
+            steering if isinstance(steering, Mark) else auto_steering,
+            upstream if isinstance(upstream, Mark) else auto_upstream,
+        )
+        for auto_steering, auto_upstream in SUPPORTED_MARKS
+    ]
+    fitting = [pair for pair in pairs if pair.steering.fits(pair.upstream)]
+    if not fitting:
+        raise ConfigError(
+            f"`routing.mark` {steering} and `routing.upstream_mark` {upstream}: no automatic mark fits beside the given one, "
+            "because its mask covers all candidates; give both marks, e.g. two values of one mask"
+        )
+    given = [mark.mask for mark in (steering, upstream) if isinstance(mark, Mark)]
+    avoided = taken & ~(given[0] if given else 0)  # nothing here can be done about a given one
+    return next((pair for pair in fitting if not pair.bits & avoided), fitting[0])
 
 
 def make_plan(
@@ -92,7 +97,7 @@ def make_plan(
     nothing new is taken. A Config that captures nothing gives a plan with no table, rule or route. Raises ConfigError when the
     marks do not fit together.
     """
-    marks = make_marks(config)
+    marks = make_marks(config, surroundings.taken_marks)
     table, first = config.routing.table, config.routing.priority
     # NAT changes the destination to an address of this host, so there is nothing to be routed.
     families = surroundings.families if config.captures and not config.redirects else ()
