@@ -19,13 +19,24 @@ import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache
-from typing import Protocol
+from typing import Literal, Protocol
 
 from tproxyd.errors import CapabilityError, KernelError, MissingError, TproxydError
 from tproxyd.net.capabilities import missing_capabilities
 from tproxyd.net.namespaces import call_in_namespace, new_namespace
 
-__all__ = ["Library", "Nft", "Program", "list_names", "list_tables", "nft_version", "spelled", "without_traffic"]
+__all__ = [
+    "Library",
+    "Nft",
+    "Program",
+    "is_ours",
+    "list_names",
+    "list_ruleset",
+    "list_tables",
+    "nft_version",
+    "spelled",
+    "without_traffic",
+]
 
 # The flags of a set whose elements come and go with the traffic, and those elements.
 _DYNAMIC = re.compile(r"(flags [^\n]*\bdynamic\b[^}]*?\n)\s*elements = \{[^}]*\}\n")
@@ -126,9 +137,17 @@ class Library:
 def list_names(nft: Nft) -> list[str]:
     """The names of our tables."""
     words = [line.split() for line in nft.run("list tables inet\n").splitlines()]
-    return sorted(
-        name for table, family, name in words if (table, family) == ("table", "inet") and _OURS.fullmatch(name)
-    )
+    return sorted(name for table, family, name in words if (table, family) == ("table", "inet") and is_ours(name))
+
+
+def is_ours(name: str) -> bool:
+    """Whether a table of family inet with this name is one of ours."""
+    return _OURS.fullmatch(name) is not None
+
+
+def list_ruleset(*, form: Literal["text", "json"]) -> str:
+    """Everybody's ruleset without the elements of named sets: as text with handles, or as JSON. CapabilityError without CAP_NET_ADMIN."""
+    return _run_program(*(("-a",) if form == "text" else ("-j",)), "-t", "-s", "list", "ruleset")
 
 
 def list_tables(nft: Nft) -> dict[str, str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tproxyd.plan import Family, Surroundings
 
-__all__ = ["is_loopback_up", "look_around"]
+__all__ = ["is_forwarding", "is_loopback_up", "look_around"]
 
 _SIOCGIFFLAGS, _IFF_UP = 0x8913, 1  # linux/sockios.h, linux/if.h
 _BRIDGE = Path("/proc/sys/net/bridge")
@@ -21,6 +21,11 @@ def look_around() -> Surroundings:
     sockets = _socket_families()
     off = 6 not in sockets or _read(Path("/proc/sys/net/ipv6/conf/lo/disable_ipv6")) != "0"
     return Surroundings(families=(4,) if off else (4, 6), sockets=sockets, bridge_netfilter=bridged)
+
+
+def is_forwarding() -> bool:
+    """Whether this namespace forwards packets of either family."""
+    return any(_read(Path("/proc/sys/net") / name) == "1" for name in ("ipv4/ip_forward", "ipv6/conf/all/forwarding"))
 
 
 def is_loopback_up() -> bool:
