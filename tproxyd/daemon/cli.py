@@ -12,14 +12,17 @@ import platform
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from tproxyd.errors import TproxydError, UsageError
+
+if TYPE_CHECKING:
+    from tproxyd.config import Config
 
 __all__ = ["entry", "main"]
 
 # Promised for later versions: refused by name, not mistaken for a typing error.
-_LATER_VERBS = ("confirm", "connections", "doctor", "drain", "explain", "handover", "reload", "status", "top")
+_LATER_VERBS = ("confirm", "connections", "drain", "explain", "handover", "reload", "status", "top")
 _LATER_OPTIONS = ("--after-exit", "--against", "--confirm", "--diff", "--name")
 
 
@@ -85,6 +88,18 @@ class _Version(argparse.Action):
         sys.exit(os.EX_OK)
 
 
+def _warn_of_forwarding(config: Config) -> None:
+    """On a host that forwards, the outbound connections of its containers and virtual machines are forwarded ones, too."""
+    from tproxyd.kernel import is_forwarding
+
+    if config.captures and not config.capture.destinations and not config.capture.interfaces and is_forwarding():
+        print(
+            "tproxyd: warning: forwarding is on in this network namespace and capture.destinations is empty: what its containers or "
+            'virtual machines connect to is captured, too; destinations = ["local"] limits capture to this host\'s own addresses',
+            file=sys.stderr,
+        )
+
+
 def _make_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="tproxyd",
@@ -119,6 +134,9 @@ def _make_parser() -> argparse.ArgumentParser:
     plan.add_argument("--format", choices=("text", "nft", "shell", "json"), default="text", help="default: text")
     add("apply", "put the kernel state there for any transparent listener on the port")
     add("revert", "remove all kernel state that is tproxyd's, and nothing else", config=False)
+    doctor = add("doctor", "look for every known cause of silent failure, and name its remedy")
+    doctor.add_argument("--no-probe", action="store_true", help="no live connection from a throwaway namespace")
+    doctor.add_argument("--json", action="store_true", help="for programs")
     return parser
 
 
@@ -146,6 +164,7 @@ def _dispatch(options: argparse.Namespace) -> int:
             from tproxyd.plan import make_plan
 
             make_plan(config)  # whether the marks fit together is found out there
+            _warn_of_forwarding(config)
             print("the configuration is good" if config.captures else "the configuration is good, but captures nothing")
         case "plan":
             from tproxyd.kernel import look_around
@@ -156,6 +175,11 @@ def _dispatch(options: argparse.Namespace) -> int:
             from tproxyd.daemon import apply_revert
 
             return apply_revert.apply(config)
+        case "doctor":
+            from tproxyd.daemon import doctor
+
+            file = str(options.config) if options.config is not None else None
+            return doctor.doctor(config, file, probing=not options.no_probe, as_json=options.json)
         case "run":
             from tproxyd.daemon import run
 
