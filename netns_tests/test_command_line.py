@@ -107,7 +107,14 @@ async def test_a_mistake_on_the_command_line_is_one_sentence(
 
 async def test_help_shows_what_is_built_and_nothing_else(sidecar_lab: Lab) -> None:
     done = await sidecar_lab["host"].run(*TPROXYD, "--help")
-    assert re.findall(r"^    ([a-z]+) ", done.stdout, re.MULTILINE) == ["run", "check", "plan", "apply", "revert"]
+    assert re.findall(r"^    ([a-z]+) ", done.stdout, re.MULTILINE) == [
+        "run",
+        "check",
+        "plan",
+        "apply",
+        "revert",
+        "doctor",
+    ]
     version = (await sidecar_lab["host"].run(*TPROXYD, "--version")).stdout
     assert re.fullmatch(
         rf"tproxyd [0-9.]+, Linux {re.escape(os.uname().release)}, nftables v[^,]+, Python [0-9.]+\n", version

@@ -9,7 +9,13 @@ from tproxyd.errors import CapabilityError
 
 __all__ = ["CAPABILITIES", "missing_capabilities", "require_capabilities"]
 
-CAPABILITIES = {"CAP_NET_BIND_SERVICE": 10, "CAP_NET_ADMIN": 12, "CAP_NET_RAW": 13, "CAP_SYS_ADMIN": 21}
+CAPABILITIES = {
+    "CAP_NET_BIND_SERVICE": 10,
+    "CAP_NET_ADMIN": 12,
+    "CAP_NET_RAW": 13,
+    "CAP_SYS_PTRACE": 19,
+    "CAP_SYS_ADMIN": 21,
+}
 """Those that matter here, and their bits (linux/capability.h)."""
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 
 from tproxyd.daemon.doctor.model import Check, Evidence, Finding, setting
@@ -21,7 +21,7 @@ _OLDEST_NFT = (1, 0)
 def nft_missing(e: Evidence) -> Iterator[Finding]:
     if e.nft_version is None:
         yield Finding(
-            seen="there is no program nft",
+            seen="there is no program nft that works",
             why="without it neither `apply` nor `revert` nor this examination can see or change the ruleset",
             remedy="apt-get install nftables",
         )
@@ -149,7 +149,8 @@ def br_netfilter(e: Evidence) -> Iterator[Finding]:
         ]
         yield Finding(
             seen=f"br_netfilter is on, and there is a bridge: {_names(bridges)}",
-            why="what arrives on a bridge is shown to the ruleset too early and cannot be captured",
+            why="what arrives on a bridge is shown to the ruleset too early and cannot be captured; if other rules rely on seeing bridged "
+            "packets (Docker's and Kubernetes' between containers of one bridge do), exclude the bridge instead (exclude_interfaces)",
             remedy="\n".join(setting(name, 0) for name in on),
         )
 
@@ -291,18 +292,25 @@ def iptables_legacy(e: Evidence) -> Iterator[Finding]:
 
 
 def interface_missing(e: Evidence) -> Iterator[Finding]:
-    names = [link.name for link in e.links]
-    for key in ("interfaces", "exclude_interfaces"):
-        for pattern in getattr(e.config.capture, key):
-            if not any(fnmatchcase(name, pattern) for name in names):
-                yield Finding(
-                    seen=f"capture.{key} has {pattern!r}, but there is no such interface; there are {_names(names)}",
-                    why="nothing arrives there, so nothing is captured"
-                    if key == "interfaces"
-                    else "it excludes nothing",
-                    remedy=f"# name the interface as it is called, in {e.configuration}\nip -br link\n{e.restart()}",
-                    warning=key != "interfaces",
-                )
+    names, capture = [link.name for link in e.links], e.config.capture
+
+    def absent(patterns: Sequence[str]) -> list[str]:
+        return [one for one in patterns if not any(fnmatchcase(name, one) for name in names)]
+
+    wanted = absent(capture.interfaces)
+    # An excluded pattern may be for what is to come; an exact name may be a slip.
+    excluded = absent([one for one in capture.exclude_interfaces if "*" not in one])
+    for key, missing, why in (
+        ("interfaces", wanted, "nothing arrives there, so nothing is captured"),
+        ("exclude_interfaces", excluded, "it excludes nothing"),
+    ):
+        for pattern in missing:
+            yield Finding(
+                seen=f"capture.{key} has {pattern!r}, but there is no such interface; there are {_names(names)}",
+                why=why,
+                remedy=f"# name the interface as it is called, in {e.configuration}\nip -br link\n{e.restart()}",
+                warning=len(wanted) < len(capture.interfaces) or key != "interfaces",
+            )
 
 
 def interface_down(e: Evidence) -> Iterator[Finding]:

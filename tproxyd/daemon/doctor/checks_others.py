@@ -134,6 +134,22 @@ def foreign_nat(e: Evidence) -> Iterator[Finding]:
         )
 
 
+def masquerade(e: Evidence) -> Iterator[Finding]:
+    local_only = set(e.config.capture.destinations) == {"local"}
+    if e.config.upstream.source != "auto" or not e.forwards or local_only or not e.config.captures:
+        return
+    for chain in e.chains or ():
+        for rule in chain.rules:
+            if any(kind in statement for statement in rule.statements for kind in ("masquerade", "snat")):
+                yield Finding(
+                    seen=f'this gateway hides its clients\' addresses: {_rule(chain, rule)}, while upstream.source is "auto"',
+                    why="captured connections bear the client's own address and are untracked, so this rule does not change it: servers "
+                    "that cannot answer to it are not reached, and connections time out",
+                    remedy=f'# in {e.configuration}, under [upstream]: source = "proxy"\n{e.restart()}',
+                    warning=True,
+                )
+
+
 def _captured(e: Evidence) -> list[Packet]:
     """A SYN of each family, captured interface and captured range, as it is once it has been taken."""
     if not e.config.captures or e.chains is None:
@@ -149,30 +165,32 @@ def _captured(e: Evidence) -> list[Packet]:
 
 def _dropped(e: Evidence, walks: Sequence[tuple[Packet, Walk]], which: str) -> Iterator[Finding]:
     """One finding a rule. A failure where it is certain, and every captured interface is concerned for some port and family."""
-    found: dict[tuple[str, int | None], list[tuple[Packet, Walk]]] = {}
+    found: dict[tuple[str, int | None, bool], list[tuple[Packet, Walk]]] = {}
     for packet, walk in walks:
         if walk.verdict == "drop":
-            found.setdefault((str(walk.chain), walk.rule.handle if walk.rule else None), []).append((packet, walk))
+            key = (str(walk.chain), walk.rule.handle if walk.rule else None, walk.perhaps)
+            found.setdefault(key, []).append((packet, walk))
     everywhere = {packet.interface for packet, _ in walks}
-    for those in found.values():
-        certain = [one for one in those if not one[1].perhaps]
-        concerned = {packet.interface for packet, _ in certain}
-        packet, walk = (certain or those)[0]
+    for (_, _, perhaps), those in found.items():
+        concerned = {packet.interface for packet, _ in those}
+        walk = those[0][1]
         assert walk.chain is not None
         steering = e.plan.marks.steering
-        ports = sorted({one.port for one, _ in certain or those if one.port is not None})
+        ports = sorted({packet.port for packet, _ in those if packet.port is not None})
         port = f" to port {', '.join(map(str, ports))}" if ports else ""
-        interfaces = ", ".join(sorted({one.interface for one, _ in certain or those}))
+        families = sorted({packet.family for packet, _ in those})
+        family = f"IPv{families[0]}" if len(families) == 1 else "steered"
         yield Finding(
-            seen=f"steered packets{port} from {interfaces} are {'' if certain else 'perhaps '}dropped, {which}: {_where(walk)}",
+            seen=f"{family} packets{port} from {', '.join(sorted(concerned))} are {'perhaps ' if perhaps else ''}dropped, {which}: "
+            + _where(walk),
             why="clients get no answer: captured packets bear our mark, are untracked, and still have their original port"
-            + ("" if certain else " (a rule before it may admit some of them; which, cannot be told)"),
+            + (" (a rule before it may admit some of them; which, cannot be told)" if perhaps else ""),
             remedy=_insert(
                 walk.chain,
                 f"meta mark and {steering.mask:#x} == {steering.value:#x}",
                 f"-m mark --mark {steering}",
             ),
-            warning=concerned != everywhere,
+            warning=perhaps or concerned != everywhere,
         )
 
 
@@ -227,4 +245,5 @@ CHECKS: tuple[Check, ...] = (
     loopback_drops,
     foreign_tproxy,
     foreign_nat,
+    masquerade,
 )

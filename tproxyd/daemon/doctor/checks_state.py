@@ -18,16 +18,18 @@ _GUARD = "tproxyd_guard"
 
 
 def nothing_captured(e: Evidence) -> Iterator[Finding]:
-    if not e.config.captures:
+    if not e.config.captures or not e.captured_ports:
         yield Finding(
-            seen=f'`capture.ports` is empty or `capture.mode` is "off" in {e.configuration}',
+            seen=f"in {e.configuration} every port of `capture.ports` is excluded (`capture.exclude_ports`, listen.port)"
+            if e.config.captures
+            else f'`capture.ports` is empty or `capture.mode` is "off" in {e.configuration}',
             why="nothing is captured",
             remedy=f'# in {e.configuration}, under [capture]: ports = ["8080"]\n{e.restart()}',
         )
 
 
 def not_serving(e: Evidence) -> Iterator[Finding]:
-    if e.config.captures and not e.is_meant_to_capture and e.observed is not None and not _left(e) and e.holder is None:
+    if e.config.captures and not e.is_meant_to_capture and not e.has_own_rules and not _left(e) and e.holder is None:
         yield Finding(
             seen="no daemon serves this network namespace, and nothing is applied",
             why="nothing is captured: clients reach the destination directly",
@@ -131,8 +133,8 @@ def wrong_table(e: Evidence) -> Iterator[Finding]:
 
 
 def route_missing(e: Evidence) -> Iterator[Finding]:
-    if e.observed is None or not e.is_meant_to_capture:
-        return
+    if e.observed is None or not e.is_meant_to_capture or not e.loopback_up:
+        return  # while lo is down there can be none of IPv6; that is told as such
     for route in e.plan.routes:
         if route_key(route) not in e.observed.routes:
             yield Finding(
@@ -215,7 +217,7 @@ def listener_of_another(e: Evidence) -> Iterator[Finding]:
     for address, port, sock in _planned_listeners(e):
         pids = e.holders.get(sock.inode, ())
         # To an applied state anybody may listen; a listener that is not transparent has been told already.
-        told = not pids or sock.transparent is False or e.is_applied
+        told = not pids or sock.transparent is False or e.is_applied or e.observed is None
         if not told and not (e.serves and e.holder is not None and e.holder.pid in pids):
             yield Finding(
                 seen=f"the listener on {format_address((address, port))} is not the daemon's, but of {_holder_of(e, sock)}",

@@ -17,7 +17,9 @@ from tproxyd.config import Config
 from tproxyd.daemon.doctor.model import Evidence
 from tproxyd.daemon.lock import ask_holder
 from tproxyd.errors import CapabilityError, MissingError, TproxydError
+from tproxyd.kernel.routing import dump_rules
 from tproxyd.kernel.state import make_steps
+from tproxyd.net.capabilities import missing_capabilities
 from tproxyd.net.locality import Locality
 from tproxyd.net.namespaces import call_in_namespace, new_namespace
 from tproxyd.net.processes import Process, processes_here, read_process, socket_holders
@@ -63,8 +65,10 @@ def gather(config: Config, file: str | None) -> Evidence:
     no_links: tuple[kernel.Link, ...] = ()
     links = look("interfaces", kernel.list_links, no_links)
     sysctls = _read_sysctls([link.name for link in links])
-    if os.geteuid() != 0:
-        unseen.append("other users' processes: who holds the listeners and what limits the daemon; run as root")
+    if missing_capabilities(["CAP_SYS_PTRACE"]):
+        unseen.append(
+            "what other processes hold open: whose the listeners are, and how many files; that needs CAP_SYS_PTRACE"
+        )
     holder, trusted = ask_holder()
     daemon = read_process(holder) if holder is not None else None
     serves = daemon is not None and trusted and "tproxyd" in daemon.command
@@ -92,6 +96,7 @@ def gather(config: Config, file: str | None) -> Evidence:
         rules=rules,
         rule_tables=look("the tables of other ip rules", lambda: _tables(rules, config.routing.table), {}),
         routes=routes,
+        has_own_rules=look("our ip rules", lambda: bool(dump_rules()), False),
         observed=observed,
         changed_tables=changed,
         chains=look("other programs' nft rules", kernel.list_chains, None),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import time
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
@@ -34,8 +35,9 @@ _DOCUMENTATION: dict[int, tuple[IPv4Network | IPv6Network, ...]] = {
     6: (ip_network("2001:db8:ffff::/48"), ip_network("2001:db8::/32")),  # RFC 3849
 }
 _TRIED = 32  # addresses of a network
+_LOOKS, _LOOK = 20, 0.01  # for a connection that was answered
 
-Result = Literal["captured", "bypassed", "refused", "silent", "impossible"]
+Result = Literal["captured", "bypassed", "refused", "silent", "unmade", "impossible"]
 
 
 class Probe(msgspec.Struct, frozen=True, kw_only=True):
@@ -166,14 +168,30 @@ def _connect(far: int, way: ProbeWay, port: int) -> Probe:
         except OSError:
             result = "silent"
         else:
-            # Only a transparent listener answers for a foreign address. For a local one an app may have answered.
-            other = find_connection((way.destination, port), (way.source, client.getsockname()[1]))
-            if other is not None and other.transparent is False:
-                result = "bypassed"
+            result = _who_answered(client, way, port)
     finally:
         with contextlib.suppress(OSError):
             abort(client)
     return Probe(family=way.family, result=result, source=way.source, destination=way.destination, port=port)
+
+
+def _who_answered(client: socket.socket, way: ProbeWay, port: int) -> Result:
+    """An answer is not a connection yet: with SYN cookies there is none here before the client's ACK, which may go elsewhere. And for
+    a local address an app may have answered, whose socket is not transparent."""
+    client.setblocking(False)
+    for _ in range(_LOOKS):
+        other = find_connection((way.destination, port), (way.source, client.getsockname()[1]))
+        if other is not None:
+            return "bypassed" if other.transparent is False else "captured"
+        try:
+            client.recv(1)
+        except BlockingIOError:
+            time.sleep(_LOOK)
+        except OSError:
+            return "captured"  # and reset: by a policy, or because the upstream refuses
+        else:
+            return "captured"  # and ended
+    return "unmade"
 
 
 def _finding(e: Evidence, one: Probe) -> Finding | None:
@@ -183,6 +201,7 @@ def _finding(e: Evidence, one: Probe) -> Finding | None:
     happened = {
         "refused": ("was refused", "it met a rule that rejects, or the guard, or nobody listens"),
         "silent": ("got no answer", "the SYN, or the answer to it, is dropped or goes elsewhere"),
+        "unmade": ("was answered, but never made", "the client's ACK goes elsewhere, as it does with SYN cookies"),
         "bypassed": ("reached an app directly", "it was not captured"),
     }[one.result]
     return Finding(

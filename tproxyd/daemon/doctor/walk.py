@@ -18,7 +18,6 @@ __all__ = ["Packet", "Walk", "marks_of", "walk_hook"]
 
 _Statement = dict[str, Any]
 _DEEPEST = 16  # jumps; the kernel's own limit (NFT_JUMP_STACK_SIZE)
-_FLAGS = {"fin", "syn", "rst", "psh", "ack", "urg"}
 
 
 class Packet(msgspec.Struct, frozen=True, kw_only=True):
@@ -212,8 +211,13 @@ def _compare(left: Any, right: Any, packet: Packet) -> int | None:
     if not isinstance(left, dict) or len(left) != 1:
         return None
     ((kind, content),) = left.items()
-    if kind == "&" and content[0] == {"meta": {"key": "mark"}} and isinstance(content[1], int):
-        return _among(right, packet.mark & content[1])
+    if (
+        kind == "&"
+        and isinstance(content, list)
+        and content[:1] == [{"meta": {"key": "mark"}}]
+        and isinstance(content[-1], int)
+    ):
+        return _among(right, packet.mark & content[-1])
     if not isinstance(content, dict):
         return None
     key = content.get("key")
@@ -232,7 +236,7 @@ def _compare(left: Any, right: Any, packet: Packet) -> int | None:
             return None
         if key != "state":
             return _NEVER if packet.states == {"untracked"} else None
-        return _ALWAYS if packet.states & set(_listed(right)) else _NOT
+        return _any_of(right, packet.states)
     if kind == "socket" and key in ("transparent", "wildcard"):
         return _among(right, int(key == "transparent"))
     if kind == "payload":
@@ -245,7 +249,7 @@ def _payload(content: _Statement, right: Any, packet: Packet) -> int | None:
     if _is_port({"payload": content}):
         return None if packet.port is None else _among(right, packet.port)
     if (protocol, field) == ("tcp", "flags"):
-        return _ALWAYS if packet.flags & (_FLAGS & set(_listed(right))) else _NOT
+        return _any_of(right, packet.flags)
     if (protocol, field) in (("ip", "protocol"), ("ip6", "nexthdr")):
         return _among(right, "tcp") if packet.family == (4 if protocol == "ip" else 6) else _NEVER
     if protocol == ("ip6" if packet.family == 4 else "ip") or protocol in (
@@ -270,15 +274,23 @@ def _is_port(left: Any) -> bool:
 
 
 def _listed(right: Any) -> list[Any]:
-    if isinstance(right, dict) and "set" in right:
+    if isinstance(right, dict) and isinstance(right.get("set"), list):
         return list(right["set"])
     return right if isinstance(right, list) else [right]
+
+
+def _any_of(right: Any, bits: frozenset[str]) -> int | None:
+    """Whether one of the words on the right is among these; None if they are no words."""
+    words = _listed(right)
+    if not all(isinstance(word, str) and not word.startswith("@") for word in words):
+        return None
+    return _ALWAYS if bits & set(words) else _NOT
 
 
 def _among(right: Any, value: int | str) -> int | None:
     """Whether a value is what stands on the right: itself, a range, a set. None: a named set, or something else."""
     for one in _listed(right):
-        if isinstance(one, dict) and "range" in one:
+        if isinstance(one, dict) and isinstance(one.get("range"), list) and len(one["range"]) == 2:
             first, last = one["range"]
             if isinstance(value, int) and isinstance(first, int) and first <= value <= last:
                 return _ALWAYS
