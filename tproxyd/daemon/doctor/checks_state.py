@@ -218,7 +218,7 @@ def listener_of_another(e: Evidence) -> Iterator[Finding]:
         pids = e.holders.get(sock.inode, ())
         # To an applied state anybody may listen; a listener that is not transparent has been told already.
         told = not pids or sock.transparent is False or e.is_applied or e.observed is None
-        if not told and not (e.serves and e.holder is not None and e.holder.pid in pids):
+        if not told and not (e.serves and (e.holder is None or e.holder.pid in pids)):
             yield Finding(
                 seen=f"the listener on {format_address((address, port))} is not the daemon's, but of {_holder_of(e, sock)}",
                 why="captured connections go to it" if e.serves else "the daemon cannot start while the port is taken",

@@ -70,17 +70,19 @@ def gather(config: Config, file: str | None) -> Evidence:
             "what other processes hold open: whose the listeners are, and how many files; that needs CAP_SYS_PTRACE"
         )
     holder, trusted = ask_holder()
-    daemon = read_process(holder) if holder is not None else None
-    serves = daemon is not None and trusted and "tproxyd" in daemon.command
+    daemon = read_process(holder) if holder else None
     observed = look("tproxyd's own state in the kernel", kernel.observe, None)
+    no_sockets: list[TcpSocket] = []
+    sockets = look("TCP sockets", tcp_sockets, no_sockets)
+    # Pid 0 is one that cannot be seen from this pid namespace.
+    serves = trusted and (holder == 0 or (daemon is not None and "tproxyd" in daemon.command))
+    serves = serves or _is_embedded(config, observed, sockets)
     plan, changed = _compare(config, surroundings, observed, serves=serves)
     no_rules: tuple[kernel.ForeignRule, ...] = ()
     rules = look("ip rules", kernel.list_rules, no_rules)
     # Our own routes are not among the foreign ones.
     no_routes: tuple[kernel.ForeignRoute, ...] = ()
     routes = look("the routes of our table", lambda: kernel.list_routes(config.routing.table), no_routes)
-    no_sockets: list[TcpSocket] = []
-    sockets = look("TCP sockets", tcp_sockets, no_sockets)
     holders = socket_holders([sock.inode for sock in sockets if sock.state == LISTEN])
     counters = _read_counters()
     return Evidence(
@@ -118,6 +120,17 @@ def gather(config: Config, file: str | None) -> Evidence:
     )
 
 
+def _is_embedded(config: Config, observed: kernel.Observed | None, sockets: list[TcpSocket]) -> bool:
+    """Whether a program that embeds tproxyd serves here, which holds no name: one that lives owns the table, or listens to what it steers."""
+    steering = observed.tables.get("tproxyd") if observed is not None else None
+    if steering is None or (observed is not None and "tproxyd_state" in observed.tables):
+        return False
+    listening = any(
+        sock.state == LISTEN and sock.transparent and sock.local_port == config.listen.port for sock in sockets
+    )
+    return is_owned(steering) or listening
+
+
 def _compare(
     config: Config, surroundings: Surroundings, observed: kernel.Observed | None, *, serves: bool
 ) -> tuple[Plan, tuple[str, ...]]:
@@ -132,8 +145,14 @@ def _compare(
     )
     if observed is None:
         return plan, ()
+    # A program cannot say how its nft spells a table with an owner: the table ends with the program. The library can.
+    try:
+        with kernel.Library() as nft:
+            steps = make_steps(plan, observed, nft, unsure=False)
+    except MissingError:
+        steps = make_steps(plan, observed, unsure=False)
     # Those of which it cannot be told do not count.
-    words = [step.change.what for step in make_steps(plan, observed, unsure=False) if step.change.kind == "ruleset"]
+    words = [step.change.what for step in steps if step.change.kind == "ruleset"]
     loaded = re.findall(r"load table inet (\w+)", " ".join(words))
     return plan, tuple(name for name in loaded if name in tables)
 

@@ -30,7 +30,8 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
 
     `sysctls` by path below /proc/sys, `counters` from /proc/net/netstat. `rule_tables` are the tables that foreign rules look up and in
     which there are routes, with whether one of them is a local default route. `holders` are the pids that hold a listening socket,
-    by its inode. `has_own_rules` is known without privileges, other than
+    by its inode. `serves`: a daemon does, or a program
+    that embeds it, of which there is no `holder`. `has_own_rules` is known without privileges, other than
     `observed`. `foreign_destinations`: configured destinations that are not addresses of this namespace.
     """
 
