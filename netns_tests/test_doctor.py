@@ -28,7 +28,7 @@ from tproxyd.daemon.doctor import CHECKS, Report, examine
 from tproxyd.daemon.doctor.evidence import gather
 from tproxyd.daemon.doctor.model import Evidence
 from tproxyd.daemon.doctor.probe import probe
-from tproxyd.net.sockets import open_listener
+from tproxyd.net.sockets import format_address, open_listener
 from tproxyd.plan import make_plan
 from tproxyd.testing import Lab, Node, activate_conntrack, serve_echo
 from tproxyd.testing.daemon import TPROXYD, open_daemon
@@ -186,9 +186,9 @@ async def test_a_healthy_host_is_probed_in_silence_and_left_as_it_was(
         assert [one.result for one in report.probes] == ["captured", "captured"]
         assert await node.dump() == before
         assert await daemon.stop() == 0
-    assert [record["original_destination"] for record in daemon.records()][-2:] == [
-        f"{one.destination}:8080" if one.family == 4 else f"[{one.destination}]:8080" for one in report.probes
-    ]
+    assert {record["original_destination"] for record in daemon.records()[-2:]} == {
+        format_address((one.destination, 8080)) for one in report.probes
+    }
     assert "another program" not in daemon.process.stderr_text
 
 
@@ -520,10 +520,11 @@ async def test_a_stranger_with_our_name(sidecar_lab: Lab, tmp_path: Path) -> Non
         assert await patient.found() == ["not-serving"]
 
 
-async def test_faults_of_a_daemon(sidecar_lab: Lab, tmp_path: Path) -> None:
-    """Stopped; with few files; and what it repairs itself once its cause is gone."""
+async def test_faults_of_a_daemon(sidecar_lab: Lab, tmp_path: Path, nursery: trio.Nursery) -> None:
+    """Stopped; with few files; about to end; and what it repairs itself once its cause is gone."""
     host = sidecar_lab["host"]
     patient = Patient(host, HERE, tmp_path)
+    await nursery.start(serve_echo, host, 8080)
     async with open_daemon(host, HERE) as daemon:
         (worker,) = workers(daemon)
         for fault in (
@@ -533,7 +534,11 @@ async def test_faults_of_a_daemon(sidecar_lab: Lab, tmp_path: Path) -> None:
             Fault("ipv6-off", "sysctl -qw net.ipv6.conf.lo.disable_ipv6=1"),
         ):
             await patient.suffers(fault, soon=True)
-        assert await daemon.stop() == 0
+        async with await sidecar_lab["client"].connect(host.v4, 8080):
+            daemon.process.send_signal(15)
+            await daemon.process.wait_for_output("stopping")
+            await patient.suffers(Fault("daemon-draining", "true", mends=False), soon=True)
+        assert await daemon.process.wait() == 0
     async with open_daemon(host, HERE, files=300) as daemon:
         report = await patient.report()
         assert names_of(report) == ["open-files"]

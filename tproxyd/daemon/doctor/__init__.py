@@ -12,14 +12,19 @@ from collections.abc import Sequence
 import msgspec
 
 from tproxyd.config import Config
-from tproxyd.daemon.doctor import checks_host, checks_others, checks_state
+from tproxyd.daemon.doctor import checks_host, checks_others, checks_programs, checks_state
 from tproxyd.daemon.doctor.evidence import gather
 from tproxyd.daemon.doctor.model import Check, Evidence, Finding
 from tproxyd.daemon.doctor.probe import Probe, findings_of, probe
 
 __all__ = ["CHECKS", "PROBE_CHECK", "Report", "check_name", "doctor", "examine"]
 
-CHECKS: tuple[Check, ...] = (*checks_state.CHECKS, *checks_host.CHECKS, *checks_others.CHECKS)
+CHECKS: tuple[Check, ...] = (
+    *checks_state.CHECKS,
+    *checks_programs.CHECKS,
+    *checks_host.CHECKS,
+    *checks_others.CHECKS,
+)
 PROBE_CHECK = "probe"
 
 

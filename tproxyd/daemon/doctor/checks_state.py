@@ -68,6 +68,16 @@ def daemon_stopped(e: Evidence) -> Iterator[Finding]:
             )
 
 
+def daemon_draining(e: Evidence) -> Iterator[Finding]:
+    if e.draining:
+        yield Finding(
+            seen="the daemon is stopping: it waits for its connections to end (drain.timeout)",
+            why="it captures no new connections: they get what `when_down` says",
+            remedy="systemctl start tproxyd",
+            warning=True,
+        )
+
+
 def capability_missing(e: Evidence) -> Iterator[Finding]:
     for process in (e.holder, *e.relays):
         if process is None or not e.serves:
@@ -286,6 +296,7 @@ CHECKS: tuple[Check, ...] = (
     left_by_the_dead,
     name_held_by_a_stranger,
     daemon_stopped,
+    daemon_draining,
     capability_missing,
     open_files,
     ip_rule_missing,

@@ -78,6 +78,7 @@ def gather(config: Config, file: str | None) -> Evidence:
     serves = trusted and (holder == 0 or (daemon is not None and "tproxyd" in daemon.command))
     serves = serves or _is_embedded(config, observed, sockets)
     plan, changed = _compare(config, surroundings, observed, serves=serves)
+    draining = serves and changed == ("tproxyd",) and not _compare(config, surroundings, observed, capturing=False)[1]
     no_rules: tuple[kernel.ForeignRule, ...] = ()
     rules = look("ip rules", kernel.list_rules, no_rules)
     # Our own routes are not among the foreign ones.
@@ -100,7 +101,8 @@ def gather(config: Config, file: str | None) -> Evidence:
         routes=routes,
         has_own_rules=look("our ip rules", lambda: bool(dump_rules()), False),
         observed=observed,
-        changed_tables=changed,
+        changed_tables=() if draining else changed,
+        draining=draining,
         chains=look("other programs' nft rules", kernel.list_chains, None),
         holder=daemon,
         holder_trusted=trusted,
@@ -132,7 +134,12 @@ def _is_embedded(config: Config, observed: kernel.Observed | None, sockets: list
 
 
 def _compare(
-    config: Config, surroundings: Surroundings, observed: kernel.Observed | None, *, serves: bool
+    config: Config,
+    surroundings: Surroundings,
+    observed: kernel.Observed | None,
+    *,
+    serves: bool = True,
+    capturing: bool = True,
 ) -> tuple[Plan, tuple[str, ...]]:
     """What should be there, given who serves, and which tables are otherwise."""
     tables = observed.tables if observed is not None else {}
@@ -142,6 +149,7 @@ def _compare(
         surroundings=surroundings,
         stays="tproxyd_state" in tables or not serves,
         owned=serves and (is_owned(steering) if steering else _has_library()),
+        capturing=capturing,
     )
     if observed is None:
         return plan, ()

@@ -50,6 +50,7 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     has_own_rules: bool
     observed: Observed | None
     changed_tables: tuple[str, ...]
+    draining: bool
     chains: tuple[ForeignChain, ...] | None
     holder: Process | None
     holder_trusted: bool
