@@ -617,6 +617,13 @@ async def test_forwarding_with_no_destinations_is_warned_of_by_check_and_doctor(
         assert (await gateway.run(*TPROXYD, "check", "-c", str(patient.file))).stderr == ""
 
 
+async def test_destinations_with_an_address_of_this_host_need_no_forwarding(sidecar_lab: Lab, tmp_path: Path) -> None:
+    own = HERE.replace('"local"', '"192.0.2.0/24", "2001:db8:1::/64"')
+    async with applied(sidecar_lab["host"], own, tmp_path) as patient:
+        foreign = await patient.found(own.replace("192.0.2.0/24", "198.51.100.0/24"))
+        assert "forwarding-off" in foreign
+
+
 async def test_faults_of_interfaces(sidecar_lab: Lab, tmp_path: Path) -> None:
     host = sidecar_lab["host"]
     await host.run("ip", "link", "add", "spare0", "type", "bridge")
@@ -693,7 +700,7 @@ async def test_other_programs_that_meddle(sidecar_lab: Lab, tmp_path: Path) -> N
         async with program(host, tmp_path, "systemd-networkd", "import time"):
             report = await patient.report()
             assert names_of(report) == ["networkd"]
-            own = f"mkdir -p /etc/systemd; mount -t tmpfs none /etc/systemd\nPATH={patient.bin}:$PATH\n"
+            own = f"mount -t tmpfs none /etc/systemd\nPATH={patient.bin}:$PATH\n"
             _, content, _ = await patient.runs("--no-probe", before=own + report.findings[0][1].remedy)
             assert content["findings"] == []
 

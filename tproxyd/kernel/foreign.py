@@ -44,6 +44,7 @@ class Link(msgspec.Struct, frozen=True):
     up: bool
     master: str | None
     master_kind: str
+    addresses: tuple[str, ...] = ()
 
 
 class ForeignRule(msgspec.Struct, frozen=True, kw_only=True):
@@ -112,6 +113,11 @@ def list_links() -> tuple[Link, ...]:
     """Every interface of this namespace."""
     with open_netlink("list interfaces") as netlink:
         messages = list(netlink.get_links())
+        addresses: dict[int, list[str]] = {}
+        for message in netlink.get_addr():
+            addresses.setdefault(message["index"], []).append(
+                message.get_attr("IFA_LOCAL") or message.get_attr("IFA_ADDRESS")
+            )
     names = {message["index"]: message.get_attr("IFLA_IFNAME") for message in messages}
     kinds = {message["index"]: message.get_nested("IFLA_LINKINFO", "IFLA_INFO_KIND") or "" for message in messages}
     return tuple(
@@ -122,6 +128,7 @@ def list_links() -> tuple[Link, ...]:
             bool(message["flags"] & _IFF_UP),
             names.get(message.get_attr("IFLA_MASTER")),
             kinds.get(message.get_attr("IFLA_MASTER"), ""),
+            tuple(addresses.get(message["index"], ())),
         )
         for message in messages
     )

@@ -9,6 +9,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
+from ipaddress import ip_address
 from pathlib import Path
 from typing import TypeVar
 
@@ -117,7 +118,7 @@ def gather(config: Config, file: str | None) -> Evidence:
         nft_version=look("nft's version", kernel.nft_version, None),
         has_library=_has_library(),
         refused_ruleset=_refused(plan, unseen),
-        foreign_destinations=look("which destinations are local", lambda: _foreign_destinations(config), ()),
+        foreign_destinations=look("which destinations are local", lambda: _foreign_destinations(config, links), ()),
         unseen=tuple(unseen),
     )
 
@@ -290,12 +291,14 @@ def _refused(plan: Plan, unseen: list[str]) -> str | None:
     return None
 
 
-def _foreign_destinations(config: Config) -> tuple[str, ...]:
+def _foreign_destinations(config: Config, links: tuple[kernel.Link, ...]) -> tuple[str, ...]:
+    """Networks without an address of this host, as an interface or a `local` route of a whole network has it."""
+    own = [ip_address(address) for link in links for address in link.addresses]
     with Locality() as locality:
         return tuple(
             str(network)
             for network in config.capture.destinations
-            if network != "local" and not locality.is_local(str(network[0])) and not locality.is_local(str(network[-1]))
+            if network != "local" and not any(one in network for one in own) and not locality.is_local(str(network[-1]))
         )
 
 
