@@ -119,6 +119,7 @@ async def test_help_shows_what_is_built_and_nothing_else(sidecar_lab: Lab) -> No
         "status",
         "revert",
         "explain",
+        "doctor",
     ]
     version = (await sidecar_lab["host"].run(*TPROXYD, "--version")).stdout
     assert re.fullmatch(

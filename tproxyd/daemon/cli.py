@@ -13,14 +13,17 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from tproxyd.errors import TproxydError, UsageError
+
+if TYPE_CHECKING:
+    from tproxyd.config import Config
 
 __all__ = ["entry", "main"]
 
 # Promised for later versions: refused by name, not mistaken for a typing error.
-_LATER_VERBS = ("connections", "doctor", "drain", "handover", "reload", "top")
+_LATER_VERBS = ("connections", "drain", "handover", "reload", "top")
 _LATER_OPTIONS = ("--after-exit", "--name")
 _DAY = 24 * 3600
 
@@ -87,6 +90,18 @@ class _Version(argparse.Action):
         sys.exit(os.EX_OK)
 
 
+def _warn_of_forwarding(config: Config) -> None:
+    """On a host that forwards, the outbound connections of its containers and virtual machines are forwarded ones, too."""
+    from tproxyd.kernel import is_forwarding
+
+    if config.captures and not config.capture.destinations and is_forwarding():
+        print(
+            "tproxyd: warning: forwarding is on in this network namespace and capture.destinations is empty: what its containers or "
+            'virtual machines connect to is captured, too; destinations = ["local"] limits capture to this host\'s own addresses',
+            file=sys.stderr,
+        )
+
+
 def _make_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="tproxyd",
@@ -149,6 +164,9 @@ def _make_parser() -> argparse.ArgumentParser:
         "--in", dest="interface", metavar="IFACE", help="where it arrives (default: where the way back to SRC leaves)"
     )
     explain.add_argument("--json", action="store_true", help="for programs")
+    doctor = add("doctor", "look for every known cause of silent failure, and name its remedy")
+    doctor.add_argument("--no-probe", action="store_true", help="no live connection from a throwaway namespace")
+    doctor.add_argument("--json", action="store_true", help="for programs")
     return parser
 
 
@@ -192,17 +210,11 @@ def _dispatch(options: argparse.Namespace) -> int:
     config = load_config(options.config, ports=options.port if options.verb == "run" else ())
     match options.verb:
         case "check":
-            from tproxyd.kernel import is_forwarding
             from tproxyd.plan import make_plan
 
             make_plan(config)  # whether the marks fit together is found out there
+            _warn_of_forwarding(config)
             print("the configuration is good" if config.captures else "the configuration is good, but captures nothing")
-            if config.captures and not config.capture.destinations and is_forwarding():
-                print(
-                    "tproxyd: warning: this host forwards, and `capture.destinations` is empty: what containers and other machines send "
-                    'through it is captured, too; if that is not meant, set destinations = ["local"]',
-                    file=sys.stderr,
-                )
         case "plan":
             from tproxyd.daemon import planned
             from tproxyd.plan import make_plan, render
@@ -224,6 +236,11 @@ def _dispatch(options: argparse.Namespace) -> int:
                 options.source, options.destination, protocol=options.proto, interface=options.interface
             )
             return explain.show(config, request, as_json=options.json)
+        case "doctor":
+            from tproxyd.daemon import doctor
+
+            file = str(options.config) if options.config is not None else None
+            return doctor.doctor(config, file, probing=not options.no_probe, as_json=options.json)
         case "run":
             from tproxyd.daemon import run
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import socket
 import struct
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
@@ -26,6 +27,7 @@ __all__ = [
     "Orders",
     "ServedError",
     "UnknownOrderError",
+    "ask_holder",
     "lock_holder",
     "namespace_lock",
     "reverted",
@@ -53,6 +55,21 @@ class UnknownOrderError(KernelError):
 def lock_holder() -> str | None:
     """`name (pid N)` of the process that has the namespace, if any."""
     return unix_name_holder(_NAME)
+
+
+def ask_holder() -> tuple[int | None, bool]:
+    """The pid of the process that has the namespace, None if nobody has it, and whether it can be trusted. Asks the kernel, not it."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        sock.settimeout(_PATIENCE)
+        try:
+            sock.connect("\0" + _NAME)
+        except OSError:
+            # Nobody, or one who has bound the name and does not listen.
+            holder = lock_holder()
+            match = re.search(r"\(pid (\d+)\)$", holder or "")
+            return (int(match[1]) if match else None), False
+        pid, _, _ = _credentials(sock)
+        return pid, _is_trusted(sock)
 
 
 @contextmanager
@@ -140,6 +157,11 @@ def reverted(removed: Iterable[object], remark: str) -> str:
 
 def _is_trusted(sock: socket.socket | trio.socket.SocketType) -> bool:
     """Whether the other end is root's or our own user's."""
-    credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    _, uid, _ = struct.unpack("3i", credentials)
+    _, uid, _ = _credentials(sock)
     return uid in (0, os.geteuid())
+
+
+def _credentials(sock: socket.socket | trio.socket.SocketType) -> tuple[int, int, int]:
+    """Process, user and group of the other end."""
+    pid, uid, gid = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
+    return pid, uid, gid
