@@ -79,9 +79,12 @@ def test_check_and_plan_load_neither_trio_nor_pyroute2(tmp_path: Path, verb: str
     [
         ((), 64, "required: VERB"),
         (("frobnicate",), 64, "invalid choice: 'frobnicate'"),
-        (("status",), 64, "`tproxyd status` is not in this version"),
-        (("plan", "--diff"), 64, "the option --diff is not in this version"),
-        (("apply", "--confirm=60"), 64, "the option --confirm is not in this version"),
+        (("top",), 64, "`tproxyd top` is not in this version"),
+        (("plan", "--diff", "--format", "json"), 64, "leave --format out"),
+        (("plan", "-c", "EMPTY", "--against", "/no/such/file"), 78, "/no/such/file: there is no such file"),
+        (("apply", "--confirm", "0"), 64, "'0' is not a whole number of seconds from 1 to 86400"),
+        (("apply", "--confirm=1e3"), 64, "'1e3' is not a whole number"),
+        (("revert", "--after-exit"), 64, "the option --after-exit is not in this version"),
         (("plan", "--format", "yaml"), 64, "invalid choice: 'yaml'"),
         (("run", "--port", "70000"), 64, "--port 70000 is out of range"),
         (("run", "--port", "9-8"), 64, '--port 9-8 is an inverted range; write "8-9"'),
@@ -107,7 +110,16 @@ async def test_a_mistake_on_the_command_line_is_one_sentence(
 
 async def test_help_shows_what_is_built_and_nothing_else(sidecar_lab: Lab) -> None:
     done = await sidecar_lab["host"].run(*TPROXYD, "--help")
-    assert re.findall(r"^    ([a-z]+) ", done.stdout, re.MULTILINE) == ["run", "check", "plan", "apply", "revert"]
+    assert re.findall(r"^    ([a-z]+) ", done.stdout, re.MULTILINE) == [
+        "run",
+        "check",
+        "plan",
+        "apply",
+        "confirm",
+        "status",
+        "revert",
+        "explain",
+    ]
     version = (await sidecar_lab["host"].run(*TPROXYD, "--version")).stdout
     assert re.fullmatch(
         rf"tproxyd [0-9.]+, Linux {re.escape(os.uname().release)}, nftables v[^,]+, Python [0-9.]+\n", version
@@ -123,7 +135,15 @@ async def without(node: Node, capability: str, *arguments: str) -> Finished:
 
 @pytest.mark.parametrize("way", ["sidecar v4"], indirect=True)
 @pytest.mark.parametrize(
-    ("capability", "verb"), [("net_admin", "run"), ("net_raw", "run"), ("net_admin", "apply"), ("net_admin", "revert")]
+    ("capability", "verb"),
+    [
+        ("net_admin", "run"),
+        ("net_raw", "run"),
+        ("net_admin", "apply"),
+        ("net_admin", "revert"),
+        ("net_admin", "status"),
+        ("net_admin", "plan --diff"),
+    ],
 )
 async def test_55_without_a_capability_it_is_named_with_the_line_of_the_unit(
     way: Way, capability: str, verb: str
@@ -131,7 +151,7 @@ async def test_55_without_a_capability_it_is_named_with_the_line_of_the_unit(
     await way.proxy.run("nft", "add table inet foreign")
     before = await way.proxy.dump()
     file = () if verb == "revert" else ("-c", str(way.file(TWO_LINES)))
-    sentence = one_sentence(await without(way.proxy, capability, verb, *file), 77)
+    sentence = one_sentence(await without(way.proxy, capability, *verb.split(), *file), 77)
     name = f"CAP_{capability.upper()}"
     assert f"needs {name}" in sentence
     assert f"AmbientCapabilities={name}" in sentence
@@ -366,7 +386,9 @@ async def test_57_a_blocked_stderr_holds_nothing_up(way: Way, nursery: trio.Nurs
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
-@pytest.mark.parametrize("verb", ["check -c FILE", "plan -c FILE", "apply -c FILE", "revert", "--version"])
+@pytest.mark.parametrize(
+    "verb", ["check -c FILE", "plan -c FILE", "plan -c FILE --against FILE", "apply -c FILE", "revert", "--version"]
+)
 async def test_output_that_cannot_be_written_is_one_sentence(
     sidecar_lab: Lab, tmp_path: Path, verb: str, unbuffered: str
 ) -> None:
@@ -392,3 +414,20 @@ async def test_a_daemon_that_does_not_start_shows_its_own_words(sidecar_lab: Lab
     with pytest.raises(LabError, match=r"(?s)ended with 78.*`capture\.prots`"):
         async with open_daemon(sidecar_lab["host"], FIVE_MISTAKES):
             pass
+
+
+async def test_check_warns_where_a_host_forwards_and_no_destination_is_named(gateway_lab: Lab, tmp_path: Path) -> None:
+    """A container host's own outbound traffic would be captured."""
+    gateway, file = gateway_lab["gateway"], tmp_path / "tproxyd.toml"
+    for text, forwards, warns in (
+        (TWO_LINES, 1, True),
+        (TWO_LINES, 0, False),
+        (TWO_LINES + 'destinations = ["local"]\n', 1, False),
+        ("[capture]\nports = []\n", 1, False),
+    ):
+        file.write_text(text, encoding="utf-8")
+        gateway.set_sysctl("net.ipv4.ip_forward", forwards)
+        gateway.set_sysctl("net.ipv6.conf.all.forwarding", forwards)
+        done = await gateway.run(*TPROXYD, "check", "-c", str(file))
+        assert ("`capture.destinations` is empty" in done.stderr) == warns
+        assert done.stdout.startswith("the configuration is good")

@@ -13,8 +13,9 @@ from collections.abc import Callable
 import pytest
 import trio
 
-from netns_tests.watch import METRICS, metrics, until
+from netns_tests.watch import METRICS, get, metrics, until
 from netns_tests.way import Way, median_ms
+from tproxyd import kernel
 from tproxyd.testing import Lab, Node, serve_echo
 from tproxyd.testing.daemon import LabDaemon, open_daemon
 
@@ -204,12 +205,69 @@ async def test_a_program_that_does_it_again_and_again_is_answered_with_pauses(si
 
 
 async def test_53_news_that_did_not_fit_means_a_look_at_everything(sidecar_lab: Lab) -> None:
-    """Ten thousand routes come and go while a rule of ours is deleted."""
+    """Ten thousand routes with our protocol come and go while a rule of ours is deleted. (Of other routes there is no news.)"""
     host = sidecar_lab["host"]
-    batch = "".join(f"route add 198.51.{n // 256}.{n % 256}/32 dev eth0\n" for n in range(10_000))
+    batch = "".join(f"route add 198.51.{n // 256}.{n % 256}/32 dev eth0 proto 133\n" for n in range(10_000))
     async with open_daemon(host, CONFIG) as daemon:
         planned = await host.dump()
         await host.run("ip", "-batch", "-", input=batch + "rule del priority 5234\n" + batch.replace(" add ", " del "))
         await until(lambda: events(daemon), within=3)
         assert await host.dump() == planned
+        assert await daemon.stop() == 0
+
+
+NEWS = {
+    "ip route add 198.51.100.9/32 dev eth0": None,  # other routes wake nobody: a router has many
+    "ip -6 route add 2001:db8:9::/64 dev eth0": None,
+    "ip route add local default dev lo table 133 proto 133": True,
+    "ip -6 route add local default dev lo table 133 proto 133": True,
+    "ip route replace local default dev lo table 133 proto static": True,
+    "ip route del local default dev lo table 133": True,
+    "ip -6 route del local default dev lo table 133": True,
+    "ip -6 rule add priority 9 fwmark 1 lookup 9": True,
+    "nft add table inet foreign": False,
+    "nft add table inet tproxyd_guard": True,
+    "nft add chain inet tproxyd_guard c": True,
+    "nft add rule inet tproxyd_guard c accept": True,
+    "nft delete table inet tproxyd_guard": True,
+    "ip link set lo down": True,
+    "ip link set lo up": True,
+    "ip addr del ::1/128 dev lo": True,  # what switching IPv6 off on lo does
+    "ip link set eth0 name other0": False,
+}
+
+
+async def test_what_is_news_of_ours(sidecar_lab: Lab) -> None:
+    host = sidecar_lab["host"]
+    with host.call(kernel.Events, 133) as events:
+        seen: dict[str, bool | None] = {}
+        for command in NEWS:
+            await host.run(*command.split())
+            state, woken = False, False
+            with trio.move_on_after(0.1):
+                while True:
+                    await trio.lowlevel.wait_readable(events.fileno())
+                    woken, news = True, events.read()
+                    state = state or news.state
+            seen[command] = state if woken else None
+        assert seen == NEWS
+        assert "other0" in news.links.values()
+
+
+async def test_what_cannot_be_repaired_is_told_by_readyz_until_it_can(sidecar_lab: Lab) -> None:
+    """A foreign route stands where ours was: it is named, and when it goes ours comes back."""
+    host = sidecar_lab["host"]
+    async with open_daemon(host, CONFIG) as daemon:
+        planned = await host.dump()
+        assert (await get(host, "/readyz")).status == 200
+        await host.run("ip", "route", "replace", "local", "default", "dev", "lo", "table", "133", "proto", "static")
+        await daemon.process.wait_for_output("cannot repair the kernel's state")
+        answer = await get(host, "/readyz")
+        assert (answer.status, b"somebody else" in answer.body) == (503, True)
+        await trio.sleep(1.2)
+        assert daemon.process.stderr_text.count("cannot repair") == 1  # said once
+        await host.run("ip", "route", "del", "local", "default", "dev", "lo", "table", "133", "proto", "static")
+        await until(lambda: events(daemon), within=3)
+        assert await host.dump() == planned
+        assert (await get(host, "/readyz")).status == 200
         assert await daemon.stop() == 0

@@ -5,75 +5,21 @@ from __future__ import annotations
 import re
 import signal
 import sys
+import time
 
 import pytest
 import trio
 
-from netns_tests.way import Way
+from netns_tests.foreign import plant_foreign
+from netns_tests.way import Way, median_ms
+from tproxyd import kernel
+from tproxyd.config import config_from_mapping
 from tproxyd.net.sockets import format_address
-from tproxyd.testing import Lab, LabError, Node, serve_identity
+from tproxyd.plan import make_plan
+from tproxyd.testing import Lab, LabError, serve_identity
 from tproxyd.testing.daemon import TPROXYD, open_daemon
 
 CONFIG = '[capture]\nports = ["8080", "9000-9099"]\nwhen_down = "refuse"\n'
-
-FOREIGN_TABLES = """
-table inet foreign {
-  set ports { type inet_service; flags interval; elements = { 80, 8000-8100 }; }
-  chain in {
-    type filter hook prerouting priority raw; policy accept;
-    tcp dport @ports counter accept comment "theirs"
-  }
-}
-table inet not_tproxyd {
-  chain tproxyd {
-    type filter hook prerouting priority -290; policy accept;
-    meta mark set meta mark | 0x4000
-  }
-}
-table ip tproxyd {
-  chain c {
-    tcp dport 8080 counter
-  }
-}
-table ip6 tproxyd {
-  chain c {
-    tcp dport 8080 counter
-  }
-}
-table bridge tproxyd {
-  chain c {
-    counter
-  }
-}
-table inet tproxydaemon {
-  chain c {
-    counter
-  }
-}
-"""
-FOREIGN_ROUTING = [
-    # Our priorities with other marks, tables, interfaces and protocols; our table number; our very marks elsewhere.
-    "-4 rule add priority 5233 fwmark 0x100/0xf00 lookup 100",
-    "-4 rule add priority 5234 fwmark 0x40/0xff lookup 133",
-    "-4 rule add priority 5234 from 198.51.100.0/24 lookup 101 protocol static",
-    "-4 rule add priority 5235 iif lo fwmark 0x8/0x8 lookup 102",
-    "-4 rule add priority 6000 fwmark 0x1000000/0x3000000 lookup 133",
-    "-4 rule add priority 5234 fwmark 0x1000000/0x3000000 lookup 133 protocol 3",  # equal to one of ours but for its protocol
-    "-6 rule add priority 5233 fwmark 0x100/0xf00 lookup 100",
-    "-6 rule add priority 5234 fwmark 0x1000000/0x1000000 lookup 133",
-    "-6 rule add priority 5235 to 2001:db8:77::/48 lookup 101 protocol 134",
-    "-4 route add 198.51.100.0/28 dev eth0 table 133",
-    "-4 route add local 203.0.113.128/25 dev lo table 133 proto 132",
-    "-4 route add local default dev lo table 100",
-    "-6 route add local default dev lo table 100",
-    "-6 route add 2001:db8:77::/48 dev eth0 table 133",
-]
-
-
-async def plant_foreign(node: Node) -> None:
-    await node.run("nft", "-f", "-", input=FOREIGN_TABLES)
-    for command in FOREIGN_ROUTING:
-        await node.run("ip", *command.split())
 
 
 async def test_apply_twice_changes_nothing_and_revert_leaves_everything_foreign(way: Way) -> None:
@@ -158,9 +104,7 @@ async def test_revert_under_a_daemon_names_it(way: Way) -> None:
     before = await way.proxy.dump()
     async with open_daemon(way.proxy, CONFIG) as daemon:
         done = await way.proxy.run(*TPROXYD, "revert")
-        assert (
-            f"(pid {daemon.process.pid}) serves this network namespace and captures nothing from now on" in done.stderr
-        )
+        assert f"pid {daemon.process.pid} serves this network namespace and captures nothing from now on" in done.stderr
         assert await way.proxy.dump() == before
         assert await daemon.stop() == 0
     assert await way.proxy.dump() == before
@@ -323,7 +267,7 @@ async def test_16_ipv6_switched_off_at_the_start_leaves_ipv4_unaffected(
         8080,
     )
     async with open_daemon(host, CONFIG) as daemon:
-        assert daemon.ready.endswith(" listen=127.0.0.1:15006")
+        assert daemon.ready.endswith(" listen=127.0.0.1:15006,[::1]:15006")  # IPv6 may come later
         assert "IPv6 is switched off on lo" in daemon.process.stderr_text
         async with await sidecar_lab["client"].connect(host.v4, 8080) as stream:
             own = format_address(stream.socket.getsockname())
@@ -331,7 +275,63 @@ async def test_16_ipv6_switched_off_at_the_start_leaves_ipv4_unaffected(
             while await stream.receive_some():
                 pass
         assert (await daemon.record(own))["outcome"] == "closed"
+        for scope in ("all", "lo", "eth0"):
+            host.set_sysctl(f"net.ipv6.conf.{scope}.disable_ipv6", 0)
+        await daemon.process.wait_for_output("IPv6 is on again, and captured")
+        await host.run("ip", "addr", "add", f"{host.v6}/64", "dev", "eth0", "nodad")
+        async with await sidecar_lab["client"].connect(host.v6, 8080) as stream:
+            own = format_address(stream.socket.getsockname())
+            await stream.send_eof()
+            while await stream.receive_some():
+                pass
+        assert (await daemon.record(own))["outcome"] == "closed"
+        for scope in ("all", "lo", "eth0"):
+            host.set_sysctl(f"net.ipv6.conf.{scope}.disable_ipv6", 1)
         assert await daemon.stop() == 0
+    assert await host.dump() == before
+
+
+# A kernel without IPv6, as far as sockets go: a seccomp filter answers EAFNOSUPPORT to socket(AF_INET6, ...), in this process and all its
+# children.
+WITHOUT_AF_INET6 = """
+import ctypes, os, platform, struct, sys
+LOAD, JUMP_EQUAL, RETURN = 0x20, 0x15, 0x06  # linux/bpf_common.h
+SOCKET = {"x86_64": 41, "aarch64": 198}[platform.machine()]
+program = b"".join(
+    struct.pack("HBBI", *instruction)
+    for instruction in (
+        (LOAD, 0, 0, 0),  # struct seccomp_data: the system call's number
+        (JUMP_EQUAL, 0, 3, SOCKET),
+        (LOAD, 0, 0, 16),  # its first argument
+        (JUMP_EQUAL, 0, 1, 10),  # AF_INET6
+        (RETURN, 0, 0, 0x00050000 | 97),  # SECCOMP_RET_ERRNO, EAFNOSUPPORT
+        (RETURN, 0, 0, 0x7FFF0000),  # SECCOMP_RET_ALLOW
+    )
+)
+buffer = ctypes.create_string_buffer(program)
+filter_program = struct.pack("HxxxxxxP", 6, ctypes.addressof(buffer))
+libc = ctypes.CDLL(None, use_errno=True)
+assert libc.prctl(38, 1, 0, 0, 0) == 0  # PR_SET_NO_NEW_PRIVS
+assert libc.prctl(22, 2, filter_program, 0, 0) == 0  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
+
+async def test_16_no_af_inet6_at_all_leaves_ipv4_unaffected(sidecar_lab: Lab, nursery: trio.Nursery) -> None:
+    host = sidecar_lab["host"]
+    before = await host.dump()
+    await nursery.start(serve_identity, host, 8080)
+    command = (sys.executable, "-c", WITHOUT_AF_INET6, *TPROXYD, "run", "--port", "8080")
+    async with host.process(*command, collect=True) as daemon:
+        assert (await daemon.wait_for_output("tproxyd: ready ")).endswith(" listen=127.0.0.1:15006")
+        async with await sidecar_lab["client"].connect(host.v4, 8080) as stream:
+            own = format_address(stream.socket.getsockname())
+            await stream.send_eof()
+            while await stream.receive_some():
+                pass
+        await daemon.wait_for_output(f'"source":"{own}"')
+        daemon.send_signal(signal.SIGTERM)
+        assert await daemon.wait() == 0
     assert await host.dump() == before
 
 
@@ -357,6 +357,29 @@ async def test_17_capture_follows_the_name_of_the_interface(sidecar_lab: Lab, nu
         assert await daemon.stop() == 0
     seen = {record["source"] for record in daemon.records()}
     assert (one in seen, two in seen, three in seen) == (True, False, True)
+
+
+async def test_ten_thousand_networks_load_in_under_a_second(sidecar_lab: Lab) -> None:
+    """A time that the issue names: the transaction itself, as the program and as the library load it."""
+    host = sidecar_lab["host"]
+    networks = [f"10.{n // 250}.{n % 250}.0/25" for n in range(5000)]
+    networks += [f"2001:db8:{n:x}::/48" for n in range(5000)]
+    plan = make_plan(config_from_mapping({"capture": {"ports": ["8080"], "exclude_sources": networks}}))
+    before = await host.dump()
+    took: dict[str, list[float]] = {"program": [], "library": []}
+    with host.call(kernel.Library) as library:
+        for name, nft in (("program", kernel.Program()), ("library", library)):
+            for _ in range(3):
+                began = time.perf_counter()
+                host.call(nft.run, plan.ruleset)
+                took[name].append(time.perf_counter() - began)
+                changes = kernel.differences(plan, host.call(kernel.observe, nft), nft)
+                assert "ruleset" not in {change.kind for change in changes}
+                assert {change.kind for change in host.call(kernel.revert, nft)} == {"ruleset"}
+    for name, seconds in took.items():
+        median_ms(f"10,000 networks, by the {name}", seconds)
+        assert min(seconds) < 1
+    assert await host.dump() == before
 
 
 async def test_a_table_with_our_name_is_replaced(sidecar_lab: Lab) -> None:

@@ -18,6 +18,8 @@ import pytest
 import trio
 
 from netns_tests.way import Way
+from tproxyd.config import config_from_mapping
+from tproxyd.daemon.explain import explain_connection, read_request
 from tproxyd.net.sockets import format_address, open_listener
 from tproxyd.testing import (
     GATEWAY,
@@ -276,6 +278,12 @@ async def test_clients_behind_a_bridge_never_hang(nursery: trio.Nursery, bridge_
         await until_it_forwards(client, server)
         async with open_daemon(gateway, f'{CONFIG}when_down = "{when_down}"\n') as daemon:
             assert ("br_netfilter is on" in daemon.process.stderr_text) is not captured
+            foretold = "forwarded" if captured else "refused_when_down" if when_down == "refuse" else "bypassed"
+            config = config_from_mapping({"capture": {"ports": ["8080"], "when_down": when_down}})
+            for source, address in ((client.v4, server.v4), (client.v6, server.v6)):
+                request = read_request(source, format_address((address, 8080)), protocol="tcp", interface=None)
+                account = gateway.call(explain_connection, config, request)
+                assert (account.packet.interface, account.explanation.outcome) == ("br0", foretold)
             for address in (server.v4, server.v6):
                 if not captured and when_down == "refuse":
                     with pytest.raises(ConnectionRefusedError):

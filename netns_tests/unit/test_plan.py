@@ -37,6 +37,8 @@ from tproxyd.plan import (
     Surroundings,
     make_plan,
     render,
+    spared_in,
+    ssh_remarks,
 )
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -385,3 +387,34 @@ def test_any_configuration_gives_one_plan_whatever_the_order_of_its_lists(
     assert not one.mask & other.mask or one.mask == other.mask
     for form in FORMATS:
         assert render(plan, form) == render(plan, form)
+
+
+# The administrator's SSH
+
+
+@pytest.mark.parametrize(
+    ("capture", "ssh_ports", "spared"),
+    [
+        ({"ports": "all"}, (22,), ()),  # excluded by default
+        ({"ports": "all", "exclude_ports": []}, (22,), (22,)),
+        ({"ports": ["1-1000", "2222"], "exclude_ports": []}, (22, 2222), (22,)),  # named singly: the user's will
+        ({"ports": ["2222"]}, (22, 2222), ()),
+        ({"ports": ["2000-2999"]}, (2222, 22, 2022), (2022, 2222)),
+        ({"ports": ["2000-2999"]}, (), ()),
+    ],
+)
+def test_ssh_that_only_a_range_captures_is_spared_by_the_first_rule_of_both_chains(
+    capture: dict[str, Any], ssh_ports: tuple[int, ...], spared: tuple[int, ...]
+) -> None:
+    config = config_from_mapping({"capture": {**capture, "when_down": "refuse"}})
+    plan = make_plan(config, surroundings=Surroundings(ssh_ports=ssh_ports))
+    for name in ("tproxyd", "tproxyd_guard"):
+        assert spared_in(plan.tables[name]) == spared
+        first = re.search(r"chain capture \{\n\t\t([^\n]*)", plan.tables[name])
+        assert first is not None
+        assert first[1].startswith("tcp dport " + (str(spared[0]) if len(spared) == 1 else "{")) == bool(spared)
+    if not spared:
+        assert plan == make_plan(config)
+    info, warning = ssh_remarks(config, Surroundings(ssh_ports=ssh_ports))
+    assert (info is not None) == bool(spared)
+    assert (warning is not None) == any(port in ssh_ports for port in (2222,) if str(port) in capture["ports"])

@@ -4,7 +4,7 @@ Any user may bind such a name. One who does keeps the daemon from starting, as o
 refused aloud, with the culprit's pid, because going on without the lock would let a second daemon undo the first one's work.
 
 Who holds the name also takes orders there, a word each, from root or from its own user: what belongs to a living daemon only that
-daemon can take away. The answer is `ok` or `error`, and lines for people.
+daemon can take away. The answer is `ok`, `error` or `unknown`, and lines for people or for who has given the order.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import errno
 import os
 import socket
 import struct
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import trio
@@ -22,7 +22,16 @@ import trio
 from tproxyd.errors import KernelError, TproxydError
 from tproxyd.net.proc_net import unix_name_holder
 
-__all__ = ["Orders", "ServedError", "lock_holder", "namespace_lock", "send_order", "serve_orders"]
+__all__ = [
+    "Orders",
+    "ServedError",
+    "UnknownOrderError",
+    "lock_holder",
+    "namespace_lock",
+    "reverted",
+    "send_order",
+    "serve_orders",
+]
 
 _NAME = "tproxyd"
 _LONGEST = 64  # bytes of an order
@@ -35,6 +44,10 @@ Orders = Mapping[str, Callable[[], Awaitable[str]]]
 
 class ServedError(KernelError):
     """Another tproxyd serves this network namespace."""
+
+
+class UnknownOrderError(KernelError):
+    """Who has the namespace is not one who takes this order."""
 
 
 def lock_holder() -> str | None:
@@ -77,11 +90,12 @@ async def serve_orders(held: socket.socket, orders: Orders) -> None:
 
 
 async def _answer(client: trio.socket.SocketType, orders: Orders) -> None:
-    with trio.move_on_after(_PATIENCE):
+    with trio.move_on_after(_PATIENCE) as patience:
         word = (await client.recv(_LONGEST)).decode(errors="replace").strip()
+        patience.deadline += _WORK
         order = orders.get(word)
         try:
-            answer = "ok\n" + await order() if order is not None else f"error\nnobody here can {word}"
+            answer = "ok\n" + await order() if order is not None else "unknown\n"
         except TproxydError as error:
             answer = f"error\n{error}"
         with trio.CancelScope(shield=True), trio.move_on_after(_PATIENCE):
@@ -91,7 +105,7 @@ async def _answer(client: trio.socket.SocketType, orders: Orders) -> None:
 def send_order(order: str) -> str | None:
     """Gives an order to the one that has the namespace, and waits for the answer; None if nobody has it, or who has it ends meanwhile.
 
-    Raises KernelError if it cannot be trusted, refuses, or does not answer.
+    Raises KernelError if it cannot be trusted, refuses, or does not answer; UnknownOrderError if it does not know the order.
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         sock.settimeout(_WORK)
@@ -112,9 +126,16 @@ def send_order(order: str) -> str | None:
         except OSError:
             return None
     kind, _, text = answer.decode(errors="replace").partition("\n")
+    if kind == "unknown":
+        raise UnknownOrderError(f"{lock_holder() or 'the process that has this network namespace'} cannot {order}")
     if kind == "error":
         raise KernelError(f"{lock_holder() or 'the daemon'} refuses: {text}")
     return text if kind == "ok" else None
+
+
+def reverted(removed: Iterable[object], remark: str) -> str:
+    """The answer to the order `revert`: what was removed, and what that means for who answers."""
+    return "\n".join(map(str, removed)) + f"\n\npid {os.getpid()} {remark}"
 
 
 def _is_trusted(sock: socket.socket | trio.socket.SocketType) -> bool:

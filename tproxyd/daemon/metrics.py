@@ -65,18 +65,18 @@ async def serve_metrics(
     *,
     dropped: Callable[[], int],
     repairs: Callable[[], Mapping[str, int]],
-    ready: Callable[[], bool],
+    unready: Callable[[], str],
     version: str,
 ) -> None:
     """Answers until cancelled, and closes the listener then.
 
     `count` gives the counters of all relay loops, `dropped` how many lines of the access log were not written, `repairs` how
-    often the kernel's state was put right, by kind, `ready` whether it is not stopping.
+    often the kernel's state was put right, by kind, `unready` why it is not ready, empty if it is.
     """
     pages: dict[bytes, Page] = {
         b"/metrics": partial(_metrics, count, dropped, repairs, version),
-        b"/healthz": partial(_word, lambda: True),
-        b"/readyz": partial(_word, ready),
+        b"/healthz": partial(_word, str),
+        b"/readyz": partial(_word, unready),
     }
     room = trio.CapacityLimiter(_CLIENTS)
     async with listener, trio.open_nursery() as nursery:
@@ -164,8 +164,9 @@ async def _send(
     await stream.send_all(data)
 
 
-async def _word(good: Callable[[], bool]) -> tuple[int, str, bytes]:
-    return (200, "text/plain", b"ok\n") if good() else (503, "text/plain", b"not ready\n")
+async def _word(reason: Callable[[], str]) -> tuple[int, str, bytes]:
+    why = reason()
+    return (503, "text/plain; charset=utf-8", f"not ready: {why}\n".encode()) if why else (200, "text/plain", b"ok\n")
 
 
 async def _metrics(

@@ -8,6 +8,7 @@ import resource
 import signal
 import socket
 import sys
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
@@ -16,8 +17,10 @@ import trio
 
 from tproxyd import __version__
 from tproxyd.config import Config
-from tproxyd.daemon.lock import namespace_lock, serve_orders
+from tproxyd.daemon.lock import Orders, namespace_lock, reverted, serve_orders
 from tproxyd.daemon.logs import LineWriter, access_format, encode_line, set_up_logging
+from tproxyd.daemon.planned import session_ports
+from tproxyd.daemon.status import tell_serving
 from tproxyd.errors import TproxydError
 from tproxyd.interceptor import Interceptor, open_interceptor
 from tproxyd.net.sockets import format_address
@@ -62,8 +65,12 @@ async def _serve(config: Config, stderr: LineWriter, access_log: LineWriter | No
             nursery.start_soon(_listen_to_signals, signals, stop)
             # A signal that comes while this starts is answered as soon as it has: that takes a fraction of a second.
             on_lines = access_log.write if access_log is not None else None
-            async with open_interceptor(config, on_lines=on_lines) as interceptor:
-                nursery.start_soon(serve_orders, held, {"revert": partial(_revert, interceptor)})
+            async with open_interceptor(config, on_lines=on_lines, ssh_ports=[*session_ports()]) as interceptor:
+                orders: Orders = {
+                    "revert": partial(_revert, interceptor),
+                    "status": partial(tell_serving, interceptor, began=time.monotonic()),
+                }
+                nursery.start_soon(serve_orders, held, orders)
                 if metrics is not None:
                     nursery.start_soon(_serve_metrics, metrics, interceptor, stop, access_log)
                 # At any log level, and on one line: others wait for it.
@@ -79,7 +86,7 @@ async def _revert(interceptor: Interceptor) -> str:
     _log.warning(
         "`tproxyd revert` has removed all kernel state: nothing is captured from now on; restart or stop this daemon"
     )
-    return "\n".join(map(str, removed))
+    return reverted(removed, "serves this network namespace and captures nothing from now on; restart or stop it")
 
 
 @asynccontextmanager
@@ -104,7 +111,7 @@ async def _serve_metrics(
         interceptor.counters,
         dropped=lambda: access_log.dropped if access_log is not None else 0,
         repairs=lambda: interceptor.repairs,
-        ready=lambda: not stop.drain.is_set(),
+        unready=lambda: "stopping" if stop.drain.is_set() else interceptor.trouble,
         version=__version__,
     )
 

@@ -11,7 +11,7 @@ import logging
 import os
 import resource
 import socket
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from typing import TypeVar
@@ -29,7 +29,7 @@ from tproxyd.interceptor.threads import in_thread
 from tproxyd.net.capabilities import require_capabilities
 from tproxyd.net.proc_net import Connections, closing_connections, half_open_connections, open_file_count, port_holder
 from tproxyd.net.sockets import format_address, open_listener, spread_by_source
-from tproxyd.plan import Surroundings, make_plan
+from tproxyd.plan import Marks, Surroundings, make_plan, ssh_remarks
 from tproxyd.proxy import Policy
 
 __all__ = ["Interceptor", "open_interceptor"]
@@ -62,6 +62,24 @@ class Interceptor:
     def repairs(self) -> Mapping[str, int]:
         """How often the kernel's state was put right after somebody else had changed it, by kind."""
         return self._keeper.repairs
+
+    @property
+    def trouble(self) -> str:
+        """What is wrong with the kernel's state and cannot be put right at the moment; empty if nothing is."""
+        return self._keeper.trouble
+
+    @property
+    def capturing(self) -> bool:
+        """Whether new connections are taken: not after `stop_capture`, `drain` or `revert`."""
+        return self._keeper.capturing
+
+    @property
+    def marks(self) -> Marks:
+        return self._keeper.marks
+
+    async def differences(self) -> list[kernel.Change]:
+        """What would have to change in the kernel, now; after `revert`, all that has been taken away. Raises TproxydError."""
+        return await self._keeper.differences()
 
     @property
     def connections(self) -> int:
@@ -112,6 +130,7 @@ async def open_interceptor(
     policy_timeout: float = 1.0,
     on_record: Callable[[Record], None] | None = None,
     on_lines: OnLines | None = None,
+    ssh_ports: Sequence[int] = (),
 ) -> AsyncIterator[Interceptor]:
     """Captures in the own network namespace, and serves until the block ends; then nothing of ours is left in the kernel, unless
     `tproxyd apply` had put it there: then its place is taken, and kept.
@@ -121,7 +140,8 @@ async def open_interceptor(
     it no connection costs a task.
 
     `on_record` gets each connection's Record at its end, or some hundredths of a second later; `on_lines` gets the same as it
-    stands in the access log: whole lines of JSON, several at a time. Neither may block. On entry capture is on and checked: the
+    stands in the access log: whole lines of JSON, several at a time. Neither may block. `ssh_ports`: at which this host's administrator comes in, besides
+    those at which an SSH server is seen to listen; they are captured only if they are named singly. On entry capture is on and checked: the
     kernel holds what was planned, and the relay loops have answered. On exit, living connections are reset; call `drain` before
     to let them end.
 
@@ -133,7 +153,7 @@ async def open_interceptor(
     require_capabilities("capturing connections", ("CAP_NET_ADMIN", "CAP_NET_RAW"))
     config = _with_engine(config)
     async with AsyncExitStack() as stack:
-        keeper = Keeper(config)
+        keeper = Keeper(config, ssh_ports=ssh_ports)
         stack.callback(keeper.close)
         _warn(config, keeper.surroundings)
         listen = make_plan(config, surroundings=keeper.surroundings).listen
@@ -286,6 +306,11 @@ def _make_setups(config: Config, listen: tuple[tuple[str, int], ...], *, asks: b
 
 
 def _warn(config: Config, surroundings: Surroundings) -> None:
+    spared, taken = ssh_remarks(config, surroundings)
+    if spared:
+        _log.info("%s", spared)
+    if taken:
+        _log.warning("%s", taken)
     if 6 not in surroundings.families:
         _log.warning(
             "IPv6 is switched off on lo: only IPv4 is captured (net.ipv6.conf.lo.disable_ipv6=0 switches it on)"

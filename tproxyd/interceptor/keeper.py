@@ -10,6 +10,7 @@ import logging
 import socket
 import time
 from collections import Counter, defaultdict, deque
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from functools import partial
 
@@ -19,7 +20,7 @@ from tproxyd import kernel
 from tproxyd.config import Config
 from tproxyd.errors import MissingError, TproxydError
 from tproxyd.interceptor.threads import in_thread
-from tproxyd.plan import Plan, Surroundings, make_plan
+from tproxyd.plan import Marks, Plan, Surroundings, make_plan
 
 __all__ = ["KINDS", "Keeper"]
 
@@ -40,13 +41,15 @@ _FIGHT, _LONG_PAUSE = 90, 5.0
 class Keeper:
     """Made in a thread of the namespace that it keeps. `put` first, then `watch` as a task, `leave` at the end, and `close`.
 
-    `repairs` counts what others have changed and this has put right, by kind (KINDS).
+    `repairs` counts what others have changed and this has put right, by kind (KINDS); `trouble` says what cannot be put right, if anything.
+    `ssh_ports` are known to the caller, besides those that are found here.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, *, ssh_ports: Iterable[int] = ()) -> None:
         self.repairs: Counter[str] = Counter()
         self._config = config
-        self._surroundings = kernel.look_around()
+        self._ssh_ports = {*kernel.find_ssh_ports(), *ssh_ports}
+        self._surroundings = kernel.look_around(self._ssh_ports)
         self._nft = _own_tables(config)
         self._owned = isinstance(self._nft, kernel.Library)
         self._stays = False
@@ -55,7 +58,7 @@ class Keeper:
         self._lock = trio.Lock()
         self._repaired: defaultdict[str, deque[float]] = defaultdict(deque)
         self._links: dict[int, str] = dict(socket.if_nameindex())
-        self._complaint = ""
+        self.trouble = ""
 
     def close(self) -> None:
         """What this process owns in the kernel goes with it."""
@@ -65,6 +68,19 @@ class Keeper:
     @property
     def surroundings(self) -> Surroundings:
         return self._surroundings
+
+    @property
+    def capturing(self) -> bool:
+        return self._capturing and not self._left
+
+    @property
+    def marks(self) -> Marks:
+        return self._wanted(self._surroundings).marks
+
+    async def differences(self) -> list[kernel.Change]:
+        """What is otherwise than planned, now. Raises TproxydError."""
+        async with self._lock:
+            return await in_thread(self._compare)
 
     async def put(self) -> None:
         """Makes the kernel hold the plan, capture last; takes over what `tproxyd apply` or a predecessor has left. Raises
@@ -80,9 +96,9 @@ class Keeper:
 
     async def watch(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Repairs what others change, until cancelled."""
-        with kernel.Events() as events:
+        with kernel.Events(self._config.routing.table) as events:
             task_status.started()
-            due = trio.current_time() + _LOOK
+            due = trio.current_time()  # what came between `put` and here was no news yet
             while True:
                 with trio.move_on_at(due):
                     await trio.lowlevel.wait_readable(events.fileno())
@@ -135,11 +151,11 @@ class Keeper:
                 async with self._lock:
                     await in_thread(self._apply)
         except TproxydError as error:
-            if str(error) != self._complaint:
-                self._complaint = str(error)
+            if str(error) != self.trouble:
+                self.trouble = str(error)
                 _log.error("cannot repair the kernel's state, and will try again: %s", error)
             return False
-        self._complaint = ""
+        self.trouble = ""
         return True
 
     def _look(self) -> set[str]:
@@ -147,13 +163,16 @@ class Keeper:
         is up again, and that is news, too."""
         if self._left or not kernel.is_loopback_up():
             return set()
-        plan = self._wanted(kernel.look_around())
-        return {change.kind for change in kernel.differences(plan, kernel.observe(self._nft), self._nft)}
+        return {change.kind for change in self._compare()}
+
+    def _compare(self) -> list[kernel.Change]:
+        plan = self._wanted(kernel.look_around(self._ssh_ports))
+        return kernel.differences(plan, kernel.observe(self._nft), self._nft)
 
     def _apply(self) -> None:
         if self._left or not kernel.is_loopback_up():
             return
-        surroundings = kernel.look_around()
+        surroundings = kernel.look_around(self._ssh_ports)
         changes = kernel.apply(self._wanted(surroundings), self._nft)
         before, self._surroundings = self._surroundings, surroundings
         if changes:
@@ -204,7 +223,9 @@ class Keeper:
 
 
 def _own_tables(config: Config) -> kernel.Nft:
-    """A library that owns the steering table, or the program where there is none; MissingError where only ownership will do."""
+    """A library that owns the steering table, or the program where there is none. MissingError where only ownership will do, and
+    without the program: `tproxyd revert` will need it, when no daemon lives."""
+    kernel.find_program()
     try:
         return kernel.Library()
     except MissingError as error:

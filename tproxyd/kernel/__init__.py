@@ -5,23 +5,26 @@ Everything acts on the network namespace of the calling thread, and only on what
 """
 
 from tproxyd.kernel.events import Events
-from tproxyd.kernel.nft import Library, Nft, Program, nft_version
+from tproxyd.kernel.nft import Library, Nft, Program, find_program, nft_version
 from tproxyd.kernel.state import (
     Change,
     Kind,
     Observed,
     apply,
     differences,
+    expected,
     is_applied,
     is_reverted,
     make_steps,
     observe,
+    planned,
     restore,
     revert,
     revert_steps,
+    sections,
     stop_capture,
 )
-from tproxyd.kernel.surroundings import is_loopback_up, look_around
+from tproxyd.kernel.surroundings import find_ssh_ports, is_bridge, is_forwarding, is_loopback_up, look_around
 
 __all__ = [
     "Change",
@@ -33,15 +36,22 @@ __all__ = [
     "Program",
     "apply",
     "differences",
+    "expected",
+    "find_program",
+    "find_ssh_ports",
     "is_applied",
+    "is_bridge",
+    "is_forwarding",
     "is_loopback_up",
     "is_reverted",
     "look_around",
     "make_steps",
     "nft_version",
     "observe",
+    "planned",
     "restore",
     "revert",
     "revert_steps",
+    "sections",
     "stop_capture",
 ]

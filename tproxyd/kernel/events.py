@@ -1,7 +1,7 @@
 """The kernel's news of what a plan is made of, as it happens: ip rules, routes, links, addresses of lo, and nft's tables.
 
 Two netlink sockets, and only as much parsing as tells what concerns us: on a router with a full table thousands of routes change a
-minute, and none of them is ours. That something *may* have changed is all that is told; what, the caller finds by looking.
+minute, and none of them is ours, so the kernel is told to keep those to itself. That something *may* have changed is all that is told; what, the caller finds by looking.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Iterator
 import msgspec
 
 from tproxyd.net.locality import ROUTING_NEWS
+from tproxyd.net.sockets import filter_messages
 from tproxyd.plan import PROTOCOL
 
 __all__ = ["Events", "News"]
@@ -27,6 +28,7 @@ _INDEX = struct.Struct("=i")  # of an interface, in struct ifinfomsg and struct 
 _NEWLINK, _DELLINK, _NEWADDR, _DELADDR = 16, 17, 20, 21  # linux/rtnetlink.h
 _NEWROUTE, _DELROUTE, _NEWRULE, _DELRULE = 24, 25, 32, 33
 _IFLA_IFNAME = 3
+_RT_TABLE_COMPAT = 252  # what the one byte says of a table that does not fit into it
 _LOOPBACK = 1  # the index of lo, in every namespace
 _NFT_TABLE = 1  # NFTA_TABLE_NAME, NFTA_CHAIN_TABLE, NFTA_RULE_TABLE, NFTA_SET_TABLE: the first attribute of each
 _NFNL_SUBSYS_NFTABLES = 10
@@ -42,13 +44,15 @@ class News(msgspec.Struct, frozen=True):
 
 
 class Events:
-    """News of the network namespace in whose thread it was made. A context manager; close it."""
+    """News of the network namespace in whose thread it was made, and of routes only in this table or with our protocol. A context
+    manager; close it."""
 
-    def __init__(self) -> None:
+    def __init__(self, table: int) -> None:
         self._epoll = select.epoll()
         self._sockets: list[socket.socket] = []
         try:
             self._route = self._open(socket.NETLINK_ROUTE, ROUTING_NEWS)
+            filter_messages(self._route, _only_our_routes(table))
             self._nft = self._open(_NETLINK_NETFILTER, 1 << (_NFNLGRP_NFTABLES - 1))
         except BaseException:
             self.close()
@@ -86,7 +90,7 @@ class Events:
             if kind is None or kind in (_NEWRULE, _DELRULE):
                 state = True
             elif kind in (_NEWROUTE, _DELROUTE):
-                state = state or body[5] == PROTOCOL  # rtm_protocol
+                state = True  # the filter lets no others through
             elif kind in (_NEWADDR, _DELADDR):
                 state = state or _INDEX.unpack_from(body, 4)[0] == _LOOPBACK  # ifa_index
             elif kind in (_NEWLINK, _DELLINK):
@@ -103,6 +107,24 @@ class Events:
                 table = _attribute(body[4:], _NFT_TABLE)
                 state = state or (table is not None and table.startswith("tproxyd"))
         return News(state, links)
+
+
+def _only_our_routes(table: int) -> list[tuple[int, int, int, int]]:
+    """Classic BPF: messages about routes of another protocol in another table are dropped before they wake anybody."""
+    new, old = (
+        int.from_bytes(struct.pack("=H", kind), "big") for kind in (_NEWROUTE, _DELROUTE)
+    )  # BPF loads in network order
+    return [
+        (0x28, 0, 0, 4),  # load the half word at 4: nlmsg_type
+        (0x15, 1, 0, new),  # if equal, skip one
+        (0x15, 0, 4, old),  # if not equal, skip four
+        (0x30, 0, 0, _HEADER.size + 5),  # load a byte: rtm_protocol
+        (0x15, 2, 0, PROTOCOL),  # if equal, skip two
+        (0x30, 0, 0, _HEADER.size + 4),  # rtm_table: what is replaced there has another protocol
+        (0x15, 0, 1, table if table < 256 else _RT_TABLE_COMPAT),  # if not equal, skip one
+        (0x06, 0, 0, 0xFFFFFFFF),  # return the whole message
+        (0x06, 0, 0, 0),  # return nothing of it
+    ]
 
 
 def _messages(sock: socket.socket) -> Iterator[tuple[int | None, bytes]]:

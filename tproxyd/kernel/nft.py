@@ -25,7 +25,17 @@ from tproxyd.errors import CapabilityError, KernelError, MissingError, TproxydEr
 from tproxyd.net.capabilities import missing_capabilities
 from tproxyd.net.namespaces import call_in_namespace, new_namespace
 
-__all__ = ["Library", "Nft", "Program", "list_names", "list_tables", "nft_version", "spelled", "without_traffic"]
+__all__ = [
+    "Library",
+    "Nft",
+    "Program",
+    "find_program",
+    "list_names",
+    "list_tables",
+    "nft_version",
+    "spelled",
+    "without_traffic",
+]
 
 # The flags of a set whose elements come and go with the traffic, and those elements.
 _DYNAMIC = re.compile(r"(flags [^\n]*\bdynamic\b[^}]*?\n)\s*elements = \{[^}]*\}\n")
@@ -49,7 +59,10 @@ _TIMEOUT = 30.0
 
 
 class Nft(Protocol):
-    """Who speaks to the kernel: `Program` or `Library`."""
+    """Who speaks to the kernel: `Program` or `Library`. `spellings` is how this machine's nft lists a table, by the table's text as
+    planned: versions differ, and finding out takes time and privileges."""
+
+    spellings: dict[str, str]
 
     def run(self, text: str) -> str:
         """Runs commands as one transaction: all of them or, with an error raised, none. What the listing ones print, without counters."""
@@ -63,6 +76,9 @@ class Nft(Protocol):
 
 class Program:
     """The nft program, in the network namespace of whoever calls."""
+
+    def __init__(self) -> None:
+        self.spellings: dict[str, str] = {}
 
     def run(self, text: str) -> str:
         return _run_program("-s", "-f", "-", text=text)
@@ -84,6 +100,7 @@ class Library:
     """
 
     def __init__(self) -> None:
+        self.spellings: dict[str, str] = {}
         self._lib = _load_library()
         with _close_on_exec():
             self._context = self._lib.nft_ctx_new(0)
@@ -177,10 +194,16 @@ def nft_version() -> str | None:
         return None
 
 
-def _run_program(*arguments: str, text: str = "") -> str:
+def find_program() -> str:
+    """Where the nft program is. Raises MissingError with the package's name."""
     nft = shutil.which("nft", path=_SYSTEM_PATH) or shutil.which("nft")  # root's PATH is not always root's own
     if nft is None:
         raise MissingError("the program nft is missing: install it, on Debian with `apt-get install nftables`")
+    return nft
+
+
+def _run_program(*arguments: str, text: str = "") -> str:
+    nft = find_program()
     try:
         done = subprocess.run(
             [nft, *arguments],

@@ -10,7 +10,7 @@ Who holds a Library and plans an owned steering table gives that Library to ever
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Literal
 
@@ -29,19 +29,23 @@ __all__ = [
     "Step",
     "apply",
     "differences",
+    "expected",
     "is_applied",
     "is_reverted",
     "make_steps",
     "observe",
+    "planned",
     "restore",
     "revert",
     "revert_steps",
+    "sections",
     "stop_capture",
 ]
 
 Kind = Literal["route", "rule", "ruleset"]
 
 _PROGRAM = Program()
+_MOST_SPELLINGS = 32  # tables; more are from plans that are gone
 
 
 class Observed(msgspec.Struct, frozen=True):
@@ -76,6 +80,41 @@ def observe(nft: Nft = _PROGRAM) -> Observed:
     return Observed(routing.dump_rules(), routing.dump_routes(), list_tables(nft))
 
 
+def planned(plan: Plan) -> Observed:
+    """What `observe` gives when the kernel holds the plan, but for the words of its tables."""
+    return Observed(
+        tuple(routing.rule_key(rule) for rule in plan.rules),
+        tuple(routing.route_key(route) for route in plan.routes),
+        plan.tables,
+    )
+
+
+def expected(plan: Plan, observed: Observed, nft: Nft = _PROGRAM) -> Observed:
+    """The same, in the words in which nft lists the tables here, as far as it can be asked for them (see `_changed_tables`)."""
+    tables = plan.tables
+    if any(name in observed.tables for name in _unlike(tables, observed.tables)):
+        with suppress(TproxydError):
+            tables = {**tables, **spelled(plan.ruleset, nft)}
+    unlike = _unlike(tables, observed.tables)
+    return msgspec.structs.replace(
+        planned(plan), tables={name: tables[name] if name in unlike else observed.tables[name] for name in tables}
+    )
+
+
+def sections(state: Observed) -> dict[str, list[str]]:
+    """A state as text, to be shown and compared. Rules and routes are sorted: the order in which they were made means nothing."""
+    return {
+        "local routes": [
+            f"ip -{family} route local default dev lo table {table}" for family, table in sorted(state.routes)
+        ],
+        "ip rules": [
+            f"ip -{key[0]} rule {routing.describe_rule(key).partition(' ')[2]}"
+            for key in sorted(state.rules, key=lambda key: (key[:2], str(key)))
+        ],
+        **{f"table inet {name}": text.rstrip("\n").split("\n") for name, text in sorted(state.tables.items())},
+    }
+
+
 def is_applied(nft: Nft = _PROGRAM) -> bool:
     """Whether `tproxyd apply` was here: then the state is to stay when a daemon stops."""
     return STATE in list_names(nft)
@@ -103,12 +142,16 @@ def apply(plan: Plan, nft: Nft = _PROGRAM) -> list[Change]:
             step.check()  # before the first step: most of what can fail, fails here
     with _taken(steps):
         if steps:
-            wrong = [step.change.what for step in make_steps(plan, observe(nft), nft, unsure=False)]
+            observed = observe(nft)
+            wrong = [step.change.what for step in make_steps(plan, observed, nft, unsure=False)]
             if wrong:
                 raise KernelError(
                     f"the kernel does not hold what was just put there ({'; '.join(wrong)}): another program changes the same "
                     "state; find it with `nft monitor` and `ip monitor`"
                 )
+            # Where nothing else can tell, what is listed right after loading it is how it is spelled.
+            for name, text in plan.tables.items():
+                nft.spellings.setdefault(text, observed.tables[name])
     return [step.change for step in steps]
 
 
@@ -146,12 +189,7 @@ def make_steps(plan: Plan, observed: Observed, nft: Nft = _PROGRAM, *, unsure: b
 
     `unsure` is whether a table counts as changed of which it cannot be told (see `_changed_tables`).
     """
-    wanted = Observed(
-        tuple(routing.rule_key(rule) for rule in plan.rules),
-        tuple(routing.route_key(route) for route in plan.routes),
-        plan.tables,
-    )
-    return _steps(wanted, observed, _changed_tables(plan, observed, nft, unsure=unsure), nft)
+    return _steps(planned(plan), observed, _changed_tables(plan, observed, nft, unsure=unsure), nft)
 
 
 def _steps(wanted: Observed, observed: Observed, changed: list[str], nft: Nft) -> list[Step]:
@@ -187,14 +225,16 @@ def _changed_tables(plan: Plan, observed: Observed, nft: Nft, *, unsure: bool) -
         for name in changed
         if name not in missing and is_owned(plan.tables[name]) != is_owned(observed.tables[name])
     ]
-    if len(changed) == len(missing) + len(otherwise):
-        return changed
-    try:
-        return _unlike(
-            {name: text for name, text in spelled(plan.ruleset, nft).items() if name in changed}, observed.tables
-        )
-    except TproxydError:
-        return changed if unsure else missing + otherwise
+    doubtful = [name for name in changed if name not in (*missing, *otherwise)]
+    if not all(plan.tables[name] in nft.spellings for name in doubtful):
+        try:
+            listings = spelled(plan.ruleset, nft)
+        except TproxydError:
+            return changed if unsure else missing + otherwise
+        if len(nft.spellings) > _MOST_SPELLINGS:
+            nft.spellings.clear()
+        nft.spellings.update((plan.tables[name], listing) for name, listing in listings.items())
+    return missing + otherwise + _unlike({name: nft.spellings[plan.tables[name]] for name in doubtful}, observed.tables)
 
 
 def _unlike(wanted: dict[str, str], observed: dict[str, str]) -> list[str]:

@@ -14,6 +14,7 @@ import socket
 import struct
 import sys
 import termios
+from collections.abc import Sequence
 
 __all__ = [
     "KEEPALIVE_IDLE",
@@ -25,6 +26,7 @@ __all__ = [
     "accepted_socket",
     "answer_at_once",
     "bound_receive_buffer",
+    "filter_messages",
     "format_address",
     "open_listener",
     "open_upstream",
@@ -57,14 +59,10 @@ RECEIVE_BUFFER = 6 * 1024 * 1024
 """Bytes that a connection may have in a receive buffer while it stalls: what Linux gives at most by default (net.ipv4.tcp_rmem)."""
 
 _SO_RCVBUFFORCE = 33  # asm-generic/socket.h
-_SO_ATTACH_REUSEPORT_CBPF = 51  # asm-generic/socket.h
-_SO_ORIGINAL_DST = (
-    80  # linux/netfilter_ipv4.h; IP6T_SO_ORIGINAL_DST of linux/netfilter_ipv6/ip6_tables.h is the same number
-)
+_SO_ORIGINAL_DST = 80  # linux/netfilter_ipv4.h; linux/netfilter_ipv6/ip6_tables.h has the same number
 _SOCKADDR_IN = struct.Struct("!2xH4s8x")  # family, port, address (linux/in.h)
-_SOCKADDR_IN6 = struct.Struct(
-    "!2xH4x16s4s"
-)  # family, port, flow, address, scope, which is in the host's order (linux/in6.h)
+_SOCKADDR_IN6 = struct.Struct("!2xH4x16s4s")  # family, port, flow, address, scope (in the host's order; linux/in6.h)
+_SO_ATTACH_FILTER, _SO_ATTACH_REUSEPORT_CBPF = 26, 51  # asm-generic/socket.h
 _SKF_NET_OFF = 0xFFF00000  # linux/filter.h: -0x100000, from here on offsets count from the network header
 _TCPI_UNACKED = 24  # offset of tcpi_unacked in struct tcp_info (linux/tcp.h)
 _TCPI_RTT = 68  # offset of tcpi_rtt in struct tcp_info (linux/tcp.h)
@@ -126,10 +124,18 @@ def spread_by_source(listener: socket.socket, members: int) -> None:
         (0x94, 0, 0, members),  # mod members
         (0x16, 0, 0, 0),  # ret a
     ]
-    code = b"".join(struct.pack("HBBI", *step) for step in program)
-    buffer = ctypes.create_string_buffer(code)
-    filter_program = struct.pack("HL", len(program), ctypes.addressof(buffer))
-    listener.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_REUSEPORT_CBPF, filter_program)
+    _attach(listener, _SO_ATTACH_REUSEPORT_CBPF, program)
+
+
+def filter_messages(sock: socket.socket, program: Sequence[tuple[int, int, int, int]]) -> None:
+    """Lets the socket receive only what this classic BPF program (linux/filter.h: code, jump if true, jump if false, constant) returns a
+    length for."""
+    _attach(sock, _SO_ATTACH_FILTER, program)
+
+
+def _attach(sock: socket.socket, option: int, program: Sequence[tuple[int, int, int, int]]) -> None:
+    buffer = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in program))
+    sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("HL", len(program), ctypes.addressof(buffer)))
 
 
 def original_destination(sock: socket.SocketType) -> Address:

@@ -29,12 +29,13 @@ class Surroundings(msgspec.Struct, frozen=True, kw_only=True):
 
     `families`: where IPv6 is switched off, nothing of IPv6 is steered. `sockets`: the families of which there can be sockets at all;
     listeners are opened for all of them, for IPv6 may be switched on later. `bridge_netfilter`: br_netfilter shows what arrives on
-    bridges to the ruleset before its time, and it cannot be captured.
+    bridges to the ruleset before its time, and it cannot be captured. `ssh_ports`: where the administrator reaches this host.
     """
 
     families: tuple[Family, ...] = (4, 6)
     sockets: tuple[Family, ...] = (4, 6)
     bridge_netfilter: bool = False
+    ssh_ports: tuple[int, ...] = ()
 
 
 class Rule(msgspec.Struct, frozen=True, kw_only=True):

@@ -8,11 +8,10 @@ from tproxyd.plan.model import Family, LocalRoute, Marks, Plan, Rule, Surroundin
 from tproxyd.plan.ruleset import (
     CAPTURE_CHAIN,
     GUARD,
-    LISTEN_ADDRESS,
-    LISTEN_EVERYWHERE,
     STATE,
     STEERING,
     guard_table,
+    listen_addresses,
     redirecting_table,
     state_table,
     steering_table,
@@ -26,7 +25,7 @@ PROTOCOL = 133
 
 Free in iproute2's rt_protos (bird 12, zebra 11, dhcp 16, babel 42, openr 99, bgp 186, ...). systemd-networkd spares
 only rules stamped `kernel` (2), and a rule has one stamp; being able to tell what is ours is worth more, and what
-networkd deletes shows as a difference between plan and kernel.
+networkd deletes a running daemon puts back.
 """
 
 SUPPORTED_MARKS: tuple[tuple[Mark, Mark], ...] = tuple(
@@ -96,7 +95,7 @@ def make_plan(
     table, first = config.routing.table, config.routing.priority
     # NAT changes the destination to an address of this host, so there is nothing to be routed.
     families = surroundings.families if config.captures and not config.redirects else ()
-    listen = LISTEN_EVERYWHERE if config.redirects else LISTEN_ADDRESS
+    listen = listen_addresses(config)
     routes = tuple(
         LocalRoute(family=family, table=table, why="deliver what the rules below send here to this host")
         for family in families
@@ -106,7 +105,7 @@ def make_plan(
     if config.captures:
         make_table = redirecting_table if config.redirects else steering_table
         tables[STEERING] = make_table(config, marks, surroundings, owned=owned, capturing=capturing)
-        guard = guard_table(config, marks)
+        guard = guard_table(config, marks, surroundings)
         if guard is not None:
             tables[GUARD] = guard
         if stays:

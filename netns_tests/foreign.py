@@ -1,0 +1,66 @@
+"""What other programs may have put into the kernel: near to ours in every name and number, and none of it ours."""
+
+from __future__ import annotations
+
+from tproxyd.testing import Node
+
+__all__ = ["plant_foreign"]
+
+FOREIGN_TABLES = """
+table inet foreign {
+  set ports { type inet_service; flags interval; elements = { 80, 8000-8100 }; }
+  chain in {
+    type filter hook prerouting priority raw; policy accept;
+    tcp dport @ports counter accept comment "theirs"
+  }
+}
+table inet not_tproxyd {
+  chain tproxyd {
+    type filter hook prerouting priority -290; policy accept;
+    meta mark set meta mark | 0x4000
+  }
+}
+table ip tproxyd {
+  chain c {
+    tcp dport 8080 counter
+  }
+}
+table ip6 tproxyd {
+  chain c {
+    tcp dport 8080 counter
+  }
+}
+table bridge tproxyd {
+  chain c {
+    counter
+  }
+}
+table inet tproxydaemon {
+  chain c {
+    counter
+  }
+}
+"""
+FOREIGN_ROUTING = [
+    # Our priorities with other marks, tables, interfaces and protocols; our table number; our very marks elsewhere.
+    "-4 rule add priority 5233 fwmark 0x100/0xf00 lookup 100",
+    "-4 rule add priority 5234 fwmark 0x40/0xff lookup 133",
+    "-4 rule add priority 5234 from 198.51.100.0/24 lookup 101 protocol static",
+    "-4 rule add priority 5235 iif lo fwmark 0x8/0x8 lookup 102",
+    "-4 rule add priority 6000 fwmark 0x1000000/0x3000000 lookup 133",
+    "-4 rule add priority 5234 fwmark 0x1000000/0x3000000 lookup 133 protocol 3",  # equal to one of ours but for its protocol
+    "-6 rule add priority 5233 fwmark 0x100/0xf00 lookup 100",
+    "-6 rule add priority 5234 fwmark 0x1000000/0x1000000 lookup 133",
+    "-6 rule add priority 5235 to 2001:db8:77::/48 lookup 101 protocol 134",
+    "-4 route add 198.51.100.0/28 dev eth0 table 133",
+    "-4 route add local 203.0.113.128/25 dev lo table 133 proto 132",
+    "-4 route add local default dev lo table 100",
+    "-6 route add local default dev lo table 100",
+    "-6 route add 2001:db8:77::/48 dev eth0 table 133",
+]
+
+
+async def plant_foreign(node: Node) -> None:
+    await node.run("nft", "-f", "-", input=FOREIGN_TABLES)
+    for command in FOREIGN_ROUTING:
+        await node.run("ip", *command.split())
