@@ -16,10 +16,9 @@ from pathlib import Path
 import pytest
 import trio
 
-from netns_tests.test_drift import echo, events, load
-from netns_tests.test_neighbours import open_bridged_lab, until_it_forwards
-from netns_tests.test_self_call import SPECIAL, attempt, open_special_lab
-from netns_tests.watch import METRICS, dial, ends_within, metrics, outcomes, resets_within, until
+from netns_tests.drift import echo, events, load
+from netns_tests.labs import SPECIAL, open_bridged_lab, open_special_lab, until_it_forwards
+from netns_tests.watch import METRICS, attempt, dial, ends_within, metrics, outcomes, resets_within, until
 from netns_tests.way import Way, median_ms
 from tproxyd.net.sockets import format_address
 from tproxyd.testing import (

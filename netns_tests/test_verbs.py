@@ -43,7 +43,7 @@ def changed(diff: str) -> list[str]:
 # plan --diff
 
 
-@pytest.mark.parametrize("way", ["gateway v4", "sidecar v6"], indirect=True)
+@pytest.mark.parametrize("way", ["gateway v4"], indirect=True)
 async def test_plan_diff_shows_line_by_line_what_would_have_to_change(way: Way) -> None:
     node, file = way.proxy, str(way.file(CONFIG))
     before = await node.dump()
@@ -235,7 +235,7 @@ async def status(node: Node, *arguments: str, code: int) -> dict[str, Any]:
     return content
 
 
-@pytest.mark.parametrize("way", ["gateway v4", "sidecar v6"], indirect=True)
+@pytest.mark.parametrize("way", ["sidecar v6"], indirect=True)
 async def test_status_of_a_daemon_tells_what_lives_and_what_it_has_counted(way: Way, nursery: trio.Nursery) -> None:
     node = way.proxy
     await nursery.start(serve_identity, way.app, 8080)
@@ -342,8 +342,9 @@ async def waiting(
         yield process
 
 
-@pytest.mark.parametrize("way", ["gateway v4", "sidecar v6"], indirect=True)
-@pytest.mark.parametrize("first", ["", OTHER], ids=["nothing", "another config"])
+@pytest.mark.parametrize(
+    ("way", "first"), [("gateway v4", ""), ("sidecar v6", OTHER)], indirect=["way"], ids=["nothing", "another config"]
+)
 async def test_a_change_that_is_not_confirmed_in_time_is_taken_back_to_the_letter(way: Way, first: str) -> None:
     """Whether there was nothing of ours before or another config, foreign state around it; SIGHUP and a closed stdin are no answer."""
     node = way.proxy

@@ -117,7 +117,7 @@ def confirm() -> int:
         holder = lock_holder()
         raise MissingError(
             "no change waits to be confirmed in this network namespace: its time is over and it has been taken back, it is confirmed "
-            f"already, or `tproxyd apply --confirm` runs elsewhere{f' ({holder} serves here)' if holder else ''}"
+            f"already, or `tproxyd apply --confirm` runs elsewhere or as another user{f' ({holder} serves here)' if holder else ''}"
         )
     print("confirmed: the change stays")
     return os.EX_OK

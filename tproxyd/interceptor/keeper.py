@@ -223,8 +223,8 @@ class Keeper:
 
 
 def _own_tables(config: Config) -> kernel.Nft:
-    """A library that owns the steering table, or the program where there is none. MissingError where only ownership will do, and
-    without the program: `tproxyd revert` will need it, when no daemon lives."""
+    """A library that owns the steering table, or the program where there is none. MissingError without the program, which `tproxyd
+    revert` will need, and where only ownership will do."""
     kernel.find_program()
     try:
         return kernel.Library()

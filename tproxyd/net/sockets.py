@@ -59,10 +59,14 @@ RECEIVE_BUFFER = 6 * 1024 * 1024
 """Bytes that a connection may have in a receive buffer while it stalls: what Linux gives at most by default (net.ipv4.tcp_rmem)."""
 
 _SO_RCVBUFFORCE = 33  # asm-generic/socket.h
-_SO_ORIGINAL_DST = 80  # linux/netfilter_ipv4.h; linux/netfilter_ipv6/ip6_tables.h has the same number
-_SOCKADDR_IN = struct.Struct("!2xH4s8x")  # family, port, address (linux/in.h)
-_SOCKADDR_IN6 = struct.Struct("!2xH4x16s4s")  # family, port, flow, address, scope (in the host's order; linux/in6.h)
 _SO_ATTACH_FILTER, _SO_ATTACH_REUSEPORT_CBPF = 26, 51  # asm-generic/socket.h
+_SO_ORIGINAL_DST = (
+    80  # linux/netfilter_ipv4.h; IP6T_SO_ORIGINAL_DST of linux/netfilter_ipv6/ip6_tables.h is the same number
+)
+_SOCKADDR_IN = struct.Struct("!2xH4s8x")  # family, port, address (linux/in.h)
+_SOCKADDR_IN6 = struct.Struct(
+    "!2xH4x16s4s"
+)  # family, port, flow, address, scope, which is in the host's order (linux/in6.h)
 _SKF_NET_OFF = 0xFFF00000  # linux/filter.h: -0x100000, from here on offsets count from the network header
 _TCPI_UNACKED = 24  # offset of tcpi_unacked in struct tcp_info (linux/tcp.h)
 _TCPI_RTT = 68  # offset of tcpi_rtt in struct tcp_info (linux/tcp.h)
