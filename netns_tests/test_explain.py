@@ -28,6 +28,7 @@ from tproxyd.testing.daemon import TPROXYD, LabDaemon, open_daemon
 PORTS = '[capture]\nports = ["8080-8089", "9000-9099"]\nexclude_ports = ["22", "8089"]\n'
 ALL_PORTS = '[capture]\nports = "all"\n'
 REFUSE = 'when_down = "refuse"\n'
+REDIRECT = 'mode = "redirect"\n'
 
 
 class Row(NamedTuple):
@@ -159,6 +160,18 @@ DEAD_CLOSED = [
     Row("192.0.2.2", "169.254.169.254", 8080, "refused_when_down"),
 ]
 
+# There the listener is on every address.
+REDIRECTED = [
+    row._replace(outcome="self_call") if row.port == 15006 and row.outcome == "bypassed" else row
+    for row in GATEWAY_RULES
+]
+REDIRECTED_TO_NOBODY = [
+    *both("203.0.113.9", "2001:db8:f::9", 8080, "refused_when_down"),
+    *both("192.0.2.1", "2001:db8:1::1", 8080, "refused_when_down"),
+    *both("203.0.113.9", "2001:db8:f::9", 9100, "bypassed"),
+    Row("192.0.2.2", "169.254.169.254", 8080, "refused_special"),
+]
+
 RUNNING: list[tuple[str, str, list[Row]]] = [
     ("rules", PORTS + RULES, GATEWAY_RULES),
     (
@@ -184,6 +197,7 @@ RUNNING: list[tuple[str, str, list[Row]]] = [
         GATEWAY_DEFAULT_REFUSE,
     ),
     ("local only", PORTS + REFUSE + 'destinations = ["local"]\n', LOCAL_ONLY),
+    ("redirect", PORTS + REDIRECT + REFUSE + RULES, REDIRECTED),
 ]
 
 # The app lives on the host itself.
@@ -213,7 +227,7 @@ def test_the_table_is_long_enough() -> None:
 async def test_explain_agrees_with_a_gateway(
     gateway_lab: Lab, nursery: trio.Nursery, tmp_path: Path, name: str, config: str, rows: list[Row]
 ) -> None:
-    await serve(nursery, gateway_lab)
+    await serve(nursery, gateway_lab, everywhere=REDIRECT not in config)
     async with open_daemon(gateway_lab["gateway"], config) as daemon:
         await compare(gateway_lab, "gateway", explainer(tmp_path, config), rows, daemon)
 
@@ -255,6 +269,25 @@ async def test_explain_agrees_where_nobody_serves(
     # After `revert` the kernel has nothing to refuse with.
     await gateway.run(*TPROXYD, "revert")
     await compare(gateway_lab, "gateway", explain, both("203.0.113.9", "2001:db8:f::9", 8080, "bypassed"))
+
+
+@pytest.mark.parametrize("state", ["killed", "applied"])
+async def test_explain_agrees_where_nobody_serves_in_redirect_mode(
+    gateway_lab: Lab, nursery: trio.Nursery, tmp_path: Path, state: str
+) -> None:
+    """What `tproxyd apply` has put there redirects, whoever listens."""
+    gateway = gateway_lab["gateway"]
+    await serve(nursery, gateway_lab, everywhere=False)
+    explain = explainer(tmp_path, PORTS + REDIRECT)
+    if state == "applied":
+        await gateway.run(*TPROXYD, "apply", "-c", str(tmp_path / "tproxyd.toml"))
+        await compare(gateway_lab, "gateway", explain, REDIRECTED_TO_NOBODY)
+    else:
+        async with open_daemon(gateway, PORTS + REDIRECT) as daemon:
+            daemon.process.send_signal(signal.SIGKILL)
+            await daemon.process.wait()
+        await compare(gateway_lab, "gateway", explain, DEAD_OPEN)
+    await gateway.run(*TPROXYD, "revert")
 
 
 async def test_explain_agrees_where_routing_drops(gateway_lab: Lab, nursery: trio.Nursery, tmp_path: Path) -> None:
@@ -361,8 +394,9 @@ def endpoint(host: str, port: int) -> str:
     return format_address((host, port))
 
 
-async def serve(nursery: trio.Nursery, lab: Lab) -> None:
-    """Somebody answers wherever a packet of the table may come to, so that who is not served was refused."""
+async def serve(nursery: trio.Nursery, lab: Lab, *, everywhere: bool = True) -> None:
+    """Somebody answers wherever a packet of the table may come to, so that who is not served was refused. Not `everywhere`, the
+    port of redirect mode's listeners is left to them."""
     addresses = "".join(
         f"address add {address} dev eth0 nodad\n" for address in ("192.0.2.3/24", "192.0.2.200/24", "2001:db8:1::3/64")
     )
@@ -377,7 +411,7 @@ async def serve(nursery: trio.Nursery, lab: Lab) -> None:
             await node.run("ip", "address", "add", "2001:db8:f::9", "dev", "lo", "nodad")
             for address in ("203.0.113.9", "2001:db8:f::9"):
                 await nursery.start(serve_udp, node, address)
-        elif node.name == "gateway":
+        elif node.name == "gateway" and everywhere:
             for address in ("192.0.2.1", "2001:db8:1::1"):
                 await nursery.start(partial(serve_identity, node, 15006, address=address))
 

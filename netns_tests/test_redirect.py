@@ -133,7 +133,7 @@ async def test_rules_of_the_policy_see_the_original_destination(gateway_lab: Lab
     rule = '[[policy.rule]]\nname = "no-77"\ndestinations = ["203.0.113.77", "2001:db8:f::77"]\naction = "refuse"\n'
     async with open_daemon(gateway_lab["gateway"], REDIRECT + rule) as daemon:
         for address in FOREIGN:
-            assert await attempt(gateway_lab["client"], address, 8080) is not None
+            await attempt(gateway_lab["client"], address, 8080)
         for address in ("203.0.113.78", "2001:db8:f::78"):
             await ask(gateway_lab["client"], address)
         assert await daemon.stop() == 0
@@ -217,9 +217,9 @@ async def test_39_40_who_dials_the_listener_is_closed(way: Way, config: str) -> 
     async with open_daemon(way.proxy, config) as daemon:
         addresses = [*way.proxy.v4_on.values(), *way.proxy.v6_on.values()]
         for address in addresses:
-            assert await attempt(way.client, address, 15006) is not None
+            await attempt(way.client, address, 15006)
         for address in ("127.0.0.1", "::1", *addresses):
-            assert await attempt(way.proxy, address, 15006) is not None
+            await attempt(way.proxy, address, 15006)
         assert await daemon.stop() == 0
     assert {record["outcome"] for record in daemon.records()} == {"self_call"}
     assert all(record["upstream"] is None for record in daemon.records())
@@ -244,12 +244,13 @@ async def test_41_special_destinations() -> None:
     async with open_special_lab(router="192.0.2.1") as (client, host):
         async with open_daemon(host, REDIRECT) as daemon:
             for address in SPECIAL:
-                assert await attempt(client, address, 8080) is None
+                with pytest.raises(ConnectionRefusedError):
+                    await attempt(client, address, 8080)
             assert await daemon.stop() == 0
         assert daemon.records() == []
         async with open_daemon(host, REDIRECT + allow) as daemon:
             for address in SPECIAL:
-                assert await attempt(client, address, 8080) is not None
+                await attempt(client, address, 8080)
             assert await daemon.stop() == 0
     assert [record["original_destination"] for record in daemon.records()] == [
         format_address((address, 8080)) for address in SPECIAL
@@ -263,7 +264,7 @@ async def test_39_a_connection_that_conntrack_has_forgotten_is_closed(gateway_la
     await foreign(gateway, "type filter hook prerouting priority -400;\ntcp dport 15006 notrack")
     async with open_daemon(gateway, REDIRECT) as daemon:
         for address in (gateway.v4, gateway.v6):
-            assert await attempt(client, address, 15006) is not None
+            await attempt(client, address, 15006)
         assert await daemon.stop() == 0
     assert outcomes(daemon) == {"self_call": 2}
 
@@ -445,8 +446,7 @@ async def test_05_nothing_passes_between_two_deaths(way: Way, nursery: trio.Nurs
 @BOTH_LAYOUTS
 async def test_27_an_upstream_that_refuses_resets_the_client(way: Way) -> None:
     async with open_daemon(way.proxy, REDIRECT + CLOSED) as daemon:
-        own = await attempt(way.client, way.address, 8080)
-        assert own is not None  # accepted, and then reset
+        await attempt(way.client, way.address, 8080)  # accepted, and then reset
         assert await daemon.stop() == 0
     (record,) = daemon.records()
     assert (record["outcome"], record["upstream"]) == ("upstream_refused", format_address((way.address, 8080)))

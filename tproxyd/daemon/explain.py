@@ -23,7 +23,7 @@ from tproxyd.net.locality import Locality, Lookup
 from tproxyd.net.proc_net import is_listening
 from tproxyd.plan import STATE, Surroundings, make_plan, unowned
 from tproxyd.plan.explain import Explanation, Machine, Route, explain
-from tproxyd.plan.ruleset import LISTEN_ADDRESS
+from tproxyd.plan.ruleset import listen_addresses
 from tproxyd.plan.selectors import AddressType, Packet
 
 __all__ = ["Account", "Request", "explain_connection", "read_request", "show"]
@@ -61,8 +61,6 @@ class Account(msgspec.Struct, frozen=True, kw_only=True):
 
 def show(config: Config, request: Request, *, as_json: bool) -> int:
     """Prints the account of a connection. Raises TproxydError."""
-    if config.redirects:
-        raise UsageError('`tproxyd explain` of `capture.mode` = "redirect" is not in this version of tproxyd')
     account = explain_connection(config, request)
     sys.stdout.write(_json(account) if as_json else _text(account))
     return os.EX_OK
@@ -109,7 +107,7 @@ def explain_connection(config: Config, request: Request) -> Account:
             on_bridge=interface is not None and surroundings.bridge_netfilter and kernel.is_bridge(interface),
             destination_type=_type_of(request.destination, target),
         )
-        listening = is_listening(LISTEN_ADDRESS[packet.family], config.listen.port)
+        listening = is_listening(listen_addresses(config)[packet.family], config.listen.port)
         daemon = lock_holder()
         held = _held(config, surroundings)
 

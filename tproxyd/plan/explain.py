@@ -15,7 +15,7 @@ import msgspec
 from tproxyd.config import Config, Endpoint
 from tproxyd.plan.model import Surroundings
 from tproxyd.plan.plan import make_plan
-from tproxyd.plan.ruleset import GUARD, LISTEN_ADDRESS, STEERING, match_mark, take_rules
+from tproxyd.plan.ruleset import GUARD, STEERING, listen_addresses, match_mark, take_rules
 from tproxyd.plan.selectors import (
     CAPTURE_CHAIN,
     GUARD_TAKE,
@@ -111,7 +111,7 @@ class _Account:
         self.config, self.surroundings, self.packet, self.machine = config, surroundings, packet, machine
         self.plan = make_plan(config, surroundings=surroundings)
         self.marks = self.plan.marks
-        self.listener = Endpoint(LISTEN_ADDRESS[packet.family], config.listen.port)
+        self.listener = Endpoint(listen_addresses(config)[packet.family], config.listen.port)
         self.destination = Endpoint(str(packet.destination), packet.port)
         self.stages: list[Stage] = []
         self.kernel_rule: Stage | None = None
@@ -123,7 +123,8 @@ class _Account:
         if self.packet.interface is None:
             self.add("prerouting", "(nothing arrives)", True, "this host sends it elsewhere; captured is what arrives")
             return self.bypassed()
-        if self.walk(STEERING, "intercept", arrival_rules(self.config, self.surroundings)) is OPENS:
+        arrived = self.walk(STEERING, "intercept", arrival_rules(self.config, self.surroundings))
+        if arrived is not None and arrived.verdict == OPENS.verdict:
             chosen = self.walk(STEERING, CAPTURE_CHAIN, capture_rules(self.config, self.surroundings))
             if chosen is not None and chosen.verdict == "goto take":
                 return self.selected()
@@ -144,7 +145,7 @@ class _Account:
             self.add(
                 take, "(end of the chain)", True, f"IPv{self.packet.family} is switched off here: nothing is steered"
             )
-        elif not self.machine.listening:
+        elif not self.machine.listening and not self.config.redirects:
             tproxy = next(rule for rule in reversed(rules) if rule.test(self.packet).matches)
             self.add(take, tproxy.match, False, f"nobody listens on {self.listener}: the rule breaks off")
         else:
@@ -153,8 +154,16 @@ class _Account:
             if taken is not None and "reject" in taken.verdict:
                 what = "a special destination, which is never relayed unless policy.allow_special lists it"
                 return self.end("refused_special", f"reset by the kernel: {what}")
-            return self.steered()
+            return self.redirected() if self.config.redirects else self.steered()
         return self.not_taken()
+
+    def redirected(self) -> Explanation:
+        nat = f"{match_mark(self.marks.steering)} redirect to :{self.listener.port}"
+        self.add(f"inet {STEERING} divert", nat, True, "NAT brings it here, unless another program's NAT comes first")
+        if self.machine.listening:
+            return self.accepted()
+        self.add("listener", str(self.listener), False, "nobody listens, and NAT does not look for that")
+        return self.end("refused_when_down", "reset by the kernel: it is brought to a port where nobody listens")
 
     def steered(self) -> Explanation:
         packet, mark = self.packet, self.marks.steering
@@ -202,6 +211,8 @@ class _Account:
         packet = self.packet
         if packet.interface is None:
             where = "it leaves this host"
+        elif self.config.redirects and self.machine.listening and self.is_dialled_directly():
+            return self.accepted()
         elif packet.interface == "lo":
             if self.machine.listening and self.destination == self.listener:
                 return self.accepted()
@@ -217,6 +228,11 @@ class _Account:
             else:
                 where = f"it is forwarded through {route.interface}"
         return self.end("bypassed", f"not captured: {where}, as if tproxyd were not there")
+
+    def is_dialled_directly(self) -> bool:
+        """Whether it goes to a listener on every address, as it is."""
+        packet = self.packet
+        return packet.protocol == "tcp" and packet.port == self.listener.port and packet.destination_type == "local"
 
     # In the daemon, as in datapath/connection.py.
 
@@ -272,6 +288,8 @@ class _Account:
             because = "an app of this host sees an address of this host as the client"
         elif self.config.upstream.source == "proxy":
             because = 'upstream.source = "proxy": the server sees this host as the client'
+        elif self.config.redirects:
+            because = 'capture.mode = "redirect": the server sees this host as the client'
         elif (":" in upstream.host) != (self.packet.family == 6):
             because = "the client is of the other family: the server sees this host as the client"
         else:
@@ -293,7 +311,7 @@ class _Account:
 
     def is_listener(self, address: Endpoint) -> bool:
         return address.port == self.config.listen.port and (
-            address.host in LISTEN_ADDRESS.values() or self.is_local(address.host)
+            address.host in listen_addresses(self.config).values() or self.is_local(address.host)
         )
 
     # The account itself.

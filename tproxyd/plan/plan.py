@@ -8,11 +8,10 @@ from tproxyd.plan.model import Family, LocalRoute, Marks, Plan, Rule, Surroundin
 from tproxyd.plan.ruleset import (
     CAPTURE_CHAIN,
     GUARD,
-    LISTEN_ADDRESS,
-    LISTEN_EVERYWHERE,
     STATE,
     STEERING,
     guard_table,
+    listen_addresses,
     redirecting_table,
     state_table,
     steering_table,
@@ -101,7 +100,7 @@ def make_plan(
     table, first = config.routing.table, config.routing.priority
     # NAT changes the destination to an address of this host, so there is nothing to be routed.
     families = surroundings.families if config.captures and not config.redirects else ()
-    listen = LISTEN_EVERYWHERE if config.redirects else LISTEN_ADDRESS
+    listen = listen_addresses(config)
     routes = tuple(
         LocalRoute(family=family, table=table, why="deliver what the rules below send here to this host")
         for family in families

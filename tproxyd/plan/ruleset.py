@@ -45,12 +45,11 @@ from tproxyd.plan.sets import NamedSet, capture_sets, relayed_sets, special_sets
 __all__ = [
     "CAPTURE_CHAIN",
     "GUARD",
-    "LISTEN_ADDRESS",
-    "LISTEN_EVERYWHERE",
     "STATE",
     "STEERING",
     "guard_table",
     "is_owned",
+    "listen_addresses",
     "match_mark",
     "redirecting_table",
     "remove_tables",
@@ -65,16 +64,16 @@ STEERING = "tproxyd"
 GUARD = "tproxyd_guard"
 STATE = "tproxyd_state"
 
-LISTEN_ADDRESS: dict[Family, str] = {4: "127.0.0.1", 6: "::1"}
+_LISTEN_ADDRESS: dict[Family, str] = {4: "127.0.0.1", 6: "::1"}
 """Loopback, so that the network cannot reach the listener's port (but for IPv4 where route_localnet is on); the statement names
 the very address."""
 
-LISTEN_EVERYWHERE: dict[Family, str] = {4: "0.0.0.0", 6: "::"}  # noqa: S104  # what arrives there directly is closed
+_LISTEN_EVERYWHERE: dict[Family, str] = {4: "0.0.0.0", 6: "::"}  # noqa: S104  # what arrives there directly is closed
 """For redirect mode: NAT gives a connection an address of the interface that it came in on."""
 
 _TPROXY: dict[Family, str] = {
-    4: f"meta nfproto ipv4 meta l4proto tcp tproxy ip to {LISTEN_ADDRESS[4]}",
-    6: f"meta nfproto ipv6 meta l4proto tcp tproxy ip6 to [{LISTEN_ADDRESS[6]}]",
+    4: f"meta nfproto ipv4 meta l4proto tcp tproxy ip to {_LISTEN_ADDRESS[4]}",
+    6: f"meta nfproto ipv6 meta l4proto tcp tproxy ip6 to [{_LISTEN_ADDRESS[6]}]",
 }
 
 _IP: dict[Family, str] = {4: "ip", 6: "ip6"}
@@ -82,6 +81,11 @@ _IP: dict[Family, str] = {4: "ip", 6: "ip6"}
 
 _OWNED = "\tflags owner\n"
 _ACK_ONLY = "tcp flags ack / fin,syn,rst,ack"
+
+
+def listen_addresses(config: Config) -> dict[Family, str]:
+    """Where the listeners have to be, by family."""
+    return _LISTEN_EVERYWHERE if config.redirects else _LISTEN_ADDRESS
 
 
 def transaction(tables: Mapping[str, str]) -> str:
@@ -184,29 +188,15 @@ def redirecting_table(
     """The steering table of redirect mode: what the config selects is marked at priority raw, as in tproxy mode and seen by the same
     guard, and NAT brings what is marked to the listener. No mark leaves prerouting. Not `capturing`, it does nothing: what lives needs
     conntrack alone, and that there is a nat chain."""
-    families = surroundings.families
     steered = match_mark(marks.steering)
     chains = [
         _chain(
             "intercept",
             "type filter hook prerouting priority raw; policy accept;",
-            LOOPBACK,
-            OPENS._replace(why="opens a connection: those that exist go on"),
+            *arrival_rules(config, surroundings),
         ),
         _capture_chain(config, surroundings) if capturing else _chain(CAPTURE_CHAIN, None),
-        _chain(
-            "take",
-            None,
-            *(
-                Selector(f"meta l4proto tcp {special.match}", f"counter {special.verdict}", special.why, special.test)
-                for special in special_rules(config, families).values()
-            ),
-            *(
-                f"meta nfproto ipv{family} meta mark set {_set_mark(marks.steering)} counter accept"
-                ' comment "new connection: taken by the chain divert"'
-                for family in families
-            ),
-        ),
+        _chain("take", None, *take_rules(config, marks, surroundings.families)),
         _chain(
             "divert",
             "type nat hook prerouting priority dstnat - 5; policy accept;",
@@ -220,7 +210,7 @@ def redirecting_table(
             ' comment "the mark has done its work: nobody else is to see it"',
         ),
     ]
-    return _table(STEERING, [*capture_sets(config), *special_sets(config, families)], chains, owned=owned)
+    return _table(STEERING, [*capture_sets(config), *special_sets(config, surroundings.families)], chains, owned=owned)
 
 
 def guard_table(config: Config, marks: Marks, surroundings: Surroundings) -> str | None:
@@ -230,13 +220,11 @@ def guard_table(config: Config, marks: Marks, surroundings: Surroundings) -> str
     without which the last words of the daemon's sockets would not reach its clients.
     """
     refuses = config.capture.when_down == "refuse"
+    chains = _refusing_chains(config, marks, surroundings) if refuses else []
     if config.redirects:
-        chains = [
-            *(_refusing_chains(config, marks, surroundings) if refuses else []),
-            *_nat_chains(config, marks, refuses=refuses),
-        ]
+        chains += _nat_chains(config, marks, refuses=refuses)
     elif refuses:
-        chains = [*_refusing_chains(config, marks, surroundings), _defragment_chain(config)]
+        chains.append(_defragment_chain(config))
     else:
         return None
     return _table(GUARD, capture_sets(config) if refuses else [], chains)
@@ -293,6 +281,22 @@ def state_table() -> str:
 
 def take_rules(config: Config, marks: Marks, families: Sequence[Family]) -> list[Selector]:
     """The steering table's last chain: what becomes of a packet that is selected, as long as somebody listens."""
+    if config.redirects:
+        return [
+            *(
+                special._replace(match=f"meta l4proto tcp {special.match}", verdict=f"counter {special.verdict}")
+                for special in special_rules(config, families).values()
+            ),
+            *(
+                Selector(
+                    f"meta nfproto ipv{family}",
+                    f"meta mark set {_set_mark(marks.steering)} counter accept",
+                    "new connection: taken by the chain divert",
+                    of_family(family, f"selected, and IPv{family}"),
+                )
+                for family in families
+            ),
+        ]
     tproxy = {family: f"{_TPROXY[family]}:{config.listen.port}" for family in families}
     return [
         *(

@@ -138,6 +138,9 @@ _UDP = Selector(
 
 def arrival_rules(config: Config, surroundings: Surroundings) -> list[Selector]:
     """What every packet meets first, up to the jump with which what opens a connection goes to `capture_rules`."""
+    if config.redirects:
+        # Nothing but what opens a connection: conntrack knows the rest. And NAT on bridges is what br_netfilter is for.
+        return [LOOPBACK, OPENS._replace(why="opens a connection: those that exist go on")]
     bridge = [_BRIDGE] if surroundings.bridge_netfilter else []
     return [LOOPBACK, *bridge, _UDP, *foreign_ports(config), OPENS]
 
