@@ -6,8 +6,9 @@ namespace before anything else happened, so not even a mistake in a test can rea
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import pytest
@@ -42,6 +43,15 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     needs_root = any(not _is_unit(item.path) for item in session.items)
     if needs_root and not session.config.option.collectonly and missing_capabilities(LAB_CAPABILITIES):
         pytest.exit(_NEEDS_ROOT, returncode=pytest.ExitCode.TESTS_FAILED)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _bytecode() -> Iterator[None]:
+    """What Python compiles of tproxyd is kept for this run alone: a checkout gets no file from it, and every daemon starts faster."""
+    with TemporaryDirectory(prefix="tproxyd-bytecode-") as directory, pytest.MonkeyPatch.context() as patch:
+        patch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
+        patch.setenv("PYTHONPYCACHEPREFIX", directory)
+        yield
 
 
 @pytest.fixture(autouse=True)

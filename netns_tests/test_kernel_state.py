@@ -242,8 +242,10 @@ async def test_ctrl_c_during_apply_leaves_all_or_nothing(way: Way) -> None:
             process.send_signal(signal.SIGINT)
             await process.wait()
             assert "Traceback" not in process.stderr_text or milliseconds < 100  # Python itself was still starting
-        assert await way.proxy.dump() in (before, applied)
-        await way.proxy.run(*TPROXYD, "revert")
+        now = await way.proxy.dump()
+        assert now in (before, applied)
+        if now == applied:
+            await way.proxy.run(*TPROXYD, "revert")
 
 
 async def test_the_daemon_among_foreign_state_leaves_it_as_it_was(way: Way, nursery: trio.Nursery) -> None:

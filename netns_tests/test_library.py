@@ -12,7 +12,7 @@ import pytest
 import trio
 
 import tproxyd
-from netns_tests.way import Way
+from netns_tests.way import SIDECAR_V4, Way
 from tproxyd.net.sockets import format_address
 from tproxyd.testing import serve_identity
 
@@ -93,7 +93,7 @@ print("swept", flush=True)
 """
 
 
-@pytest.mark.parametrize("way", ["sidecar v4"], indirect=True)
+@SIDECAR_V4
 async def test_61_cancelled_at_any_step_it_takes_everything_down_and_never_hangs(way: Way) -> None:
     before = await way.proxy.dump()
     done = await way.proxy.run(sys.executable, "-c", SWEEP, timeout=90)
@@ -127,7 +127,7 @@ async def test_63_an_exception_in_one_connection_costs_no_other(way: Way, nurser
     assert await way.proxy.dump() == before
 
 
-@pytest.mark.parametrize("way", ["sidecar v4"], indirect=True)
+@SIDECAR_V4
 async def test_no_compiled_file_is_left_where_none_may_be(way: Way, tmp_path: Path) -> None:
     """Not by the relay process either, which does without the environment: root leaves nothing in somebody's checkout."""
     copy = tmp_path / "copy"

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 import trio
 
-from netns_tests.way import Way
+from netns_tests.watch import reset
+from netns_tests.way import BOTH_LAYOUTS, Way
 from tproxyd.net.sockets import format_address, open_listener
 from tproxyd.testing import (
     GATEWAY,
@@ -113,14 +114,12 @@ async def test_the_hosts_own_nat_works_while_the_daemon_runs_and_after_its_death
             await echoes(after)
 
 
-@pytest.mark.parametrize("family", ["v4", "v6"])
 async def test_what_is_remembered_of_connections_to_local_apps_is_forgotten(
-    sidecar_lab: Lab, nursery: trio.Nursery, family: str
+    sidecar_lab: Lab, nursery: trio.Nursery
 ) -> None:
-    """Whoever ends it, and however: the set that keeps the app's answers from conntrack does not grow. And while a connection
+    """Whoever ends it, and however: the sets that keep the app's answers from conntrack do not grow. And while a connection
     lives it stays in, so that the app's first word after a long silence is no stranger to a strict firewall."""
     host, client = sidecar_lab["host"], sidecar_lab["client"]
-    address = getattr(host, family)
     host.set_sysctl("net.netfilter.nf_conntrack_tcp_loose", 0)
     await nursery.start(serve_echo, host, 8080)
     await load(host, "type filter hook output priority filter;", "ct state invalid drop")
@@ -128,14 +127,12 @@ async def test_what_is_remembered_of_connections_to_local_apps_is_forgotten(
 
     async def app(stream: trio.SocketStream) -> None:
         if (await stream.receive_some()) == b"reset":
-            stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        else:
-            await say.wait()
-            await stream.send_all(b"late")
-        await stream.aclose()
+            return await reset(stream)
+        await say.wait()
+        await stream.send_all(b"late")
+        return await stream.aclose()
 
-    nursery.start_soon(trio.serve_listeners, app, [host.listen("0.0.0.0" if family == "v4" else "::", 8081)])
-    async with open_daemon(host, '[capture]\nports = ["8080-8082"]\n'):
+    async def every_end(address: str) -> None:
         for _ in range(5):
             async with await client.connect(address, 8080) as stream:
                 await echoes(stream)  # the client ends it
@@ -149,25 +146,31 @@ async def test_what_is_remembered_of_connections_to_local_apps_is_forgotten(
             with pytest.raises((trio.BrokenResourceError, ConnectionResetError, ConnectionRefusedError)):
                 async with await client.connect(address, 8082) as stream:  # nobody listens there
                     await stream.receive_some()
-        async with await client.connect(address, 8081) as silent:
-            await silent.send_all(b"wait")
+
+    nursery.start_soon(trio.serve_listeners, app, [host.listen("0.0.0.0", 8081), host.listen("::", 8081)])
+    async with open_daemon(host, '[capture]\nports = ["8080-8082"]\n'):
+        for address in (host.v4, host.v6):
+            await every_end(address)
+        async with await client.connect(host.v4, 8081) as silent4, await client.connect(host.v6, 8081) as silent6:
+            for silent in (silent4, silent6):
+                await silent.send_all(b"wait")
             with trio.fail_after(15):
-                while await remembered(host) != 1:
+                while await remembered(host) != [1, 1]:
                     await trio.sleep(0.1)
             say.set()
-            with trio.fail_after(3):
-                assert await silent.receive_some() == b"late"
+            for silent in (silent4, silent6):
+                with trio.fail_after(3):
+                    assert await silent.receive_some() == b"late"
         with trio.fail_after(15):
-            while await remembered(host):
+            while await remembered(host) != [0, 0]:
                 await trio.sleep(0.1)
 
 
-async def remembered(host: Node) -> int:
-    """How many connections the sets of our legs hold."""
+async def remembered(host: Node) -> list[int]:
+    """How many connections the sets of our legs hold, of IPv4 and of IPv6."""
     listed = json.loads((await host.run("nft", "-j", "list", "table", "inet", "tproxyd")).stdout)["nftables"]
-    return sum(
-        len(part["set"].get("elem", ())) for part in listed if part.get("set", {}).get("name", "").startswith("legs")
-    )
+    sets = {part["set"]["name"]: len(part["set"].get("elem", ())) for part in listed if "set" in part}
+    return [sets["legs4"], sets["legs6"]]
 
 
 async def test_another_programs_transparent_sockets_stay_tracked(sidecar_lab: Lab, nursery: trio.Nursery) -> None:
@@ -193,6 +196,7 @@ async def test_another_programs_transparent_sockets_stay_tracked(sidecar_lab: La
         await echoes(stream)
 
 
+@BOTH_LAYOUTS
 async def test_10_a_default_drop_input_chain_with_the_rule_of_the_readme(way: Way, nursery: trio.Nursery) -> None:
     """Without it clients hang; with it they are served, and nothing else is let in."""
     await nursery.start(serve_echo, way.app, 8080)

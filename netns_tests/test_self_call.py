@@ -9,7 +9,7 @@ import pytest
 import trio
 
 from netns_tests.watch import attempt
-from netns_tests.way import Way
+from netns_tests.way import BOTH_LAYOUTS, Way
 from tproxyd.net.sockets import format_address
 from tproxyd.testing import SIDECAR, Lab, Link, Node, Route, Topology, open_lab, serve_identity
 from tproxyd.testing.daemon import LabDaemon, open_daemon
@@ -35,6 +35,7 @@ async def test_39_a_direct_hit_on_the_listener_costs_one_connection(
         assert record["source"] == own
 
 
+@BOTH_LAYOUTS
 async def test_39_the_listener_cannot_be_reached_from_the_network(way: Way) -> None:
     """Without the port captured there is nobody to connect to: the listeners are on loopback."""
     async with open_daemon(way.proxy, ONE_PORT) as daemon:
@@ -45,6 +46,7 @@ async def test_39_the_listener_cannot_be_reached_from_the_network(way: Way) -> N
     assert daemon.records() == []
 
 
+@BOTH_LAYOUTS
 async def test_40_the_listeners_port_at_another_address_of_the_proxy(way: Way) -> None:
     """Captured with every port: the destination is the proxy's own, the port the listener's. One connection each, closed."""
     async with open_daemon(way.proxy, ALL_PORTS) as daemon:
