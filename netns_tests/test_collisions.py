@@ -10,13 +10,13 @@ import signal
 import socket
 import struct
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import trio
 
-from netns_tests.way import Way
+from netns_tests.way import Way, open_way
 from tproxyd import kernel
 from tproxyd.config import load_config
 from tproxyd.errors import KernelError
@@ -24,6 +24,7 @@ from tproxyd.net.sockets import format_address
 from tproxyd.plan import make_plan
 from tproxyd.testing import Node, serve_identity
 from tproxyd.testing.daemon import TPROXYD, LabDaemon, open_daemon
+from tproxyd.testing.plugin import OpenLab
 
 CONFIG = '[capture]\nports = ["8080"]\n'
 EXPLICIT = CONFIG + '[routing]\nmark = "0x1000000/0x3000000"\nupstream_mark = "0x2000000/0x3000000"\n'
@@ -371,9 +372,14 @@ async def test_tables_of_iptables_legacy_are_told(way: Way) -> None:
     ("layout", "family", "works"), [("sidecar", "v4", True), ("gateway", "v4", False), ("gateway", "v6", False)]
 )
 async def test_forced_syn_cookies_are_told_with_the_sysctl(
-    make_way: Callable[[str], Way], layout: str, family: str, works: bool, nursery: trio.Nursery
+    open_lab: OpenLab, tmp_path: Path, layout: str, family: str, works: bool
 ) -> None:
-    way = make_way(f"{layout} {family}")
+    async with open_way(f"{layout} {family}", open_lab, tmp_path) as way, trio.open_nursery() as nursery:
+        await meets_forced_cookies(way, nursery, works=works)
+        nursery.cancel_scope.cancel()
+
+
+async def meets_forced_cookies(way: Way, nursery: trio.Nursery, *, works: bool) -> None:
     way.proxy.set_sysctl("net.ipv4.tcp_syncookies", 2)
     await nursery.start(serve_identity, way.app, 8080)
     async with open_daemon(way.proxy, CONFIG) as daemon:

@@ -250,8 +250,8 @@ LATE = """
 import subprocess, sys
 from tproxyd import kernel
 look = kernel.preflight
-def preflight(config):
-    found = look(config)
+def preflight(config, **more):
+    found = look(config, **more)
     subprocess.run(["ip", *sys.argv[1].split()], check=True)
     return found
 kernel.preflight = preflight

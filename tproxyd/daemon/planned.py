@@ -15,7 +15,17 @@ from tproxyd.config import Config
 from tproxyd.errors import MissingError
 from tproxyd.net.capabilities import require_capabilities
 from tproxyd.net.sockets import format_address
-from tproxyd.plan import STATE, STEERING, Plan, Surroundings, is_owned, make_plan, spared_in, unified_diff
+from tproxyd.plan import (
+    STATE,
+    STEERING,
+    SUPPORTED_MARKS,
+    Plan,
+    Surroundings,
+    is_owned,
+    make_plan,
+    spared_in,
+    unified_diff,
+)
 
 __all__ = [
     "DIFFERENT",
@@ -26,6 +36,7 @@ __all__ = [
     "session_ports",
     "ssh_ports_here",
     "surroundings_here",
+    "with_held_marks",
 ]
 
 DIFFERENT = 3
@@ -57,6 +68,20 @@ def surroundings_here(config: Config) -> Surroundings:
     return kernel.look_ahead(config, ssh_ports=ssh_ports_here())
 
 
+def with_held_marks(config: Config, observed: kernel.Observed) -> Config:
+    """The config in which `auto` means the marks that are in use: who else uses which by now is a question for the next start."""
+    held = {(value, mask) for _, _, value, mask, *_ in observed.rules}
+    for steering, upstream in SUPPORTED_MARKS:
+        if {(steering.value, steering.mask), (upstream.value, upstream.mask)} <= held:
+            routing = msgspec.structs.replace(
+                config.routing,
+                mark=steering if config.routing.mark == "auto" else config.routing.mark,
+                upstream_mark=upstream if config.routing.upstream_mark == "auto" else config.routing.upstream_mark,
+            )
+            return msgspec.structs.replace(config, routing=routing)
+    return config
+
+
 def compare(config: Config, *, served: bool) -> Comparison:
     """A config's plan and the kernel; `served` is whether a daemon does. Raises MissingError, CapabilityError or KernelError.
 
@@ -65,6 +90,7 @@ def compare(config: Config, *, served: bool) -> Comparison:
     """
     with _open_nft() as nft:
         observed = kernel.observe(nft)
+        config = with_held_marks(config, observed)
         steering = observed.tables.get(STEERING)
         served = served or (steering is not None and is_owned(steering))
         surroundings = surroundings_here(config)

@@ -234,7 +234,8 @@ def _changed_tables(plan: Plan, observed: Observed, nft: Nft, *, unsure: bool) -
         if len(nft.spellings) > _MOST_SPELLINGS:
             nft.spellings.clear()
         nft.spellings.update((plan.tables[name], listing) for name, listing in listings.items())
-    return missing + otherwise + _unlike({name: nft.spellings[plan.tables[name]] for name in doubtful}, observed.tables)
+    unlike = _unlike({name: nft.spellings[plan.tables[name]] for name in doubtful}, observed.tables)
+    return [name for name in changed if name not in doubtful or name in unlike]
 
 
 def _unlike(wanted: dict[str, str], observed: dict[str, str]) -> list[str]:

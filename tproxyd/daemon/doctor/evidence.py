@@ -13,11 +13,13 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import TypeVar
 
+import msgspec
+
 from tproxyd import kernel
 from tproxyd.config import Config
 from tproxyd.daemon.doctor.model import Evidence
 from tproxyd.daemon.lock import ask_holder
-from tproxyd.daemon.planned import surroundings_here
+from tproxyd.daemon.planned import surroundings_here, with_held_marks
 from tproxyd.errors import CapabilityError, MissingError, TproxydError
 from tproxyd.kernel.routing import dump_rules
 from tproxyd.kernel.state import make_steps
@@ -26,7 +28,7 @@ from tproxyd.net.locality import Locality
 from tproxyd.net.namespaces import call_in_namespace, new_namespace
 from tproxyd.net.processes import Process, processes_here, read_process, socket_holders
 from tproxyd.net.sock_diag import LISTEN, TcpSocket, tcp_sockets
-from tproxyd.plan import Plan, Surroundings, is_owned, make_plan
+from tproxyd.plan import STEERING, Plan, Surroundings, is_owned, make_plan, spared_in
 
 __all__ = ["gather"]
 
@@ -79,8 +81,11 @@ def gather(config: Config, file: str | None) -> Evidence:
     # Pid 0 is one that cannot be seen from this pid namespace.
     serves = trusted and (holder == 0 or (daemon is not None and "tproxyd" in daemon.command))
     serves = serves or _is_embedded(config, observed, sockets)
-    plan, changed = _compare(config, surroundings, observed, serves=serves)
-    draining = serves and changed == ("tproxyd",) and not _compare(config, surroundings, observed, capturing=False)[1]
+    planned = config if observed is None else with_held_marks(config, observed)
+    if serves and observed is not None and STEERING in observed.tables:
+        surroundings = msgspec.structs.replace(surroundings, ssh_ports=spared_in(observed.tables[STEERING]))
+    plan, changed = _compare(planned, surroundings, observed, serves=serves)
+    draining = serves and changed == ("tproxyd",) and not _compare(planned, surroundings, observed, capturing=False)[1]
     no_rules: tuple[kernel.ForeignRule, ...] = ()
     rules = look("ip rules", kernel.list_rules, no_rules)
     # Our own routes are not among the foreign ones.
