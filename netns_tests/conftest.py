@@ -6,7 +6,9 @@ namespace before anything else happened, so not even a mistake in a test can rea
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import pytest
@@ -16,8 +18,9 @@ from tproxyd.testing.isolation import LAB_CAPABILITIES, isolate_this_process
 from tproxyd.testing.plugin import DEFAULT_COUNT_DIVISOR
 
 if TYPE_CHECKING:
+    from netns_tests.both_ends import Bench
     from netns_tests.way import Way
-    from tproxyd.testing import Lab
+    from tproxyd.testing.plugin import OpenLab
 
 pytest_plugins = [
     "tproxyd.testing.plugin"
@@ -42,6 +45,15 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         pytest.exit(_NEEDS_ROOT, returncode=pytest.ExitCode.TESTS_FAILED)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _bytecode() -> Iterator[None]:
+    """What Python compiles of tproxyd is kept for this run alone: a checkout gets no file from it, and every daemon starts faster."""
+    with TemporaryDirectory(prefix="tproxyd-bytecode-") as directory, pytest.MonkeyPatch.context() as patch:
+        patch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
+        patch.setenv("PYTHONPYCACHEPREFIX", directory)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _leaves_nothing_behind(request: pytest.FixtureRequest) -> None:
     if not _is_unit(request.node.path):
@@ -49,22 +61,26 @@ def _leaves_nothing_behind(request: pytest.FixtureRequest) -> None:
 
 
 @pytest.fixture(params=["gateway v4", "gateway v6", "sidecar v4", "sidecar v6"])
-def way(request: pytest.FixtureRequest, gateway_lab: Lab, sidecar_lab: Lab, tmp_path: Path) -> Way:
-    """Both layouts in both families. Behind the gateway the app is a foreign destination, which no interface has."""
+async def way(request: pytest.FixtureRequest, open_lab: OpenLab, tmp_path: Path) -> AsyncIterator[Way]:
+    """Both layouts in both families."""
+    from netns_tests.way import open_way  # late: the unit tests need no lab, and no trio
 
-    def file(text: str) -> Path:
-        path = tmp_path / "tproxyd.toml"
-        path.write_text(text, encoding="utf-8")
-        return path
+    async with open_way(request.param, open_lab, tmp_path) as opened:
+        yield opened
 
-    from netns_tests.way import Way  # late: the unit tests need no lab, and no trio
 
-    layout, family = request.param.split()
-    if layout == "gateway":
-        address = "203.0.113.9" if family == "v4" else "2001:db8:f::9"
-        return Way(request.param, gateway_lab["client"], gateway_lab["gateway"], gateway_lab["server"], address, file)
-    host = sidecar_lab["host"]
-    return Way(request.param, sidecar_lab["client"], host, host, getattr(host, family), file)
+@pytest.fixture(
+    params=[
+        *(f"{engine} {home} sidecar v4" for engine in ("auto", "copy", "splice") for home in ("thread", "process")),
+        "auto process gateway v6",
+    ]
+)
+async def bench(request: pytest.FixtureRequest, open_lab: OpenLab) -> AsyncIterator[Bench]:
+    """A daemon with each engine in each home, and both ends of every connection through it."""
+    from netns_tests.both_ends import open_bench  # late, as above
+
+    async with open_bench(request.param, open_lab) as opened:
+        yield opened
 
 
 def _is_unit(path: Path) -> bool:

@@ -6,26 +6,19 @@ no splice, no state machine, and no hurry.
 
 from __future__ import annotations
 
-import socket
-import struct
 from collections.abc import Awaitable, Callable
 from functools import partial
 
 import trio
 
-__all__ = ["relay_plainly", "reset"]
+from netns_tests.watch import reset
+
+__all__ = ["relay_plainly"]
 
 
 async def relay_plainly(listener: trio.SocketListener, connect: Callable[[], Awaitable[trio.SocketStream]]) -> None:
     """Relays every connection of `listener` over one that `connect` makes, until cancelled."""
     await trio.serve_listeners(partial(_relay, connect), [listener])
-
-
-async def reset(stream: trio.SocketStream) -> None:
-    """Closes with a reset instead of a FIN; what is unsent is dropped."""
-    if stream.socket.fileno() >= 0:
-        stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    await stream.aclose()
 
 
 async def _relay(connect: Callable[[], Awaitable[trio.SocketStream]], client: trio.SocketStream) -> None:

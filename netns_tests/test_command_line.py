@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 import trio
 
-from netns_tests.way import Way, median_ms
+from netns_tests.way import BOTH_LAYOUTS, GATEWAY_V4, SIDECAR_V4, Way, median_ms
 from tproxyd.net.sockets import format_address
 from tproxyd.testing import Finished, Lab, LabError, Node, serve_echo, serve_identity
-from tproxyd.testing.daemon import TPROXYD, cpu_seconds, open_daemon
+from tproxyd.testing.daemon import TPROXYD, open_daemon
 
 TWO_LINES = '[capture]\nports = ["8080", "9000-9099"]\n'
 FIVE_MISTAKES = """
@@ -79,9 +79,12 @@ def test_check_and_plan_load_neither_trio_nor_pyroute2(tmp_path: Path, verb: str
     [
         ((), 64, "required: VERB"),
         (("frobnicate",), 64, "invalid choice: 'frobnicate'"),
-        (("status",), 64, "`tproxyd status` is not in this version"),
-        (("plan", "--diff"), 64, "the option --diff is not in this version"),
-        (("apply", "--confirm=60"), 64, "the option --confirm is not in this version"),
+        (("top",), 64, "`tproxyd top` is not in this version"),
+        (("plan", "--diff", "--format", "json"), 64, "leave --format out"),
+        (("plan", "-c", "EMPTY", "--against", "/no/such/file"), 78, "/no/such/file: there is no such file"),
+        (("apply", "--confirm", "0"), 64, "'0' is not a whole number of seconds from 1 to 86400"),
+        (("apply", "--confirm=1e3"), 64, "'1e3' is not a whole number"),
+        (("revert", "--after-exit"), 64, "the option --after-exit is not in this version"),
         (("plan", "--format", "yaml"), 64, "invalid choice: 'yaml'"),
         (("run", "--port", "70000"), 64, "--port 70000 is out of range"),
         (("run", "--port", "9-8"), 64, '--port 9-8 is an inverted range; write "8-9"'),
@@ -107,7 +110,17 @@ async def test_a_mistake_on_the_command_line_is_one_sentence(
 
 async def test_help_shows_what_is_built_and_nothing_else(sidecar_lab: Lab) -> None:
     done = await sidecar_lab["host"].run(*TPROXYD, "--help")
-    assert re.findall(r"^    ([a-z]+) ", done.stdout, re.MULTILINE) == ["run", "check", "plan", "apply", "revert"]
+    assert re.findall(r"^    ([a-z]+) ", done.stdout, re.MULTILINE) == [
+        "run",
+        "check",
+        "plan",
+        "apply",
+        "confirm",
+        "status",
+        "revert",
+        "explain",
+        "doctor",
+    ]
     version = (await sidecar_lab["host"].run(*TPROXYD, "--version")).stdout
     assert re.fullmatch(
         rf"tproxyd [0-9.]+, Linux {re.escape(os.uname().release)}, nftables v[^,]+, Python [0-9.]+\n", version
@@ -121,9 +134,17 @@ async def without(node: Node, capability: str, *arguments: str) -> Finished:
     )
 
 
-@pytest.mark.parametrize("way", ["sidecar v4"], indirect=True)
+@SIDECAR_V4
 @pytest.mark.parametrize(
-    ("capability", "verb"), [("net_admin", "run"), ("net_raw", "run"), ("net_admin", "apply"), ("net_admin", "revert")]
+    ("capability", "verb"),
+    [
+        ("net_admin", "run"),
+        ("net_raw", "run"),
+        ("net_admin", "apply"),
+        ("net_admin", "revert"),
+        ("net_admin", "status"),
+        ("net_admin", "plan --diff"),
+    ],
 )
 async def test_55_without_a_capability_it_is_named_with_the_line_of_the_unit(
     way: Way, capability: str, verb: str
@@ -131,14 +152,14 @@ async def test_55_without_a_capability_it_is_named_with_the_line_of_the_unit(
     await way.proxy.run("nft", "add table inet foreign")
     before = await way.proxy.dump()
     file = () if verb == "revert" else ("-c", str(way.file(TWO_LINES)))
-    sentence = one_sentence(await without(way.proxy, capability, verb, *file), 77)
+    sentence = one_sentence(await without(way.proxy, capability, *verb.split(), *file), 77)
     name = f"CAP_{capability.upper()}"
     assert f"needs {name}" in sentence
     assert f"AmbientCapabilities={name}" in sentence
     assert await way.proxy.dump() == before
 
 
-@pytest.mark.parametrize("way", ["sidecar v4"], indirect=True)
+@SIDECAR_V4
 @pytest.mark.parametrize("verb", ["run", "apply", "revert"])
 async def test_54_without_nft_the_package_is_named(way: Way, verb: str) -> None:
     before = await way.proxy.dump()
@@ -153,6 +174,7 @@ async def test_54_without_nft_the_package_is_named(way: Way, verb: str) -> None:
     assert await way.proxy.dump() == before
 
 
+@BOTH_LAYOUTS
 async def test_zero_config_captures_the_ports_and_says_ready_at_any_level(way: Way, nursery: trio.Nursery) -> None:
     await nursery.start(serve_identity, way.app, 9001)
     async with way.proxy.process(*TPROXYD, "run", "--port", "8080", "--port", "9000-9001", collect=True) as daemon:
@@ -218,6 +240,7 @@ async def test_the_access_log_has_the_contracts_fields(way: Way, nursery: trio.N
     assert '"outcome"' not in daemon.process.stderr_text
 
 
+@BOTH_LAYOUTS
 async def test_the_access_log_as_text_and_switched_off(way: Way, nursery: trio.Nursery) -> None:
     await nursery.start(serve_echo, way.app, 8080)
     async with open_daemon(way.proxy, TWO_LINES + '[log]\nformat = "text"\n') as daemon:
@@ -232,7 +255,7 @@ async def test_the_access_log_as_text_and_switched_off(way: Way, nursery: trio.N
         assert daemon.process.stdout_text == ""
 
 
-@pytest.mark.parametrize("way", ["gateway v4"], indirect=True)
+@GATEWAY_V4
 async def test_57_a_blocked_access_log_holds_no_connection_up_and_drops_are_counted(
     way: Way, nursery: trio.Nursery
 ) -> None:
@@ -268,7 +291,7 @@ async def test_57_a_blocked_access_log_holds_no_connection_up_and_drops_are_coun
         assert lines.count(b"\n") + int(dropped) == 60
 
 
-@pytest.mark.parametrize("way", ["gateway v4"], indirect=True)
+@GATEWAY_V4
 async def test_59_a_full_disk_under_the_access_log_holds_no_connection_up(way: Way, nursery: trio.Nursery) -> None:
     await nursery.start(serve_echo, way.app, 8080)
     full = os.open("/dev/full", os.O_WRONLY)
@@ -289,7 +312,7 @@ async def test_59_a_full_disk_under_the_access_log_holds_no_connection_up(way: W
     assert b"because stdout did not take them: 5" in said
 
 
-@pytest.mark.parametrize("way", ["sidecar v4"], indirect=True)
+@SIDECAR_V4
 async def test_22_a_limit_of_files_that_leaves_no_room_is_refused_at_the_start(way: Way) -> None:
     before = await way.proxy.dump()
     limited = ("prlimit", "--nofile=30:30", *TPROXYD, "run", "-c", str(way.file(TWO_LINES)))
@@ -297,36 +320,6 @@ async def test_22_a_limit_of_files_that_leaves_no_room_is_refused_at_the_start(w
     assert "the limit of 30 open files leaves no room" in sentence
     assert "LimitNOFILE" in sentence
     assert await way.proxy.dump() == before
-
-
-@pytest.mark.parametrize("way", ["gateway v4"], indirect=True)
-async def test_21_out_of_files_it_serves_on_and_says_so_sparingly(way: Way, nursery: trio.Nursery) -> None:
-    await nursery.start(serve_echo, way.app, 8080)
-    async with open_daemon(way.proxy, TWO_LINES, files=100) as lab_daemon:
-        daemon = lab_daemon.process
-        streams = []
-        for _ in range(60):
-            streams.append(await way.client.connect(way.address, 8080))
-        began, used = time.perf_counter(), cpu_seconds(daemon.pid)
-        await trio.sleep(1)
-        share = (cpu_seconds(daemon.pid) - used) / (time.perf_counter() - began)
-        print(f"CPU while out of files: {share:.1%}")
-        assert share < 0.2
-        for stream in streams:
-            await stream.aclose()
-        # Those that ended give their files back: the next one is served.
-        with trio.fail_after(5):
-            while True:
-                try:
-                    await one_echo(way, b"x")
-                    break
-                except (trio.BrokenResourceError, AssertionError):
-                    await trio.sleep(0.05)
-        complaints = [line for line in daemon.stderr_text.splitlines() if "are all there are files for" in line]
-        assert len(complaints) == 1
-        assert "Traceback" not in daemon.stderr_text
-        daemon.send_signal(signal.SIGTERM)
-        assert await daemon.wait() == 0
 
 
 async def test_closed_standard_files_are_put_up_with(sidecar_lab: Lab, tmp_path: Path) -> None:
@@ -343,7 +336,7 @@ async def test_closed_standard_files_are_put_up_with(sidecar_lab: Lab, tmp_path:
     assert (await sidecar_lab["host"].run("sh", "-c", mistake, check=False)).returncode == 78
 
 
-@pytest.mark.parametrize("way", ["gateway v4"], indirect=True)
+@GATEWAY_V4
 async def test_57_a_blocked_stderr_holds_nothing_up(way: Way, nursery: trio.Nursery) -> None:
     await nursery.start(serve_echo, way.app, 8080)
     file = way.file(TWO_LINES)
@@ -366,7 +359,9 @@ async def test_57_a_blocked_stderr_holds_nothing_up(way: Way, nursery: trio.Nurs
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
-@pytest.mark.parametrize("verb", ["check -c FILE", "plan -c FILE", "apply -c FILE", "revert", "--version"])
+@pytest.mark.parametrize(
+    "verb", ["check -c FILE", "plan -c FILE", "plan -c FILE --against FILE", "apply -c FILE", "revert", "--version"]
+)
 async def test_output_that_cannot_be_written_is_one_sentence(
     sidecar_lab: Lab, tmp_path: Path, verb: str, unbuffered: str
 ) -> None:
@@ -392,3 +387,20 @@ async def test_a_daemon_that_does_not_start_shows_its_own_words(sidecar_lab: Lab
     with pytest.raises(LabError, match=r"(?s)ended with 78.*`capture\.prots`"):
         async with open_daemon(sidecar_lab["host"], FIVE_MISTAKES):
             pass
+
+
+async def test_check_warns_where_a_host_forwards_and_no_destination_is_named(gateway_lab: Lab, tmp_path: Path) -> None:
+    """A container host's own outbound traffic would be captured."""
+    gateway, file = gateway_lab["gateway"], tmp_path / "tproxyd.toml"
+    for text, forwards, warns in (
+        (TWO_LINES, 1, True),
+        (TWO_LINES, 0, False),
+        (TWO_LINES + 'destinations = ["local"]\n', 1, False),
+        ("[capture]\nports = []\n", 1, False),
+    ):
+        file.write_text(text, encoding="utf-8")
+        gateway.set_sysctl("net.ipv4.ip_forward", forwards)
+        gateway.set_sysctl("net.ipv6.conf.all.forwarding", forwards)
+        done = await gateway.run(*TPROXYD, "check", "-c", str(file))
+        assert ("capture.destinations is empty" in done.stderr) == warns
+        assert done.stdout.startswith("the configuration is good")

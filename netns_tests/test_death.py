@@ -14,6 +14,7 @@ from collections.abc import Callable
 import pytest
 import trio
 
+from netns_tests.foreign import plant_foreign
 from netns_tests.way import Way, median_ms
 from tproxyd.net.sockets import format_address
 from tproxyd.testing import LabError, serve_echo, serve_identity
@@ -52,12 +53,17 @@ def die_after(count, steps):
 def dying_apply():
     die_after(count, kernel.make_steps(plan, kernel.observe()))
 
+def dying_start():
+    with kernel.Library() as nft:
+        owned = make_plan(load_config(Path(sys.argv[1])), stays=False, owned=True)
+        die_after(count, kernel.make_steps(owned, kernel.observe(nft), nft))
+
 def dying_revert():
     kernel.apply(plan)
     die_after(count, kernel.revert_steps(kernel.observe()))
 
-for death in (dying_apply, dying_revert):
-    for count in range(int(sys.argv[2])):
+for death in map(globals().get, sys.argv[3:]):
+    for count in map(int, sys.argv[2].split(',')):
         assert in_child(death) == -signal.SIGKILL
         sys.stdin.readline()
         assert in_child(kernel.revert) == 0
@@ -148,7 +154,17 @@ async def test_01_to_03_sigkill_between_any_two_kernel_steps(way: Way, nursery: 
     await nursery.start(serve_identity, way.app, 8080)
     file = str(way.file(config))
     async with way.proxy.process(
-        sys.executable, "-c", DEATHS, file, str(KERNEL_STEPS + 1), stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        *(
+            sys.executable,
+            "-c",
+            DEATHS,
+            file,
+            ",".join(map(str, range(KERNEL_STEPS + 1))),
+            "dying_apply",
+            "dying_revert",
+        ),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
     ) as deaths:
         assert deaths.stdin is not None
         assert deaths.stdout is not None
@@ -160,6 +176,47 @@ async def test_01_to_03_sigkill_between_any_two_kernel_steps(way: Way, nursery: 
             await deaths.stdin.send_all(b"go on\n")
             assert await deaths.stdout.receive_some() == b"reverted\n"
             assert await way.proxy.dump() == before
+            await deaths.stdin.send_all(b"go on\n")
+        assert await deaths.wait() == 0
+
+
+@pytest.mark.parametrize("way", ["gateway v4"], indirect=True)
+@pytest.mark.parametrize("death", ["dying_apply", "dying_start", "dying_revert"])
+async def test_01_to_03_a_start_after_a_kill_at_every_single_kernel_step(
+    way: Way, nursery: trio.Nursery, counted: Callable[[int], int], death: str
+) -> None:
+    """Among foreign state: what is planned is there in the end, clients are served, and nothing foreign is touched.
+
+    After every step in the full run, after every third one in the short one.
+    """
+    steps = range(0, KERNEL_STEPS + 1, 1 if counted(10) == 10 else 3)
+    await plant_foreign(way.proxy)
+    before = await way.proxy.dump()
+    await nursery.start(serve_identity, way.app, 8080)
+    file = str(way.file(CLOSED))
+    async with open_daemon(way.proxy, CLOSED):
+        planned = await way.proxy.dump()
+    await way.proxy.run(*TPROXYD, "revert")
+    async with way.proxy.process(
+        *(sys.executable, "-c", DEATHS, file, ",".join(map(str, steps)), death),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as deaths:
+        assert deaths.stdin is not None
+        assert deaths.stdout is not None
+        for _ in steps:
+            died = (await deaths.stdout.receive_some()).decode()
+            assert died.startswith("died ")
+            async with open_daemon(way.proxy, CLOSED) as daemon:
+                own, _ = await peer_seen(way)
+                assert (await daemon.record(own))["outcome"] == "closed"
+                applied = "table inet tproxyd_state" in (await way.proxy.run("nft", "list", "tables")).stdout
+                assert applied or await way.proxy.dump() == planned, died
+                assert await daemon.stop() == 0
+            assert applied or await way.proxy.dump() == before, died
+            await deaths.stdin.send_all(b"go on\n")
+            assert await deaths.stdout.receive_some() == b"reverted\n"
+            assert await way.proxy.dump() == before, died
             await deaths.stdin.send_all(b"go on\n")
         assert await deaths.wait() == 0
 

@@ -5,80 +5,26 @@ from __future__ import annotations
 import re
 import signal
 import sys
+import time
 
 import pytest
 import trio
 
-from netns_tests.way import Way
+from netns_tests.foreign import among_foreign, plant_foreign, plant_in_the_way
+from netns_tests.way import Way, median_ms
+from tproxyd import kernel
+from tproxyd.config import config_from_mapping
 from tproxyd.net.sockets import format_address
-from tproxyd.testing import Lab, LabError, Node, serve_identity
+from tproxyd.plan import make_plan
+from tproxyd.testing import Lab, LabError, serve_identity
 from tproxyd.testing.daemon import TPROXYD, open_daemon
 
 CONFIG = '[capture]\nports = ["8080", "9000-9099"]\nwhen_down = "refuse"\n'
 
-FOREIGN_TABLES = """
-table inet foreign {
-  set ports { type inet_service; flags interval; elements = { 80, 8000-8100 }; }
-  chain in {
-    type filter hook prerouting priority raw; policy accept;
-    tcp dport @ports counter accept comment "theirs"
-  }
-}
-table inet not_tproxyd {
-  chain tproxyd {
-    type filter hook prerouting priority -290; policy accept;
-    meta mark set meta mark | 0x4000
-  }
-}
-table ip tproxyd {
-  chain c {
-    tcp dport 8080 counter
-  }
-}
-table ip6 tproxyd {
-  chain c {
-    tcp dport 8080 counter
-  }
-}
-table bridge tproxyd {
-  chain c {
-    counter
-  }
-}
-table inet tproxydaemon {
-  chain c {
-    counter
-  }
-}
-"""
-FOREIGN_ROUTING = [
-    # Our priorities with other marks, tables, interfaces and protocols; our table number; our very marks elsewhere.
-    "-4 rule add priority 5233 fwmark 0x100/0xf00 lookup 100",
-    "-4 rule add priority 5234 fwmark 0x40/0xff lookup 133",
-    "-4 rule add priority 5234 from 198.51.100.0/24 lookup 101 protocol static",
-    "-4 rule add priority 5235 iif lo fwmark 0x8/0x8 lookup 102",
-    "-4 rule add priority 6000 fwmark 0x1000000/0x3000000 lookup 133",
-    "-4 rule add priority 5234 fwmark 0x1000000/0x3000000 lookup 133 protocol 3",  # equal to one of ours but for its protocol
-    "-6 rule add priority 5233 fwmark 0x100/0xf00 lookup 100",
-    "-6 rule add priority 5234 fwmark 0x1000000/0x1000000 lookup 133",
-    "-6 rule add priority 5235 to 2001:db8:77::/48 lookup 101 protocol 134",
-    "-4 route add 198.51.100.0/28 dev eth0 table 133",
-    "-4 route add local 203.0.113.128/25 dev lo table 133 proto 132",
-    "-4 route add local default dev lo table 100",
-    "-6 route add local default dev lo table 100",
-    "-6 route add 2001:db8:77::/48 dev eth0 table 133",
-]
-
-
-async def plant_foreign(node: Node) -> None:
-    await node.run("nft", "-f", "-", input=FOREIGN_TABLES)
-    for command in FOREIGN_ROUTING:
-        await node.run("ip", *command.split())
-
 
 async def test_apply_twice_changes_nothing_and_revert_leaves_everything_foreign(way: Way) -> None:
     node = way.proxy
-    await plant_foreign(node)
+    full = await among_foreign(node)
     before = await node.dump()
     first = await node.run(*TPROXYD, "apply", "-c", str(way.file(CONFIG)))
     assert "add ip rule" in first.stdout
@@ -87,12 +33,13 @@ async def test_apply_twice_changes_nothing_and_revert_leaves_everything_foreign(
     second = await node.run(*TPROXYD, "apply", "-c", str(way.file(CONFIG)))
     assert second.stdout == "nothing to change: the kernel holds the plan\n"
     assert await node.dump() == applied
+    await plant_in_the_way(node)
     # In a directory without a configuration, and none is given.
     removed = await node.run(*TPROXYD, "revert", cwd="/")
     assert "delete table inet tproxyd_guard" in removed.stdout
-    assert await node.dump() == before
+    assert await node.dump() == full
     assert (await node.run(*TPROXYD, "revert")).stdout == "nothing to remove\n"
-    assert await node.dump() == before
+    assert await node.dump() == full
 
 
 async def test_apply_of_another_config_changes_the_difference_only(way: Way) -> None:
@@ -158,9 +105,7 @@ async def test_revert_under_a_daemon_names_it(way: Way) -> None:
     before = await way.proxy.dump()
     async with open_daemon(way.proxy, CONFIG) as daemon:
         done = await way.proxy.run(*TPROXYD, "revert")
-        assert (
-            f"(pid {daemon.process.pid}) serves this network namespace and captures nothing from now on" in done.stderr
-        )
+        assert f"pid {daemon.process.pid} serves this network namespace and captures nothing from now on" in done.stderr
         assert await way.proxy.dump() == before
         assert await daemon.stop() == 0
     assert await way.proxy.dump() == before
@@ -189,13 +134,17 @@ async def test_a_foreign_flush_does_not_end_what_apply_is_for(way: Way) -> None:
 # Loads the tables, and then does what a foreign program might do at that very moment.
 DISTURBED = """
 import subprocess, sys
-from tproxyd.kernel import nft
-load, foreign = nft.load, [sys.argv[1]]
-def disturbed(text):
-    load(text)
-    while foreign:  # once
-        subprocess.run(["sh", "-c", foreign.pop()], check=True)
-nft.load = disturbed
+from tproxyd.kernel import Library, Program
+foreign = [sys.argv[1]]
+def disturbing(run):
+    def disturbed(self, text):
+        output = run(self, text)
+        while foreign and "chain" in text:  # once
+            subprocess.run(["sh", "-c", foreign.pop()], check=True)
+        return output
+    return disturbed
+Library.run, Program.run = disturbing(Library.run), disturbing(Program.run)
+Library.check = lambda self, text: None  # it runs the text, too, without effect
 from tproxyd.daemon.cli import main
 sys.exit(main(sys.argv[2:]))
 """
@@ -214,6 +163,8 @@ sys.exit(main(sys.argv[2:]))
     ],
 )
 async def test_what_does_not_hold_right_after_it_was_put_there_is_an_error(way: Way, foreign: str, verb: str) -> None:
+    if verb == "run" and "flush chain inet tproxyd " in foreign:
+        return  # what a daemon owns, nobody else can flush (test_drift.py)
     before = await way.proxy.dump()
     code = (sys.executable, "-c", DISTURBED, foreign, verb, "-c", str(way.file(CONFIG)))
     done = await way.proxy.run(*code, check=False)
@@ -236,22 +187,25 @@ async def test_ctrl_c_during_apply_leaves_all_or_nothing(way: Way) -> None:
             process.send_signal(signal.SIGINT)
             await process.wait()
             assert "Traceback" not in process.stderr_text or milliseconds < 100  # Python itself was still starting
-        assert await way.proxy.dump() in (before, applied)
-        await way.proxy.run(*TPROXYD, "revert")
+        now = await way.proxy.dump()
+        assert now in (before, applied)
+        if now == applied:
+            await way.proxy.run(*TPROXYD, "revert")
 
 
 async def test_the_daemon_among_foreign_state_leaves_it_as_it_was(way: Way, nursery: trio.Nursery) -> None:
     node = way.proxy
-    await plant_foreign(node)
-    before = await node.dump()
+    full = await among_foreign(node)
     await nursery.start(serve_identity, way.app, 9000)
     async with open_daemon(node, CONFIG) as daemon:
+        assert "warning" not in daemon.process.stderr_text.lower()
         async with await way.client.connect(way.address, 9000) as stream:
             own = format_address(stream.socket.getsockname())
             await stream.receive_some()
         assert (await daemon.record(own))["outcome"] in ("closed", "client_reset")
+        await plant_in_the_way(node)
         assert await daemon.stop() == 0
-    assert await node.dump() == before
+    assert await node.dump() == full
 
 
 async def test_what_a_killed_daemon_left_is_reverted_without_its_config(way: Way) -> None:
@@ -286,8 +240,24 @@ async def test_13_an_equal_route_of_somebody_else_is_refused_and_nothing_is_half
         done = await node.run(*TPROXYD, *command, check=False)
         assert done.returncode == 71
         assert done.stderr.count("\n") == 1
+        assert "`local default dev lo table 133` (ip -" in done.stderr
         assert "somebody else" in done.stderr
         assert await node.dump() == before
+
+
+# Somebody adds a route when all has been looked at and nothing has been changed yet.
+LATE = """
+import subprocess, sys
+from tproxyd import kernel
+look = kernel.preflight
+def preflight(config, **more):
+    found = look(config, **more)
+    subprocess.run(["ip", *sys.argv[1].split()], check=True)
+    return found
+kernel.preflight = preflight
+from tproxyd.daemon.cli import main
+sys.exit(main(sys.argv[2:]))
+"""
 
 
 @pytest.mark.parametrize("way", ["sidecar v4"], indirect=True)
@@ -295,12 +265,14 @@ async def test_a_change_that_fails_half_way_is_taken_back_whole(way: Way) -> Non
     """From one applied config to another one, with a foreign route in the way: the first one stays, to the letter."""
     node = way.proxy
     await node.run(*TPROXYD, "apply", "-c", str(way.file('[capture]\nports = ["8080"]\n')))
-    await node.run("ip", "-6", "route", "add", "local", "default", "dev", "lo", "table", "200")
+    route = "-6 route add local default dev lo table 200"
+    await node.run("ip", *route.split())
     before = await node.dump()
-    done = await node.run(
-        *TPROXYD, "apply", "-c", str(way.file(CONFIG + "[routing]\npriority = 7000\ntable = 200\n")), check=False
-    )
+    await node.run("ip", *route.replace("add", "del").split())
+    file = way.file(CONFIG + "[routing]\npriority = 7000\ntable = 200\n")
+    done = await node.run(sys.executable, "-c", LATE, route, "apply", "-c", str(file), check=False)
     assert done.returncode == 71
+    assert "cannot add the IPv6 local route to table 200: somebody else has put an equal one there" in done.stderr
     assert await node.dump() == before
 
 
@@ -317,7 +289,7 @@ async def test_16_ipv6_switched_off_at_the_start_leaves_ipv4_unaffected(
         8080,
     )
     async with open_daemon(host, CONFIG) as daemon:
-        assert daemon.ready.endswith(" listen=127.0.0.1:15006")
+        assert daemon.ready.endswith(" listen=127.0.0.1:15006,[::1]:15006")  # IPv6 may come later
         assert "IPv6 is switched off on lo" in daemon.process.stderr_text
         async with await sidecar_lab["client"].connect(host.v4, 8080) as stream:
             own = format_address(stream.socket.getsockname())
@@ -325,7 +297,63 @@ async def test_16_ipv6_switched_off_at_the_start_leaves_ipv4_unaffected(
             while await stream.receive_some():
                 pass
         assert (await daemon.record(own))["outcome"] == "closed"
+        for scope in ("all", "lo", "eth0"):
+            host.set_sysctl(f"net.ipv6.conf.{scope}.disable_ipv6", 0)
+        await daemon.process.wait_for_output("IPv6 is on again, and captured")
+        await host.run("ip", "addr", "add", f"{host.v6}/64", "dev", "eth0", "nodad")
+        async with await sidecar_lab["client"].connect(host.v6, 8080) as stream:
+            own = format_address(stream.socket.getsockname())
+            await stream.send_eof()
+            while await stream.receive_some():
+                pass
+        assert (await daemon.record(own))["outcome"] == "closed"
+        for scope in ("all", "lo", "eth0"):
+            host.set_sysctl(f"net.ipv6.conf.{scope}.disable_ipv6", 1)
         assert await daemon.stop() == 0
+    assert await host.dump() == before
+
+
+# A kernel without IPv6, as far as sockets go: a seccomp filter answers EAFNOSUPPORT to socket(AF_INET6, ...), in this process and all its
+# children.
+WITHOUT_AF_INET6 = """
+import ctypes, os, platform, struct, sys
+LOAD, JUMP_EQUAL, RETURN = 0x20, 0x15, 0x06  # linux/bpf_common.h
+SOCKET = {"x86_64": 41, "aarch64": 198}[platform.machine()]
+program = b"".join(
+    struct.pack("HBBI", *instruction)
+    for instruction in (
+        (LOAD, 0, 0, 0),  # struct seccomp_data: the system call's number
+        (JUMP_EQUAL, 0, 3, SOCKET),
+        (LOAD, 0, 0, 16),  # its first argument
+        (JUMP_EQUAL, 0, 1, 10),  # AF_INET6
+        (RETURN, 0, 0, 0x00050000 | 97),  # SECCOMP_RET_ERRNO, EAFNOSUPPORT
+        (RETURN, 0, 0, 0x7FFF0000),  # SECCOMP_RET_ALLOW
+    )
+)
+buffer = ctypes.create_string_buffer(program)
+filter_program = struct.pack("HxxxxxxP", 6, ctypes.addressof(buffer))
+libc = ctypes.CDLL(None, use_errno=True)
+assert libc.prctl(38, 1, 0, 0, 0) == 0  # PR_SET_NO_NEW_PRIVS
+assert libc.prctl(22, 2, filter_program, 0, 0) == 0  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
+
+async def test_16_no_af_inet6_at_all_leaves_ipv4_unaffected(sidecar_lab: Lab, nursery: trio.Nursery) -> None:
+    host = sidecar_lab["host"]
+    before = await host.dump()
+    await nursery.start(serve_identity, host, 8080)
+    command = (sys.executable, "-c", WITHOUT_AF_INET6, *TPROXYD, "run", "--port", "8080")
+    async with host.process(*command, collect=True) as daemon:
+        assert (await daemon.wait_for_output("tproxyd: ready ")).endswith(" listen=127.0.0.1:15006")
+        async with await sidecar_lab["client"].connect(host.v4, 8080) as stream:
+            own = format_address(stream.socket.getsockname())
+            await stream.send_eof()
+            while await stream.receive_some():
+                pass
+        await daemon.wait_for_output(f'"source":"{own}"')
+        daemon.send_signal(signal.SIGTERM)
+        assert await daemon.wait() == 0
     assert await host.dump() == before
 
 
@@ -351,6 +379,29 @@ async def test_17_capture_follows_the_name_of_the_interface(sidecar_lab: Lab, nu
         assert await daemon.stop() == 0
     seen = {record["source"] for record in daemon.records()}
     assert (one in seen, two in seen, three in seen) == (True, False, True)
+
+
+async def test_ten_thousand_networks_load_in_under_a_second(sidecar_lab: Lab) -> None:
+    """A time that the issue names: the transaction itself, as the program and as the library load it."""
+    host = sidecar_lab["host"]
+    networks = [f"10.{n // 250}.{n % 250}.0/25" for n in range(5000)]
+    networks += [f"2001:db8:{n:x}::/48" for n in range(5000)]
+    plan = make_plan(config_from_mapping({"capture": {"ports": ["8080"], "exclude_sources": networks}}))
+    before = await host.dump()
+    took: dict[str, list[float]] = {"program": [], "library": []}
+    with host.call(kernel.Library) as library:
+        for name, nft in (("program", kernel.Program()), ("library", library)):
+            for _ in range(3):
+                began = time.perf_counter()
+                host.call(nft.run, plan.ruleset)
+                took[name].append(time.perf_counter() - began)
+                changes = kernel.differences(plan, host.call(kernel.observe, nft), nft)
+                assert "ruleset" not in {change.kind for change in changes}
+                assert {change.kind for change in host.call(kernel.revert, nft)} == {"ruleset"}
+    for name, seconds in took.items():
+        median_ms(f"10,000 networks, by the {name}", seconds)
+        assert min(seconds) < 1
+    assert await host.dump() == before
 
 
 async def test_a_table_with_our_name_is_replaced(sidecar_lab: Lab) -> None:

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import signal
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import trio
 
-from netns_tests.way import Way
+import tproxyd
+from netns_tests.watch import dial, resets_within, works
+from netns_tests.way import GATEWAY_V4, SIDECAR_V4, Way
 from tproxyd.net.sockets import format_address
-from tproxyd.testing import serve_identity
+from tproxyd.testing import serve_echo, serve_identity
 
 # Serves until SIGTERM cancels it. Its on_record fails for the first connection, and prints the others.
 PROGRAM = """
@@ -90,7 +96,7 @@ print("swept", flush=True)
 """
 
 
-@pytest.mark.parametrize("way", ["sidecar v4"], indirect=True)
+@SIDECAR_V4
 async def test_61_cancelled_at_any_step_it_takes_everything_down_and_never_hangs(way: Way) -> None:
     before = await way.proxy.dump()
     done = await way.proxy.run(sys.executable, "-c", SWEEP, timeout=90)
@@ -121,4 +127,59 @@ async def test_63_an_exception_in_one_connection_costs_no_other(way: Way, nurser
         await program.wait_for_output("cancelled")
         assert await program.wait() == 0
     assert "this program's own mistake" in program.stderr_text
+    assert await way.proxy.dump() == before
+
+
+@SIDECAR_V4
+async def test_no_compiled_file_is_left_where_none_may_be(way: Way, tmp_path: Path) -> None:
+    """Not by the relay process either, which does without the environment: root leaves nothing in somebody's checkout."""
+    copy = tmp_path / "copy"
+    shutil.copytree(Path(tproxyd.__file__).parent, copy / "tproxyd", ignore=shutil.ignore_patterns("__pycache__"))
+    code = "import tproxyd.daemon.cli as cli; print(cli.__file__); cli.main(['run', '--port', '8080'])"
+    for environment, there in (({"PYTHONDONTWRITEBYTECODE": "1"}, False), ({"PYTHONPYCACHEPREFIX": ""}, True)):
+        environment["PYTHONPATH"] = str(copy)
+        async with way.proxy.process(sys.executable, "-c", code, collect=True, env=environment, cwd="/") as daemon:
+            await daemon.wait_for_output("ready")
+            daemon.send_signal(signal.SIGTERM)
+            await daemon.wait()
+        assert daemon.stdout_text.startswith(str(copy))
+        assert bool(list(copy.rglob("__pycache__"))) == there
+
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+@GATEWAY_V4
+async def test_the_example_of_the_readme_does_what_it_says(way: Way, nursery: trio.Nursery) -> None:
+    """As it stands there, but for the minute, which ends here when the test says so."""
+    (example,) = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), re.M | re.S)
+    minute = "await trio.sleep(60)"
+    assert example.count(minute) == 1
+    example = example.replace(minute, 'print("open", flush=True); await trio.to_thread.run_sync(input)')
+    before = await way.proxy.dump()
+    await nursery.start(serve_echo, way.app, 8080)
+    await way.client.run("ip", "address", "add", "192.0.2.9/24", "dev", "eth0")
+    async with way.proxy.process(sys.executable, "-c", example, collect=True, stdin=subprocess.PIPE) as program:
+        assert program.stdin is not None
+        await program.wait_for_output("open")
+        async with await way.client.connect(way.address, 8080) as forwarded:
+            await works(forwarded)
+            async with await way.client.connect(way.address, 8081) as handled:
+                assert b"".join([chunk async for chunk in handled]) == b"not today\n"
+            refused = await dial(way.client, way.address, source="192.0.2.9")
+            assert await resets_within(refused, 3)
+            if refused is not None:
+                await refused.aclose()
+            await program.stdin.send_all(b"\n")  # the minute is over; what lives is drained
+            await works(forwarded)
+            await forwarded.send_eof()
+            assert await forwarded.receive_some() == b""
+        assert await program.wait() == 0, program.stderr_text
+    records = program.stdout_text.splitlines()[1:]
+    assert len(records) == 3, records
+    for source, outcome in (("192.0.2.2", "closed"), ("192.0.2.2", "handled"), ("192.0.2.9", "refused_by_policy")):
+        assert [one for one in records if f"source='{source}:" in one and f"outcome='{outcome}'" in one], (
+            outcome,
+            records,
+        )
     assert await way.proxy.dump() == before

@@ -28,28 +28,29 @@ from netns_tests.watch import (
     resets_within,
     until,
     workers,
+    works,
 )
-from netns_tests.way import Way
+from netns_tests.way import GATEWAY_V4, Way
 from tproxyd.net.sockets import format_address
 from tproxyd.testing import LabError, activate_conntrack, conntrack_count, serve_echo, serve_identity
 from tproxyd.testing.daemon import LabDaemon, open_daemon
 
 CONFIG = '[capture]\nports = ["8080"]\n'
-GATEWAY_V4 = pytest.mark.parametrize("way", ["gateway v4"], indirect=True)
 
 
-async def works(stream: trio.SocketStream) -> None:
-    with trio.fail_after(5):
-        await stream.send_all(b"hello")
-        assert await stream.receive_some() == b"hello"
+async def served_within(streams: list[trio.SocketStream], seconds: float) -> list[trio.SocketStream]:
+    """Those that get an answer in that time; each has been asked once, with a byte."""
+    answered: list[trio.SocketStream] = []
 
-
-async def served_within(stream: trio.SocketStream, seconds: float) -> bool:
-    """Whether it gets an answer in that time; asked only once for each connection, with a byte."""
-    with trio.move_on_after(seconds):
+    async def wait(stream: trio.SocketStream) -> None:
         assert await stream.receive_some()
-        return True
-    return False
+        answered.append(stream)
+
+    with trio.move_on_after(seconds):
+        async with trio.open_nursery() as nursery:
+            for stream in streams:
+                nursery.start_soon(wait, stream)
+    return answered
 
 
 async def share_of_cpu(daemon: LabDaemon, seconds: float) -> float:
@@ -72,19 +73,22 @@ async def test_21_connections_beyond_the_files_wait_and_cost_nothing(
         for stream in streams:
             await stream.send_all(b"x")
         await daemon.process.wait_for_output("are all there are files for")
-        served = [stream for stream in streams if await served_within(stream, 0.05)]
+        served = await served_within(streams, 0.3)
         waiting = [stream for stream in streams if stream not in served]
-        share = await share_of_cpu(daemon, 2)
+        share = await share_of_cpu(daemon, 1)
         print(f"{number} workers: {len(served)} served, {len(waiting)} wait; CPU while full: {share:.1%}")
         assert 25 <= len(served) <= 45
         assert share < 0.1
         for stream in served:
             await works(stream)
             await stream.aclose()
-        for stream in waiting:
-            assert await served_within(stream, 5)
+        assert len(await served_within(waiting, 5)) == len(waiting)
         assert daemon.process.stderr_text.count("are all there are files for") == 1
         assert "Too many open files" not in daemon.process.stderr_text
+        assert "Traceback" not in daemon.process.stderr_text
+        for stream in waiting:
+            await stream.aclose()
+        assert await daemon.stop() == 0
 
 
 @GATEWAY_V4
@@ -101,7 +105,7 @@ async def test_21_emfile_in_a_worker(way: Way, nursery: trio.Nursery) -> None:
             async with many(way.client, way.address, 20) as more:
                 for stream in more:
                     await stream.send_all(b"x")
-                share = await share_of_cpu(daemon, 2)
+                share = await share_of_cpu(daemon, 1)
                 print(f"CPU while full: {share:.1%}")
                 assert share < 0.1
                 for stream in streams:
@@ -109,7 +113,7 @@ async def test_21_emfile_in_a_worker(way: Way, nursery: trio.Nursery) -> None:
                 lines = [line for line in daemon.process.stderr_text.splitlines() if "Too many open files" in line]
                 assert len(lines) == 1, lines
                 assert "cannot accept connections, and will try again" in lines[0]
-                assert not [stream for stream in more if await served_within(stream, 0.01)]
+                assert not await served_within(more, 0.1)
                 for stream in streams:  # frees 20 files: ten connections
                     await stream.aclose()
                 with trio.fail_after(5):
@@ -320,30 +324,36 @@ async def test_26_the_same_client_port_again_while_the_last_one_is_in_time_wait(
                     pass
 
     nursery.start_soon(trio.serve_listeners, app, [way.app.listen(way.bind, 8080)])
+    seen: list[tuple[int, str]] = []
+
+    async def client(port: int) -> None:
+        with trio.fail_after(10):
+            while True:
+                try:
+                    stream = await way.client.connect(way.address, 8080, source_port=port)
+                    break
+                except OSError:
+                    # The client's own kernel has it in TIME_WAIT, for which it needs a second before it takes it again.
+                    await trio.sleep(0.05)
+            async with stream:
+                seen.append((port, (await stream.receive_some()).decode()))
+                if closes_first == "server":
+                    assert await stream.receive_some() == b""
+                await stream.send_eof()
+                if closes_first != "server":
+                    assert await stream.receive_some() == b""
+
     async with open_daemon(way.proxy, CONFIG) as daemon:
-        seen = []
-        for _ in range(5):
-            with trio.fail_after(10):
-                while True:
-                    try:
-                        stream = await way.client.connect(way.address, 8080, source_port=47001)
-                        break
-                    except OSError:
-                        # The client's own kernel has it in TIME_WAIT, for which it needs a second before it takes it again.
-                        await trio.sleep(0.05)
-                async with stream:
-                    seen.append((await stream.receive_some()).decode())
-                    if closes_first == "server":
-                        assert await stream.receive_some() == b""
-                    await stream.send_eof()
-                    if closes_first != "server":
-                        assert await stream.receive_some() == b""
-            await until(lambda: len(daemon.records()) == len(seen))
-    assert outcomes(daemon) == {"closed": 5}
-    own = format_address((way.client.v6 if ":" in way.address else way.client.v4, 47001))
-    print(f"{closes_first} first: {seen.count(own)} of 5 with the client's own port")
-    host = own.rpartition(":")[0]
-    assert all(peer.rpartition(":")[0] == host for peer in seen)
+        for round_ in range(1, 4):  # five ports at once, and each of them again twice: a round may take a second
+            async with trio.open_nursery() as clients:
+                for port in range(47001, 47006):
+                    clients.start_soon(client, port)
+            await until(lambda: len(daemon.records()) == 5 * round_)  # noqa: B023  # at once
+    assert outcomes(daemon) == {"closed": 15}
+    host = way.client.v6 if ":" in way.address else way.client.v4
+    kept = sum(peer == format_address((host, port)) for port, peer in seen)
+    print(f"{closes_first} first: {kept} of 15 with the client's own port")
+    assert all(peer.rpartition(":")[0] == format_address((host, 0)).rpartition(":")[0] for _, peer in seen)
 
 
 @pytest.mark.parametrize("number", [1])
@@ -363,9 +373,9 @@ async def test_36_idle_connections_fit_the_budget(
         async with many(way.client, way.address, count) as streams:
             for stream in streams:
                 await works(stream)
-            await trio.sleep(6)  # beyond settling
+            await trio.sleep(5.3)  # beyond settling
             each = (memory_kib(daemon) - before) / count
-            share = await share_of_cpu(daemon, 3)
+            share = await share_of_cpu(daemon, 2)
             print(f"{number} workers, {count} idle: {each:.2f} KiB PSS each, CPU {share:.2%}")
             assert each < 8
             assert share < 0.02
@@ -434,7 +444,7 @@ async def test_38_a_full_table_of_conntrack_does_not_touch_what_is_intercepted(w
             await way.proxy.run("nft", "-f", "-", input=full.format(hook))
         before = way.proxy.call(conntrack_count)
         with pytest.raises(trio.TooSlowError):
-            await way.client.connect(way.address, 9090, timeout=1.5)  # not intercepted: as with a full table
+            await way.client.connect(way.address, 9090, timeout=0.3)  # not intercepted: as with a full table
         for _ in range(20):
             async with await way.client.connect(way.address, 8080) as stream:
                 own = format_address(stream.socket.getsockname())

@@ -9,19 +9,12 @@ from collections import Counter
 import pytest
 import trio
 
-from netns_tests.watch import METRICS, attempt, get, many, metrics, outcomes, processes, reset, until
-from netns_tests.way import Way
+from netns_tests.watch import METRICS, attempt, get, many, metrics, outcomes, processes, reset, until, works
+from netns_tests.way import GATEWAY_V4, Way
 from tproxyd.testing import LabError, serve_echo
 from tproxyd.testing.daemon import open_daemon
 
 CONFIG = '[capture]\nports = ["8080", "9999"]\n' + METRICS
-GATEWAY_V4 = pytest.mark.parametrize("way", ["gateway v4"], indirect=True)
-
-
-async def works(stream: trio.SocketStream) -> None:
-    with trio.fail_after(5):
-        await stream.send_all(b"hello")
-        assert await stream.receive_some() == b"hello"
 
 
 @pytest.mark.parametrize("number", [0, 1, 2])

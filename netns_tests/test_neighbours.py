@@ -15,15 +15,17 @@ from pathlib import Path
 import pytest
 import trio
 
-from netns_tests.way import Way
+from netns_tests.labs import BRIDGE, open_bridged_lab, until_it_forwards
+from netns_tests.watch import reset
+from netns_tests.way import BOTH_LAYOUTS, Way
+from tproxyd.config import config_from_mapping
+from tproxyd.daemon.explain import explain_connection, read_request
 from tproxyd.net.sockets import format_address, open_listener
 from tproxyd.testing import (
     GATEWAY,
     SIDECAR,
     Lab,
-    Link,
     Node,
-    Route,
     Topology,
     activate_conntrack,
     conntrack_count,
@@ -113,14 +115,12 @@ async def test_the_hosts_own_nat_works_while_the_daemon_runs_and_after_its_death
             await echoes(after)
 
 
-@pytest.mark.parametrize("family", ["v4", "v6"])
 async def test_what_is_remembered_of_connections_to_local_apps_is_forgotten(
-    sidecar_lab: Lab, nursery: trio.Nursery, family: str
+    sidecar_lab: Lab, nursery: trio.Nursery
 ) -> None:
-    """Whoever ends it, and however: the set that keeps the app's answers from conntrack does not grow. And while a connection
+    """Whoever ends it, and however: the sets that keep the app's answers from conntrack do not grow. And while a connection
     lives it stays in, so that the app's first word after a long silence is no stranger to a strict firewall."""
     host, client = sidecar_lab["host"], sidecar_lab["client"]
-    address = getattr(host, family)
     host.set_sysctl("net.netfilter.nf_conntrack_tcp_loose", 0)
     await nursery.start(serve_echo, host, 8080)
     await load(host, "type filter hook output priority filter;", "ct state invalid drop")
@@ -128,14 +128,12 @@ async def test_what_is_remembered_of_connections_to_local_apps_is_forgotten(
 
     async def app(stream: trio.SocketStream) -> None:
         if (await stream.receive_some()) == b"reset":
-            stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        else:
-            await say.wait()
-            await stream.send_all(b"late")
-        await stream.aclose()
+            return await reset(stream)
+        await say.wait()
+        await stream.send_all(b"late")
+        return await stream.aclose()
 
-    nursery.start_soon(trio.serve_listeners, app, [host.listen("0.0.0.0" if family == "v4" else "::", 8081)])
-    async with open_daemon(host, '[capture]\nports = ["8080-8082"]\n'):
+    async def every_end(address: str) -> None:
         for _ in range(5):
             async with await client.connect(address, 8080) as stream:
                 await echoes(stream)  # the client ends it
@@ -149,25 +147,31 @@ async def test_what_is_remembered_of_connections_to_local_apps_is_forgotten(
             with pytest.raises((trio.BrokenResourceError, ConnectionResetError, ConnectionRefusedError)):
                 async with await client.connect(address, 8082) as stream:  # nobody listens there
                     await stream.receive_some()
-        async with await client.connect(address, 8081) as silent:
-            await silent.send_all(b"wait")
+
+    nursery.start_soon(trio.serve_listeners, app, [host.listen("0.0.0.0", 8081), host.listen("::", 8081)])
+    async with open_daemon(host, '[capture]\nports = ["8080-8082"]\n'):
+        for address in (host.v4, host.v6):
+            await every_end(address)
+        async with await client.connect(host.v4, 8081) as silent4, await client.connect(host.v6, 8081) as silent6:
+            for silent in (silent4, silent6):
+                await silent.send_all(b"wait")
             with trio.fail_after(15):
-                while await remembered(host) != 1:
+                while await remembered(host) != [1, 1]:
                     await trio.sleep(0.1)
             say.set()
-            with trio.fail_after(3):
-                assert await silent.receive_some() == b"late"
+            for silent in (silent4, silent6):
+                with trio.fail_after(3):
+                    assert await silent.receive_some() == b"late"
         with trio.fail_after(15):
-            while await remembered(host):
+            while await remembered(host) != [0, 0]:
                 await trio.sleep(0.1)
 
 
-async def remembered(host: Node) -> int:
-    """How many connections the sets of our legs hold."""
+async def remembered(host: Node) -> list[int]:
+    """How many connections the sets of our legs hold, of IPv4 and of IPv6."""
     listed = json.loads((await host.run("nft", "-j", "list", "table", "inet", "tproxyd")).stdout)["nftables"]
-    return sum(
-        len(part["set"].get("elem", ())) for part in listed if part.get("set", {}).get("name", "").startswith("legs")
-    )
+    sets = {part["set"]["name"]: len(part["set"].get("elem", ())) for part in listed if "set" in part}
+    return [sets["legs4"], sets["legs6"]]
 
 
 async def test_another_programs_transparent_sockets_stay_tracked(sidecar_lab: Lab, nursery: trio.Nursery) -> None:
@@ -193,6 +197,7 @@ async def test_another_programs_transparent_sockets_stay_tracked(sidecar_lab: La
         await echoes(stream)
 
 
+@BOTH_LAYOUTS
 async def test_10_a_default_drop_input_chain_with_the_rule_of_the_readme(way: Way, nursery: trio.Nursery) -> None:
     """Without it clients hang; with it they are served, and nothing else is let in."""
     await nursery.start(serve_echo, way.app, 8080)
@@ -236,36 +241,19 @@ async def test_38_a_conntrack_table_that_takes_no_more_hurts_no_intercepted_conn
 @pytest.mark.parametrize("bridge_netfilter", ["0", "1"])
 async def test_clients_behind_a_bridge_never_hang(nursery: trio.Nursery, bridge_netfilter: str, when_down: str) -> None:
     """As containers are. With br_netfilter on they cannot be captured: then they are told, and so is the administrator."""
-    bridged = Topology(
-        links=(
-            Link("gateway:port", "client:eth0"),
-            Link("gateway:eth1", "server:eth0", v4="198.51.100.0/24", v6="2001:db8:2::/64"),
-        ),
-        addresses=(("client:eth0", "192.0.2.2/24"), ("client:eth0", "2001:db8:1::2/64")),
-        routes=(Route("server", "0.0.0.0/0", "198.51.100.1"), Route("server", "::/0", "2001:db8:2::1")),
-        forwarding=("gateway",),
-    )
-    async with open_lab(bridged) as lab, trio.open_nursery() as serving:
+    async with open_bridged_lab(bridge_netfilter) as lab, trio.open_nursery() as serving:
         gateway, client, server = lab["gateway"], lab["client"], lab["server"]
-        for command in (
-            "link add br0 type bridge",
-            "link set port master br0",
-            "link set br0 up",
-            "address add 192.0.2.1/24 dev br0",
-            "address add 2001:db8:1::1/64 dev br0 nodad",
-        ):
-            await gateway.run("ip", *command.split())
-        await client.run("ip", "route", "add", "default", "via", "192.0.2.1")
-        await client.run("ip", "-6", "route", "add", "default", "via", "2001:db8:1::1")
-        has_it = gateway.call(lambda: Path("/proc/sys/net/bridge").exists())
-        captured = not (has_it and bridge_netfilter == "1")
-        if has_it:
-            for tables in ("iptables", "ip6tables"):
-                gateway.set_sysctl(f"net/bridge/bridge-nf-call-{tables}", bridge_netfilter)
+        captured = not (gateway.call(BRIDGE.exists) and bridge_netfilter == "1")
         await serving.start(serve_identity, server, 8080)
         await until_it_forwards(client, server)
         async with open_daemon(gateway, f'{CONFIG}when_down = "{when_down}"\n') as daemon:
             assert ("br_netfilter is on" in daemon.process.stderr_text) is not captured
+            foretold = "forwarded" if captured else "refused_when_down" if when_down == "refuse" else "bypassed"
+            config = config_from_mapping({"capture": {"ports": ["8080"], "when_down": when_down}})
+            for source, address in ((client.v4, server.v4), (client.v6, server.v6)):
+                request = read_request(source, format_address((address, 8080)), protocol="tcp", interface=None)
+                account = gateway.call(explain_connection, config, request)
+                assert (account.packet.interface, account.explanation.outcome) == ("br0", foretold)
             for address in (server.v4, server.v6):
                 if not captured and when_down == "refuse":
                     with pytest.raises(ConnectionRefusedError):
@@ -277,18 +265,6 @@ async def test_clients_behind_a_bridge_never_hang(nursery: trio.Nursery, bridge_
             assert await daemon.stop() == 0
         assert len(daemon.records()) == (2 if captured else 0)
         serving.cancel_scope.cancel()
-
-
-async def until_it_forwards(client: Node, server: Node) -> None:
-    """A bridge's port begins to forward when it has learned enough; a connection is the event."""
-    with trio.fail_after(20):
-        for address in (server.v4, server.v6):
-            while True:
-                try:
-                    async with await client.connect(address, 8080, timeout=1):
-                        break
-                except (trio.TooSlowError, OSError):
-                    await trio.sleep(0.05)
 
 
 @pytest.mark.parametrize("source", ["auto", "proxy"])
@@ -376,11 +352,14 @@ def send_syn_in_two_fragments(source: str, destination: str, port: int) -> None:
             raw.sendto(header + ends + data, (destination, 0))
 
 
-async def test_05_a_syn_in_two_fragments_does_not_slip_past_the_guard(gateway_lab: Lab, tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", ["tproxy", "redirect"])
+async def test_05_a_syn_in_two_fragments_does_not_slip_past_the_guard(
+    gateway_lab: Lab, tmp_path: Path, mode: str
+) -> None:
     """The guard alone, as it is once the steering table is gone."""
     gateway, client, server = gateway_lab["gateway"], gateway_lab["client"], gateway_lab["server"]
     file = tmp_path / "tproxyd.toml"
-    file.write_text(f'{CONFIG}when_down = "refuse"\n')
+    file.write_text(f'{CONFIG}mode = "{mode}"\nwhen_down = "refuse"\n')
     await load(
         server,
         "type filter hook prerouting priority -500;",

@@ -12,7 +12,7 @@ import pytest
 import trio
 
 from netns_tests.watch import workers
-from netns_tests.way import Way
+from netns_tests.way import SIDECAR_V4, Way
 from tproxyd.net.sockets import format_address
 from tproxyd.testing import LabProcess, serve_echo
 from tproxyd.testing.daemon import LabDaemon
@@ -97,8 +97,9 @@ async def exchange(way: Way, port: int, data: bytes) -> tuple[str, bytes | None]
             return own, None
 
 
-@pytest.mark.parametrize("number", [0, 1, 2])
-@pytest.mark.parametrize("way", ["gateway v4", "sidecar v6"], indirect=True)
+@pytest.mark.parametrize(
+    ("way", "number"), [("gateway v4", 0), ("gateway v4", 1), ("sidecar v6", 0), ("sidecar v6", 2)], indirect=["way"]
+)
 async def test_42_a_policy_decides_and_whatever_it_does_wrong_costs_one_connection(
     way: Way, nursery: trio.Nursery, number: int
 ) -> None:
@@ -135,7 +136,7 @@ async def test_42_a_policy_decides_and_whatever_it_does_wrong_costs_one_connecti
     assert await way.proxy.dump() == before
 
 
-@pytest.mark.parametrize("way", ["sidecar v4"], indirect=True)
+@SIDECAR_V4
 async def test_42_a_hanging_policy_holds_nobody_else_up(way: Way, nursery: trio.Nursery) -> None:
     await nursery.start(serve_echo, way.app, 8080)
     async with program(way, 1), trio.open_nursery() as many:
@@ -147,7 +148,7 @@ async def test_42_a_hanging_policy_holds_nobody_else_up(way: Way, nursery: trio.
         assert trio.current_time() - began < 2
 
 
-@pytest.mark.parametrize("way", ["sidecar v4"], indirect=True)
+@SIDECAR_V4
 async def test_42_a_handler_outlives_the_worker_that_its_connection_came_from(way: Way, nursery: trio.Nursery) -> None:
     """What was forwarded is lost with the worker and recorded; what a handler has goes on, and is waited for by a drain."""
     await nursery.start(serve_echo, way.app, 8080)
@@ -177,7 +178,7 @@ async def test_42_a_handler_outlives_the_worker_that_its_connection_came_from(wa
         assert await process.wait() == 0
 
 
-@pytest.mark.parametrize("way", ["sidecar v4"], indirect=True)
+@SIDECAR_V4
 async def test_42_a_handler_that_ends_slowly_costs_no_other_its_record(way: Way, nursery: trio.Nursery) -> None:
     await nursery.start(serve_echo, way.app, 8080)
     async with program(way, 1) as process:

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import pytest
 import trio
 
-from netns_tests.reference_relay import reset
-from netns_tests.test_contract import Bench, Seen, family_of, read, read_exactly
+from netns_tests.both_ends import Bench, Seen, read, read_exactly
+from netns_tests.watch import reset, workers
 from tproxyd.config import Config
 from tproxyd.datapath import Setup
 from tproxyd.interceptor import homes, relays
@@ -34,7 +34,7 @@ async def test_08_an_event_of_a_closed_connection_does_not_reach_a_new_one(open_
         old_client, old_app = await bench.pair(0)
         await old_client.send_all(b"hello")
         await read_exactly(old_app, 5)
-        _, worker = family_of(daemon.process.pid)
+        (worker,) = workers(daemon)
         os.kill(worker, signal.SIGSTOP)
         try:
             await trio.sleep(0.1)  # it acts when the worker is next to run

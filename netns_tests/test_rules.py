@@ -9,13 +9,12 @@ import pytest
 import trio
 
 from netns_tests.watch import attempt, outcomes, until
-from netns_tests.way import Way
+from netns_tests.way import GATEWAY_V4, Way
 from tproxyd.net.sockets import format_address
 from tproxyd.testing import serve_echo, serve_identity
 from tproxyd.testing.daemon import open_daemon
 
 CAPTURE = '[capture]\nports = ["8080", "8081", "8082", "8083"]\n'
-GATEWAY_V4 = pytest.mark.parametrize("way", ["gateway v4"], indirect=True)
 
 
 def rule(name: str, action: str, *conditions: str) -> str:

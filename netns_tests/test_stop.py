@@ -11,7 +11,7 @@ import pytest
 import trio
 import trio.lowlevel
 
-from netns_tests.way import Way, median_ms
+from netns_tests.way import BOTH_LAYOUTS, GATEWAY_V4, Way, median_ms
 from tproxyd.net.sockets import format_address
 from tproxyd.testing import digest_of, payload, serve_echo, serve_identity, serve_sink, serve_source
 from tproxyd.testing.daemon import LabDaemon, open_daemon
@@ -20,6 +20,7 @@ OPEN = '[capture]\nports = ["8080"]\nwhen_down = "bypass"\n'
 CLOSED = '[capture]\nports = ["8080"]\nwhen_down = "refuse"\n'
 
 
+@BOTH_LAYOUTS
 async def test_07_sigterm_idle_ends_within_500_ms_and_leaves_the_kernel_as_it_was(way: Way) -> None:
     before = await way.proxy.dump()
     took = []
@@ -34,6 +35,7 @@ async def test_07_sigterm_idle_ends_within_500_ms_and_leaves_the_kernel_as_it_wa
     assert median_ms(f"idle stop, {way}", took) < 500
 
 
+@BOTH_LAYOUTS
 @pytest.mark.parametrize("config", [OPEN, CLOSED], ids=["open", "closed"])
 async def test_08_sigterm_busy_drains_to_the_deadline_then_resets(way: Way, nursery: trio.Nursery, config: str) -> None:
     """While draining, new clients get what when_down says and living connections go on."""
@@ -86,6 +88,7 @@ async def until_not_captured(way: Way, daemon: LabDaemon, config: str) -> None:
                     return
 
 
+@BOTH_LAYOUTS
 async def test_08_drain_ends_as_soon_as_the_last_connection_does(way: Way, nursery: trio.Nursery) -> None:
     await nursery.start(serve_echo, way.app, 8080)
     async with open_daemon(way.proxy, OPEN) as daemon, await way.client.connect(way.address, 8080) as stream:
@@ -99,6 +102,7 @@ async def test_08_drain_ends_as_soon_as_the_last_connection_does(way: Way, nurse
     assert [record["outcome"] for record in daemon.records()] == ["closed"]
 
 
+@BOTH_LAYOUTS
 async def test_08_a_second_sigterm_means_now(way: Way, nursery: trio.Nursery) -> None:
     before = await way.proxy.dump()
     await nursery.start(serve_echo, way.app, 8080)
@@ -136,6 +140,7 @@ async def test_08_what_the_relay_has_taken_is_delivered_before_the_rules_go(way:
     assert await way.proxy.dump() == before
 
 
+@BOTH_LAYOUTS
 async def test_08_an_upload_that_the_app_reads_late_is_delivered_too(way: Way, nursery: trio.Nursery) -> None:
     size = 300_000
     read_now, digests = trio.Event(), []
@@ -186,6 +191,7 @@ async def test_08_a_handshake_under_way_is_served(way: Way, nursery: trio.Nurser
     assert [record["source"] for record in daemon.records()] == [own]
 
 
+@BOTH_LAYOUTS
 @pytest.mark.parametrize("config", [OPEN, CLOSED], ids=["open", "closed"])
 async def test_08_clients_are_not_steered_to_listeners_that_nobody_serves(
     way: Way, nursery: trio.Nursery, config: str
@@ -219,7 +225,7 @@ async def test_08_clients_are_not_steered_to_listeners_that_nobody_serves(
     assert answers.count("answer") > 20
 
 
-@pytest.mark.parametrize("way", ["gateway v4"], indirect=True)
+@GATEWAY_V4
 async def test_08_a_client_that_vanished_does_not_hold_the_stop_up_for_long(way: Way, nursery: trio.Nursery) -> None:
     """Its last bytes are never taken. They get three seconds without progress, not the whole time for draining."""
     await nursery.start(serve_sink, way.app, 8080)
@@ -236,7 +242,7 @@ async def test_08_a_client_that_vanished_does_not_hold_the_stop_up_for_long(way:
     assert "the last bytes of 1 closed connections were not taken" in daemon.process.stderr_text
 
 
-@pytest.mark.parametrize("way", ["gateway v4", "sidecar v6"], indirect=True)
+@BOTH_LAYOUTS
 async def test_09_after_a_foreign_flush_of_the_ruleset_a_stop_still_drains(way: Way, nursery: trio.Nursery) -> None:
     await nursery.start(serve_echo, way.app, 8080)
     async with open_daemon(way.proxy, OPEN) as daemon, await way.client.connect(way.address, 8080) as stream:
@@ -256,7 +262,7 @@ async def test_09_after_a_foreign_flush_of_the_ruleset_a_stop_still_drains(way: 
     assert "table inet tproxyd" not in (await way.proxy.run("nft", "list", "ruleset")).stdout
 
 
-@pytest.mark.parametrize("way", ["gateway v4"], indirect=True)
+@GATEWAY_V4
 async def test_21_with_every_file_in_use_a_stop_still_drains(way: Way, nursery: trio.Nursery) -> None:
     """Connections leave the daemon the files that it needs to take its rules away."""
     before = await way.proxy.dump()

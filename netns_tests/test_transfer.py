@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from netns_tests.way import Way, median_ms
+from netns_tests.way import BOTH_LAYOUTS, Way, median_ms
 from tproxyd.net.sockets import format_address
 from tproxyd.testing import (
     ROUTED,
@@ -46,6 +46,7 @@ def big_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@BOTH_LAYOUTS
 async def test_100_mb_through_curl_both_ways(way: Way, big_file: Path, tmp_path: Path) -> None:
     """Down from Python's http.server; up as the body of a POST, to a sink that answers with its digest."""
     async with (
@@ -116,6 +117,7 @@ async def until_listening(way: Way, port: int) -> None:
                 await trio.sleep(0.01)
 
 
+@BOTH_LAYOUTS
 async def test_tls_through_openssl(way: Way, tmp_path: Path, nursery: trio.Nursery) -> None:
     """The handshake and the data are the client's and the app's own; the certificate that the client checks is the app's."""
     key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
@@ -146,6 +148,7 @@ async def test_tls_through_openssl(way: Way, tmp_path: Path, nursery: trio.Nurse
     assert record["original_destination"] == format_address((way.address, 8443))
 
 
+@BOTH_LAYOUTS
 async def test_iperf3_both_directions(way: Way) -> None:
     async with (
         open_daemon(way.proxy, CONFIG) as daemon,
@@ -167,6 +170,7 @@ async def test_iperf3_both_directions(way: Way) -> None:
     assert len(daemon.records()) == 6
 
 
+@BOTH_LAYOUTS
 async def test_31_half_close_by_the_client_with_data_after_the_fin(way: Way, nursery: trio.Nursery) -> None:
     """The client sends, closes its direction, and the app answers only then: with the digest, and much more after it."""
     size = 5_000_000
@@ -196,6 +200,7 @@ async def test_31_half_close_by_the_client_with_data_after_the_fin(way: Way, nur
     assert record["outcome"] == "closed"
 
 
+@BOTH_LAYOUTS
 async def test_32_half_close_by_the_app_with_data_after_the_fin(way: Way, nursery: trio.Nursery) -> None:
     size = 5_000_000
     transfers: list[Transfer] = []
@@ -217,6 +222,7 @@ async def test_32_half_close_by_the_app_with_data_after_the_fin(way: Way, nurser
     assert record["outcome"] == "closed"
 
 
+@BOTH_LAYOUTS
 async def test_29_no_reset_is_seen_where_nobody_sent_one(way: Way, nursery: trio.Nursery) -> None:
     """Both have sent their FIN, and the client reads late: that the app's socket is closed is no reset, bytes are still to come."""
     size = 2_000_000
@@ -234,6 +240,7 @@ async def test_29_no_reset_is_seen_where_nobody_sent_one(way: Way, nursery: trio
             assert (await daemon.record(own))["outcome"] == "closed"
 
 
+@BOTH_LAYOUTS
 async def test_an_urgent_byte_stays_in_its_place(way: Way, nursery: trio.Nursery) -> None:
     received = bytearray()
     complete = trio.Event()
@@ -255,6 +262,7 @@ async def test_an_urgent_byte_stays_in_its_place(way: Way, nursery: trio.Nursery
     assert received == b"abcdefg"
 
 
+@BOTH_LAYOUTS
 async def test_small_writes_are_not_held_back(way: Way, nursery: trio.Nursery) -> None:
     """Three writes each way, with a pause between them: whoever holds one back until the delayed ACK adds 40 ms to each round."""
 

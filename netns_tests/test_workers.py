@@ -11,8 +11,8 @@ import time
 import pytest
 import trio
 
-from netns_tests.watch import METRICS, ends_within, many, metrics, outcomes, resets_within, until, workers
-from netns_tests.way import Way
+from netns_tests.watch import METRICS, alive, ends_within, many, metrics, outcomes, resets_within, until, workers, works
+from netns_tests.way import GATEWAY_V4, Way
 from tproxyd.net.sockets import format_address
 from tproxyd.testing import Lab, serve_echo, serve_identity
 from tproxyd.testing.daemon import open_daemon
@@ -20,17 +20,9 @@ from tproxyd.testing.daemon import open_daemon
 CONFIG = '[capture]\nports = ["8080"]\n'
 PER_SOURCE = "[limits]\nmax_connections_per_source = 1000\n"  # spreads clients by their address
 
-GATEWAY_V4 = pytest.mark.parametrize("way", ["gateway v4"], indirect=True)
-
 
 def count(number: int) -> str:
     return f"{CONFIG}[relay]\nworkers = {number}\n"
-
-
-async def works(stream: trio.SocketStream) -> None:
-    with trio.fail_after(5):
-        await stream.send_all(b"hello")
-        assert await stream.receive_some() == b"hello"
 
 
 @pytest.mark.parametrize("number", [1, 2])
@@ -257,15 +249,6 @@ async def test_04_sigkill_of_the_daemon_ends_its_workers_at_once(way: Way, nurse
         await until(lambda: not [pid for pid in pids if alive(pid)], within=1)
         async with await way.client.connect(way.address, 8080, timeout=1) as stream:
             await works(stream)
-
-
-def alive(pid: int) -> bool:
-    """Not even a zombie of a dead daemon's counts."""
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 @pytest.mark.parametrize("number", [0, 1, 2])

@@ -1,11 +1,14 @@
-"""What tests look at in a running daemon: its processes, their memory and time, its metrics; and how a client meets its end."""
+"""What tests look at in a running daemon: its processes, their files, memory and time, its metrics; and what a client meets."""
 
 from __future__ import annotations
 
+import array
+import fcntl
 import os
 import re
 import socket
 import struct
+import termios
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
@@ -20,10 +23,13 @@ from tproxyd.testing.daemon import LabDaemon, cpu_seconds
 __all__ = [
     "METRICS",
     "Http",
+    "alive",
     "all_cpu_seconds",
     "attempt",
     "dial",
     "ends_within",
+    "files_of",
+    "full_pipes",
     "get",
     "many",
     "memory_kib",
@@ -35,6 +41,7 @@ __all__ = [
     "resets_within",
     "until",
     "workers",
+    "works",
 ]
 
 METRICS = '[admin]\nmetrics = "127.0.0.1:9101"\n'
@@ -59,6 +66,49 @@ def _command(pid: int) -> str:
 def processes(daemon: LabDaemon) -> list[int]:
     """The daemon and its relay processes."""
     return [daemon.process.pid, *workers(daemon)]
+
+
+def alive(pid: int) -> bool:
+    """Not even a zombie of a dead daemon's counts."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def files_of(pid: int) -> Counter[str]:
+    """Open files of a process beyond its standard streams, by kind: pipe, socket, anon_inode:[eventpoll], and paths as they are."""
+    found: Counter[str] = Counter()
+    for name in os.listdir(f"/proc/{pid}/fd"):
+        if int(name) > 2:
+            with suppress(FileNotFoundError):
+                found[os.readlink(f"/proc/{pid}/fd/{name}").partition(":[")[0]] += 1
+    return found
+
+
+def full_pipes(pid: int) -> list[str]:
+    """Those from which the process could still read something that it wrote itself."""
+    ends: dict[str, dict[int, str]] = {}
+    for name in os.listdir(f"/proc/{pid}/fd"):
+        path = f"/proc/{pid}/fd/{name}"
+        with suppress(FileNotFoundError):
+            target = os.readlink(path)
+            if target.startswith("pipe:"):
+                ends.setdefault(target, {})[os.stat(path, follow_symlinks=False).st_mode & 0o700] = path
+    found = []
+    for target, paths in ends.items():
+        if len(paths) < 2:
+            continue  # the other end is somebody else's: its output
+        waiting = array.array("i", [0])
+        fd = os.open(next(iter(paths.values())), os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            fcntl.ioctl(fd, termios.FIONREAD, waiting)
+        finally:
+            os.close(fd)
+        if waiting[0]:
+            found.append(f"{pid}: {target} holds {waiting[0]} bytes")
+    return found
 
 
 def memory_kib(daemon: LabDaemon, *, anonymous: bool = False) -> int:
@@ -145,12 +195,19 @@ async def resets_within(stream: trio.SocketStream | None, seconds: float) -> boo
     return False
 
 
+async def works(stream: trio.SocketStream) -> None:
+    """It answers, as an echo does."""
+    with trio.fail_after(5):
+        await stream.send_all(b"hello")
+        assert await stream.receive_some() == b"hello"
+
+
 async def attempt(node: Node, address: str, port: int = 8080, *, source_port: int = 0) -> str:
-    """A connection that has to be reset instead of served; gives its client address, "" if connect() already failed."""
+    """A connection that has to be reset instead of served. Its client address; "" if connect() already failed and no port was given."""
     try:
         stream = await node.connect(address, port, source_port=source_port)
     except ConnectionResetError:
-        return ""
+        return format_address((node.v6 if ":" in address else node.v4, source_port)) if source_port else ""
     async with stream:
         own = format_address(stream.socket.getsockname())
         assert await resets_within(stream, 3)
@@ -158,8 +215,9 @@ async def attempt(node: Node, address: str, port: int = 8080, *, source_port: in
 
 
 async def reset(stream: trio.SocketStream) -> None:
-    """Closes it with a reset."""
-    stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    """Closes with a reset instead of a FIN; what is unsent is dropped. Closed already is fine."""
+    if stream.socket.fileno() >= 0:
+        stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     await stream.aclose()
 
 

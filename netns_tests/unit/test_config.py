@@ -227,7 +227,7 @@ BAD = [
     ("a boolean port", "capture.ports = [true]", "`capture.ports[0]` = true is a boolean; write a port or a range"),
     ("a list in the list", "capture.ports = [[80]]", "`capture.ports[0]` = [80] is an array; write a port"),
     ("ports of yesterday", "capture.ports = [2024-01-01]", "= 2024-01-01 is a date or time; write a port"),
-    ("mode", 'capture.mode = "TPROXY"', '= "TPROXY" is none of its values; use "tproxy" or "off"'),
+    ("mode", 'capture.mode = "TPROXY"', '= "TPROXY" is none of its values; use "tproxy", "redirect" or "off"'),
     ("protocol", 'capture.protocols = ["sctp"]', '`capture.protocols[0]` = "sctp" is none of its values; use "tcp"'),
     ("no protocol", "capture.protocols = []", '= [] is empty; write ["tcp"], or switch capture off with mode = "off"'),
     ("protocol twice", 'capture.protocols = ["tcp", "tcp"]', '[1]` = "tcp" stands in the list twice; remove one'),
@@ -509,7 +509,6 @@ def test_unknown_key_or_table(text: str, expected: str) -> None:
 
 
 LATER = [
-    'capture.mode = "redirect"',
     'capture.protocols = ["udp"]',
     'upstream.target = "loopback"',
     'upstream.target = "192.0.2.1:80"',
@@ -534,6 +533,13 @@ def test_what_later_versions_have_is_refused_by_name(text: str) -> None:
     (problem,) = problems_in(text)
     assert "is not in this version of tproxyd; " in problem
     assert text.strip("[]").partition(".")[0].partition("]")[0] in problem
+
+
+def test_redirect_mode_cannot_promise_the_clients_address() -> None:
+    """ "auto" is "proxy" there; whoever demands more is refused."""
+    assert problems_in('capture.mode = "redirect"\nupstream.source = "client"')
+    for source in ("auto", "proxy"):
+        assert config_from_mapping({"capture": {"mode": "redirect"}, "upstream": {"source": source}}).redirects
 
 
 # Values that do not fit together
@@ -578,6 +584,11 @@ TOGETHER = [
         "metrics where clients arrive",
         'admin.metrics = "0.0.0.0:15006"',
         '`admin.metrics` = "0.0.0.0:15006" has the port of `listen.port`, where clients arrive; choose another',
+    ),
+    (
+        "metrics where clients arrive in redirect mode",
+        'capture.mode = "redirect"\nadmin.metrics = "192.0.2.1:15006"',
+        '`admin.metrics` = "192.0.2.1:15006" has the port of `listen.port`, where clients arrive; choose another',
     ),
     (
         "interface in both lists",

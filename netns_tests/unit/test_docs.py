@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tproxyd.config import Config, PolicyRule, config_from_mapping
 from tproxyd.config.schema import keys_of
+from tproxyd.daemon.doctor import CHECKS, PROBE_CHECK, check_name
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -52,3 +53,17 @@ def test_docs_faults_tells_which_rows_have_tests() -> None:
     assert told
     ranges = [(part.strip().split("-") * 2)[:2] for part in told[1].split(",")]
     assert tested == {number for first, last in ranges for number in range(int(first), int(last) + 1)}
+
+
+def test_every_check_of_the_doctor_is_explained_and_tested() -> None:
+    names = {check_name(check) for check in CHECKS} | {PROBE_CHECK}
+    assert len(names) == len(CHECKS) + 1 >= 20
+    troubleshooting = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
+    explained = {
+        name
+        for row in re.findall(r"^\| (`[a-z0-9`, -]+`) \|", troubleshooting, re.M)
+        for name in re.findall(r"[a-z0-9-]+", row)
+    }
+    assert explained == names
+    tests = (ROOT / "netns_tests/test_doctor.py").read_text(encoding="utf-8")
+    assert {name for name in names if f'"{name}"' not in tests} == set()

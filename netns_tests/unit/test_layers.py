@@ -86,6 +86,16 @@ def test_the_benchmark_is_for_the_checkout_alone() -> None:
     assert [module for _, module, name in IMPORTS if name.partition(".")[0] == "bench"] == []
 
 
+def test_no_test_file_imports_another() -> None:
+    wrong = [
+        f"{file.name} imports {name}"
+        for file in sorted(Path(__file__).parents[1].rglob("*.py"))
+        for name in imports(ast.parse(file.read_text(encoding="utf-8")))
+        if name.startswith("netns_tests.") and ".test_" in name
+    ]
+    assert wrong == []
+
+
 @pytest.mark.parametrize("library", ONLY_THERE)
 def test_a_library_is_imported_only_where_it_belongs(library: str) -> None:
     rooms = {room for room, _, name in IMPORTS if name.partition(".")[0] == library}

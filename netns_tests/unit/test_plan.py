@@ -28,6 +28,7 @@ from tproxyd.plan import (
     FORMATS,
     PROTOCOL,
     SUPPORTED_MARKS,
+    UNOWNED_BYPASS,
     Family,
     LocalRoute,
     Marks,
@@ -36,12 +37,14 @@ from tproxyd.plan import (
     Surroundings,
     make_plan,
     render,
+    spared_in,
+    ssh_remarks,
 )
 
 GOLDEN = Path(__file__).parent / "golden"
 NAMES = sorted(file.stem for file in GOLDEN.glob("*.toml"))
 ENDINGS = {"text": ".txt", "nft": ".nft", "shell": ".sh", "json": ".json"}
-EVERY_FORMAT = ("two-lines", "everything", "nothing")  # the others differ in the ruleset alone
+EVERY_FORMAT = ("two-lines", "everything", "nothing", "redirect")  # the others differ in the ruleset alone
 
 TWO_LINES = config_from_mapping({"capture": {"ports": ["8080"]}})
 EVERYTHING = load_config(GOLDEN / "everything.toml")
@@ -139,7 +142,7 @@ def test_every_nft_rule_says_why_it_is_there(name: str) -> None:
         ]
         assert rules or re.search(r'^\tcomment "[^"]+"$', table, re.M)
         for rule in rules:
-            assert rule.startswith("\t\ttype filter hook ") or re.search(r' comment "[^"]{4,127}"$', rule), rule
+            assert re.match(r"\t\ttype (filter|nat) hook ", rule) or re.search(r' comment "[^"]{4,127}"$', rule), rule
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -168,11 +171,35 @@ def test_what_of_the_plan_follows_from_the_configuration() -> None:
     assert plan.capture_off.endswith("flush chain inet tproxyd capture\n")
 
 
+def test_redirect_mode_needs_nothing_of_tproxy_and_says_what_it_loses() -> None:
+    plan = make_plan(load_config(GOLDEN / "redirect-everything.toml"))
+    assert plan.listen == (("0.0.0.0", 15099), ("::", 15099))  # where NAT finds them
+    assert (plan.routes, plan.rules, plan.sysctls) == ((), (), {})
+    for word in ("tproxy ", "socket ", "notrack"):
+        assert word not in plan.ruleset.replace("inet tproxyd", "")
+    # As in tproxy mode: the same selectors, and the same switch.
+    for name in ("capture", "guard"):
+        (chain,) = re.findall(rf"\tchain {name} .*?\n\t\}}\n", plan.tables["tproxyd_guard"], re.S)
+        assert chain in make_plan(EVERYTHING).tables["tproxyd_guard"]
+    assert plan.capture_off == make_plan(EVERYTHING).capture_off
+    assert make_plan(EVERYTHING).losses == ()
+    assert "\n".join(f"# - {loss}" for loss in plan.losses) in render(plan, "text")
+    # A bypass is kept by the rules that a daemon takes with it, and by no others.
+    bypass = config_from_mapping({"capture": {"ports": ["8080"], "mode": "redirect"}})
+    assert UNOWNED_BYPASS in make_plan(bypass).losses
+    assert UNOWNED_BYPASS not in make_plan(bypass, stays=False, owned=True).losses
+    assert UNOWNED_BYPASS not in plan.losses
+    alone = make_plan(bypass, surroundings=Surroundings(families=(4,)))
+    assert "nfproto ipv6" not in alone.tables["tproxyd"]
+
+
 @pytest.mark.parametrize(("family", "other"), [(4, 6), (6, 4)])
 def test_a_namespace_of_one_family_gets_nothing_of_the_other(family: Family, other: Family) -> None:
     plan = make_plan(EVERYTHING, surroundings=Surroundings(families=(family,)))
     assert {entry.family for entry in entries(plan)} == {family}
-    assert [":" in address for address, _ in plan.listen] == [family == 6]
+    assert len(plan.listen) == 2  # the other one may be switched on later
+    alone = make_plan(EVERYTHING, surroundings=Surroundings(families=(family,), sockets=(family,)))
+    assert [":" in address for address, _ in alone.listen] == [family == 6]
     assert f"nfproto ipv{family} meta l4proto tcp tproxy" in plan.tables["tproxyd"]
     assert f"nfproto ipv{other} meta l4proto tcp tproxy" not in plan.tables["tproxyd"]
     assert plan.tables["tproxyd_guard"] == make_plan(EVERYTHING).tables["tproxyd_guard"]  # refuses both
@@ -253,6 +280,32 @@ MARKS = [
 )
 def test_marks(mark: str, upstream_mark: str, steering: str, upstream: str) -> None:
     marks = plan_of(routing={"mark": mark, "upstream_mark": upstream_mark}).marks
+    assert (str(marks.steering), str(marks.upstream)) == (steering, upstream)
+
+
+TAKEN = [
+    ("others have other bits", {}, 0x00FFCFFF, "0x1000000/0x3000000", "0x2000000/0x3000000"),
+    ("the first bit", {}, 0x1000000, "0x4000000/0xc000000", "0x8000000/0xc000000"),
+    ("the upper one", {}, 0x2000000, "0x4000000/0xc000000", "0x8000000/0xc000000"),
+    ("the first and third pair", {}, 0x13000000, "0x4000000/0xc000000", "0x8000000/0xc000000"),
+    ("Calico's", {}, 0xFFFF0000, "0x1000/0x3000", "0x2000/0x3000"),
+    ("all: whoever looks will say so", {}, 0xFFFFFFFF, "0x1000000/0x3000000", "0x2000000/0x3000000"),
+    ("beside a given one", {"mark": "0x1/0x1"}, 0x1000000, "0x1/0x1", "0x8000000/0xc000000"),
+    ("a given one itself", {"mark": "0x1/0x1"}, 0x3000001, "0x1/0x1", "0x8000000/0xc000000"),
+    ("both given", {"mark": "0x1/0x3", "upstream_mark": "0x2/0x3"}, 0x3, "0x1/0x3", "0x2/0x3"),
+]
+
+
+@pytest.mark.parametrize(
+    ("routing", "taken", "steering", "upstream"), [row[1:] for row in TAKEN], ids=[row[0] for row in TAKEN]
+)
+def test_automatic_marks_keep_away_from_what_others_use(
+    routing: dict[str, str], taken: int, steering: str, upstream: str
+) -> None:
+    marks = make_plan(
+        config_from_mapping({"capture": {"ports": ["8080"]}, "routing": routing}),
+        surroundings=Surroundings(taken_marks=taken),
+    ).marks
     assert (str(marks.steering), str(marks.upstream)) == (steering, upstream)
 
 
@@ -360,3 +413,34 @@ def test_any_configuration_gives_one_plan_whatever_the_order_of_its_lists(
     assert not one.mask & other.mask or one.mask == other.mask
     for form in FORMATS:
         assert render(plan, form) == render(plan, form)
+
+
+# The administrator's SSH
+
+
+@pytest.mark.parametrize(
+    ("capture", "ssh_ports", "spared"),
+    [
+        ({"ports": "all"}, (22,), ()),  # excluded by default
+        ({"ports": "all", "exclude_ports": []}, (22,), (22,)),
+        ({"ports": ["1-1000", "2222"], "exclude_ports": []}, (22, 2222), (22,)),  # named singly: the user's will
+        ({"ports": ["2222"]}, (22, 2222), ()),
+        ({"ports": ["2000-2999"]}, (2222, 22, 2022), (2022, 2222)),
+        ({"ports": ["2000-2999"]}, (), ()),
+    ],
+)
+def test_ssh_that_only_a_range_captures_is_spared_by_the_first_rule_of_both_chains(
+    capture: dict[str, Any], ssh_ports: tuple[int, ...], spared: tuple[int, ...]
+) -> None:
+    config = config_from_mapping({"capture": {**capture, "when_down": "refuse"}})
+    plan = make_plan(config, surroundings=Surroundings(ssh_ports=ssh_ports))
+    for name in ("tproxyd", "tproxyd_guard"):
+        assert spared_in(plan.tables[name]) == spared
+        first = re.search(r"chain capture \{\n\t\t([^\n]*)", plan.tables[name])
+        assert first is not None
+        assert first[1].startswith("tcp dport " + (str(spared[0]) if len(spared) == 1 else "{")) == bool(spared)
+    if not spared:
+        assert plan == make_plan(config)
+    info, warning = ssh_remarks(config, Surroundings(ssh_ports=ssh_ports))
+    assert (info is not None) == bool(spared)
+    assert (warning is not None) == any(port in ssh_ports for port in (2222,) if str(port) in capture["ports"])

@@ -328,9 +328,10 @@ def _check_interfaces(interfaces: Sequence[str], exclude_interfaces: Sequence[st
             )
 
 
-def _check_metrics(metrics: Endpoint | None, port: int) -> Iterator[str]:
-    # A port of every address or of a loopback address would be bound twice: by the transparent listeners, too.
-    if metrics is not None and metrics.port == port and metrics.host in ("127.0.0.1", "::1", "0.0.0.0", "::"):  # noqa: S104
+def _check_metrics(metrics: Endpoint | None, port: int, mode: str) -> Iterator[str]:
+    # A port of every address or of a loopback address would be bound twice: by the listeners, too; and by those of redirect mode any.
+    taken = ("127.0.0.1", "::1", "0.0.0.0", "::")  # noqa: S104
+    if metrics is not None and metrics.port == port and (mode == "redirect" or metrics.host in taken):
         yield f"`admin.metrics` = {shown(str(metrics))} has the port of `listen.port`, where clients arrive; choose another"
 
 
@@ -350,7 +351,7 @@ def _check_shares(workers: int | str, most: int | str) -> Iterator[str]:
 _TOGETHER: tuple[tuple[Sequence[tuple[str, str]], Callable[..., Iterator[str]]], ...] = (
     ((("routing", "mark"), ("routing", "upstream_mark")), _check_marks),
     (_PORTS, _check_ports),
-    ((("admin", "metrics"), ("listen", "port")), _check_metrics),
+    ((("admin", "metrics"), ("listen", "port"), ("capture", "mode")), _check_metrics),
     ((("relay", "workers"), ("limits", "max_connections")), _check_shares),
     ((("capture", "interfaces"), ("capture", "exclude_interfaces")), _check_interfaces),
 )

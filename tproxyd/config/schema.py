@@ -36,7 +36,7 @@ __all__ = [
 class Capture(msgspec.Struct, frozen=True, kw_only=True):
     """Which packets are taken. An empty include list means every one; what is excluded wins."""
 
-    mode: Annotated[Literal["tproxy", "off"], read.choice("tproxy", "off", later=("redirect",))] = "tproxy"
+    mode: Annotated[Literal["tproxy", "redirect", "off"], read.choice("tproxy", "redirect", "off")] = "tproxy"
     protocols: Annotated[tuple[str, ...], read.protocols] = ("tcp",)
     ports: Annotated[tuple[PortRange, ...], read.ports] = ()
     exclude_ports: Annotated[tuple[PortRange, ...], read.ports] = (PortRange(22, 22),)
@@ -56,7 +56,7 @@ class Capture(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Listen(msgspec.Struct, frozen=True, kw_only=True):
-    """The transparent listeners, on 127.0.0.1 and ::1."""
+    """The listeners: on 127.0.0.1 and ::1, or with `capture.mode` "redirect" on every address."""
 
     port: Annotated[int, read.integer(1, 65535)] = 15006
     backlog: Annotated[int, read.integer(1, 1_000_000)] = 4096
@@ -163,6 +163,15 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     def captures(self) -> bool:
         """Whether anything would be captured at all."""
         return self.capture.mode != "off" and bool(self.capture.ports)
+
+    @property
+    def redirects(self) -> bool:
+        """Whether NAT brings connections to the listeners, and not tproxy."""
+        return self.capture.mode == "redirect"
+
+    def arrives_at_port(self, port: int) -> bool:
+        """Whether this is the local port of a client's connection, as its socket here has it."""
+        return port == self.listen.port if self.redirects else self.capture.takes_port(port)
 
     def relays_port(self, port: int) -> bool:
         """Whether connections may be made to this port: a captured one, or one that a policy rule forwards to."""

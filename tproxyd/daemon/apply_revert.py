@@ -10,40 +10,59 @@ from contextlib import contextmanager
 
 from tproxyd import kernel
 from tproxyd.config import Config
-from tproxyd.daemon.lock import ServedError, lock_holder, namespace_lock
+from tproxyd.daemon.lock import ServedError, namespace_lock, send_order
+from tproxyd.daemon.planned import ssh_ports_here
 from tproxyd.net.capabilities import require_capabilities
-from tproxyd.plan import make_plan
+from tproxyd.plan import UNOWNED_BYPASS, Surroundings, make_plan, ssh_remarks
 
 __all__ = ["apply", "revert"]
 
 
-def apply(config: Config) -> int:
-    """Makes the kernel hold the config's plan, to stay; says what was changed. Raises TproxydError, with nothing changed."""
+def apply(config: Config, *, seconds: int | None = None) -> int:
+    """Makes the kernel hold the config's plan, to stay; says what was changed. With `seconds`, takes it back unless it is confirmed
+    in that time. Raises TproxydError, with nothing changed."""
     config.require_captures()
     require_capabilities("changing the ruleset and the policy routing", ("CAP_NET_ADMIN",))
-    plan = make_plan(config, surroundings=kernel.look_around())
     try:
-        with namespace_lock("apply"), _uninterrupted():
-            changes = kernel.apply(plan)
+        with namespace_lock("apply") as held:
+            found = kernel.preflight(config, ssh_ports=ssh_ports_here())
+            plan = make_plan(config, surroundings=found.surroundings)
+            _tell_ssh(config, found.surroundings)
+            for warning in found.warnings:
+                print(f"tproxyd: warning: {warning}", file=sys.stderr)
+            if seconds is None:
+                with _uninterrupted():
+                    changes = kernel.apply(plan)
+            else:
+                from tproxyd.daemon.confirm import apply_until_confirmed  # late: who does not wait need not load it
+
+                changes = apply_until_confirmed(plan, held, seconds)
     except ServedError as error:
         error.exit_code = 1  # the contract's: apply did nothing, because a daemon serves here
         raise
-    _tell(changes, nothing="nothing to change: the kernel holds the plan")
+    if seconds is not None and changes:
+        print("confirmed: the change stays")
+    else:
+        _tell(changes, nothing="nothing to change: the kernel holds the plan")
+    if UNOWNED_BYPASS in plan.losses:
+        print(f"tproxyd: warning: {UNOWNED_BYPASS}", file=sys.stderr)
     return os.EX_OK
 
 
 def revert() -> int:
-    """Removes all that is ours, also under a daemon that serves (who is told, and named); says what was removed."""
+    """Removes all that is ours; says what was removed. Who has this namespace, a daemon, does it, and is named."""
     require_capabilities("removing rules and tables", ("CAP_NET_ADMIN",))
-    holder = lock_holder()
-    with _uninterrupted():
-        removed = kernel.revert()
+    answer = send_order("revert")
+    remark = ""
+    if answer is not None:
+        text, _, remark = answer.partition("\n\n")
+        removed: Sequence[object] = text.splitlines()
+    else:  # nobody has it
+        with _uninterrupted():
+            removed = kernel.revert()
     _tell(removed, nothing="nothing to remove")
-    if holder:
-        print(
-            f"tproxyd: warning: {holder} serves this network namespace and captures nothing from now on; restart or stop it",
-            file=sys.stderr,
-        )
+    if remark:
+        print(f"tproxyd: warning: {remark}", file=sys.stderr)
     return os.EX_OK
 
 
@@ -57,6 +76,14 @@ def _uninterrupted() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _tell(changes: Sequence[str], *, nothing: str) -> None:
+def _tell_ssh(config: Config, surroundings: Surroundings) -> None:
+    spared, taken = ssh_remarks(config, surroundings)
+    if spared:
+        print(f"tproxyd: {spared}", file=sys.stderr)
+    if taken:
+        print(f"tproxyd: warning: {taken}", file=sys.stderr)
+
+
+def _tell(changes: Sequence[object], *, nothing: str) -> None:
     for change in changes or [nothing]:
         print(change)

@@ -9,18 +9,23 @@ import argparse
 import logging
 import os
 import platform
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from tproxyd.errors import TproxydError, UsageError
+
+if TYPE_CHECKING:
+    from tproxyd.config import Config
 
 __all__ = ["entry", "main"]
 
 # Promised for later versions: refused by name, not mistaken for a typing error.
-_LATER_VERBS = ("confirm", "connections", "doctor", "drain", "explain", "handover", "reload", "status", "top")
-_LATER_OPTIONS = ("--after-exit", "--against", "--confirm", "--diff", "--name")
+_LATER_VERBS = ("connections", "drain", "handover", "reload", "top")
+_LATER_OPTIONS = ("--after-exit", "--name")
+_DAY = 24 * 3600
 
 
 def entry() -> NoReturn:
@@ -85,6 +90,18 @@ class _Version(argparse.Action):
         sys.exit(os.EX_OK)
 
 
+def _warn_of_forwarding(config: Config) -> None:
+    """On a host that forwards, the outbound connections of its containers and virtual machines are forwarded ones, too."""
+    from tproxyd.kernel import is_forwarding
+
+    if config.captures and not config.capture.destinations and is_forwarding():
+        print(
+            "tproxyd: warning: forwarding is on in this network namespace and capture.destinations is empty: what its containers or "
+            'virtual machines connect to is captured, too; destinations = ["local"] limits capture to this host\'s own addresses',
+            file=sys.stderr,
+        )
+
+
 def _make_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="tproxyd",
@@ -116,10 +133,47 @@ def _make_parser() -> argparse.ArgumentParser:
     )
     add("check", "validate the configuration; needs no root")
     plan = add("plan", "print everything that would be applied; needs no root")
-    plan.add_argument("--format", choices=("text", "nft", "shell", "json"), default="text", help="default: text")
-    add("apply", "put the kernel state there for any transparent listener on the port")
+    plan.add_argument("--format", choices=("text", "nft", "shell", "json"), help="default: text")
+    plan.add_argument(
+        "--diff",
+        action="store_true",
+        help="print what the kernel holds otherwise instead; exit code 3 when there is a difference; needs CAP_NET_ADMIN",
+    )
+    plan.add_argument(
+        "--against",
+        type=Path,
+        metavar="FILE",
+        help="with --diff: compare with the plan of this configuration instead of the kernel; needs no root",
+    )
+    apply = add("apply", "put the kernel state there for any transparent listener on the port")
+    apply.add_argument(
+        "--confirm",
+        type=_seconds,
+        metavar="SECONDS",
+        help="take it back unless `yes` is typed, or `tproxyd confirm` elsewhere, within so many seconds",
+    )
+    add("confirm", "confirm the change of an `apply --confirm` that waits", config=False)
+    status = add("status", "compare what is planned with what the kernel holds; say who serves, and what lives")
+    status.add_argument("--json", action="store_true", help="the same for programs")
     add("revert", "remove all kernel state that is tproxyd's, and nothing else", config=False)
+    explain = add("explain", "say which rules decide about a connection, and what happens")
+    explain.add_argument("source", metavar="SRC[:PORT]", help="the client; IPv6 with a port: [2001:db8::1]:40000")
+    explain.add_argument("destination", metavar="DST:PORT", help="where it wants to go; IPv6: [2001:db8::7]:80")
+    explain.add_argument("--proto", choices=("tcp", "udp"), default="tcp", help="default: tcp")
+    explain.add_argument(
+        "--in", dest="interface", metavar="IFACE", help="where it arrives (default: where the way back to SRC leaves)"
+    )
+    explain.add_argument("--json", action="store_true", help="for programs")
+    doctor = add("doctor", "look for every known cause of silent failure, and name its remedy")
+    doctor.add_argument("--no-probe", action="store_true", help="no live connection from a throwaway namespace")
+    doctor.add_argument("--json", action="store_true", help="for programs")
     return parser
+
+
+def _seconds(text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,5}", text) or not 1 <= int(text) <= _DAY:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of seconds from 1 to {_DAY}")
+    return int(text)
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -129,10 +183,17 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     later = next((word for word in arguments if word.split("=")[0] in _LATER_OPTIONS), None)
     if later is not None:
         raise UsageError(f"the option {later.split('=')[0]} is not in this version of tproxyd; see `tproxyd --help`")
-    return _make_parser().parse_args(arguments)
+    options = _make_parser().parse_args(arguments)
+    if options.verb == "plan" and options.format and (options.diff or options.against):
+        raise UsageError("--diff and --against print text that no --format changes; leave --format out")
+    return options
 
 
 def _dispatch(options: argparse.Namespace) -> int:
+    if options.verb == "confirm":
+        from tproxyd.daemon import confirm
+
+        return confirm.confirm()
     if options.verb == "revert":
         from tproxyd.daemon import apply_revert
 
@@ -140,22 +201,46 @@ def _dispatch(options: argparse.Namespace) -> int:
 
     from tproxyd.config import load_config
 
+    if options.verb == "status":
+        from tproxyd.daemon.status import status
+
+        # Without a file named, what the daemon plans: what the usual file would plan may be another thing.
+        config = load_config(options.config) if options.config is not None else None
+        return status(config, options.config, as_json=options.json)
     config = load_config(options.config, ports=options.port if options.verb == "run" else ())
     match options.verb:
         case "check":
             from tproxyd.plan import make_plan
 
             make_plan(config)  # whether the marks fit together is found out there
+            _warn_of_forwarding(config)
             print("the configuration is good" if config.captures else "the configuration is good, but captures nothing")
         case "plan":
-            from tproxyd.kernel import look_around
+            from tproxyd.daemon import planned
             from tproxyd.plan import make_plan, render
 
-            sys.stdout.write(render(make_plan(config, surroundings=look_around()), options.format))
+            if options.against is not None:
+                return planned.diff_against(config, load_config(options.against), options.against)
+            if options.diff:
+                return planned.diff_kernel(config)
+            plan = make_plan(config, surroundings=planned.surroundings_here(config))
+            sys.stdout.write(render(plan, options.format or "text"))
         case "apply":
             from tproxyd.daemon import apply_revert
 
-            return apply_revert.apply(config)
+            return apply_revert.apply(config, seconds=options.confirm)
+        case "explain":
+            from tproxyd.daemon import explain
+
+            request = explain.read_request(
+                options.source, options.destination, protocol=options.proto, interface=options.interface
+            )
+            return explain.show(config, request, as_json=options.json)
+        case "doctor":
+            from tproxyd.daemon import doctor
+
+            file = str(options.config) if options.config is not None else None
+            return doctor.doctor(config, file, probing=not options.no_probe, as_json=options.json)
         case "run":
             from tproxyd.daemon import run
 

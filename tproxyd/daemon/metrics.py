@@ -11,7 +11,7 @@ import errno
 import logging
 import platform
 import socket
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, get_args
 
@@ -21,6 +21,7 @@ import trio
 from tproxyd.config import Endpoint
 from tproxyd.datapath import CONNECT_SECONDS, Counters, Outcome
 from tproxyd.errors import KernelError
+from tproxyd.interceptor import KINDS
 from tproxyd.net.proc_net import port_holder
 from tproxyd.net.sockets import format_address
 
@@ -63,18 +64,19 @@ async def serve_metrics(
     count: Callable[[], Awaitable[Counters]],
     *,
     dropped: Callable[[], int],
-    ready: Callable[[], bool],
+    repairs: Callable[[], Mapping[str, int]],
+    unready: Callable[[], str],
     version: str,
 ) -> None:
     """Answers until cancelled, and closes the listener then.
 
-    `count` gives the counters of all relay loops, `dropped` how many lines of the access log were not written, `ready` whether
-    it is not stopping.
+    `count` gives the counters of all relay loops, `dropped` how many lines of the access log were not written, `repairs` how
+    often the kernel's state was put right, by kind, `unready` why it is not ready, empty if it is.
     """
     pages: dict[bytes, Page] = {
-        b"/metrics": partial(_metrics, count, dropped, version),
-        b"/healthz": partial(_word, lambda: True),
-        b"/readyz": partial(_word, ready),
+        b"/metrics": partial(_metrics, count, dropped, repairs, version),
+        b"/healthz": partial(_word, str),
+        b"/readyz": partial(_word, unready),
     }
     room = trio.CapacityLimiter(_CLIENTS)
     async with listener, trio.open_nursery() as nursery:
@@ -162,12 +164,16 @@ async def _send(
     await stream.send_all(data)
 
 
-async def _word(good: Callable[[], bool]) -> tuple[int, str, bytes]:
-    return (200, "text/plain", b"ok\n") if good() else (503, "text/plain", b"not ready\n")
+async def _word(reason: Callable[[], str]) -> tuple[int, str, bytes]:
+    why = reason()
+    return (503, "text/plain; charset=utf-8", f"not ready: {why}\n".encode()) if why else (200, "text/plain", b"ok\n")
 
 
 async def _metrics(
-    count: Callable[[], Awaitable[Counters]], dropped: Callable[[], int], version: str
+    count: Callable[[], Awaitable[Counters]],
+    dropped: Callable[[], int],
+    repairs: Callable[[], Mapping[str, int]],
+    version: str,
 ) -> tuple[int, str, bytes]:
     # Late: it takes some hundredths of a second to load, and READY does not wait for it.
     from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
@@ -176,14 +182,14 @@ async def _metrics(
 
     class Collector:
         def collect(self) -> Iterator[Metric]:
-            return _families(counters, dropped() + counters.records_dropped, version)
+            return _families(counters, dropped() + counters.records_dropped, repairs(), version)
 
     registry = CollectorRegistry(auto_describe=False)
     registry.register(Collector())
     return 200, CONTENT_TYPE_LATEST, generate_latest(registry)
 
 
-def _families(counters: Counters, dropped: int, version: str) -> Iterator[Metric]:
+def _families(counters: Counters, dropped: int, repairs: Mapping[str, int], version: str) -> Iterator[Metric]:
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 
     workload = "host"
@@ -211,6 +217,12 @@ def _families(counters: Counters, dropped: int, version: str) -> Iterator[Metric
     yield CounterMetricFamily(
         "tproxyd_access_log_dropped", "Lines of the access log that nobody took in time.", value=dropped
     )
+    repaired = CounterMetricFamily(
+        "tproxyd_drift_repairs", "Kernel state put right after others had changed it, by kind.", labels=["kind"]
+    )
+    for kind in KINDS:
+        repaired.add_metric([kind], repairs.get(kind, 0))
+    yield repaired
     build = GaugeMetricFamily("tproxyd_build_info", "1, with what runs here.", labels=["version", "python", "kernel"])
     build.add_metric([version, platform.python_version(), platform.release()], 1)
     yield build

@@ -6,16 +6,21 @@ import logging
 import os
 import resource
 import signal
+import socket
 import sys
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 
 import trio
 
 from tproxyd import __version__
 from tproxyd.config import Config
-from tproxyd.daemon.lock import namespace_lock
+from tproxyd.daemon.lock import Orders, namespace_lock, reverted, serve_orders
 from tproxyd.daemon.logs import LineWriter, access_format, encode_line, set_up_logging
+from tproxyd.daemon.planned import session_ports
+from tproxyd.daemon.status import tell_serving
 from tproxyd.errors import TproxydError
 from tproxyd.interceptor import Interceptor, open_interceptor
 from tproxyd.net.sockets import format_address
@@ -35,8 +40,8 @@ def run(config: Config) -> int:
     stdout = sys.stdout.fileno()
     access_log = LineWriter(stdout, access_format(config, stdout)) if config.log.access else None
     try:
-        with namespace_lock("start"):
-            trio.run(_serve, config, stderr, access_log)
+        with namespace_lock("start") as held:
+            trio.run(_serve, config, stderr, access_log, held)
     except BaseExceptionGroup as group:
         error = _only(group)
         if error is None:
@@ -53,14 +58,19 @@ def run(config: Config) -> int:
     return os.EX_OK
 
 
-async def _serve(config: Config, stderr: LineWriter, access_log: LineWriter | None) -> None:
+async def _serve(config: Config, stderr: LineWriter, access_log: LineWriter | None, held: socket.socket) -> None:
     stop = _Stop()
     with trio.open_signal_receiver(*_STOP, signal.SIGHUP) as signals:
         async with trio.open_nursery() as nursery, _metrics_listener(config) as metrics:
             nursery.start_soon(_listen_to_signals, signals, stop)
             # A signal that comes while this starts is answered as soon as it has: that takes a fraction of a second.
             on_lines = access_log.write if access_log is not None else None
-            async with open_interceptor(config, on_lines=on_lines) as interceptor:
+            async with open_interceptor(config, on_lines=on_lines, ssh_ports=[*session_ports()]) as interceptor:
+                orders: Orders = {
+                    "revert": partial(_revert, interceptor),
+                    "status": partial(tell_serving, interceptor, began=time.monotonic()),
+                }
+                nursery.start_soon(serve_orders, held, orders)
                 if metrics is not None:
                     nursery.start_soon(_serve_metrics, metrics, interceptor, stop, access_log)
                 # At any log level, and on one line: others wait for it.
@@ -69,6 +79,14 @@ async def _serve(config: Config, stderr: LineWriter, access_log: LineWriter | No
                 await stop.drain.wait()
                 await _drain(config, interceptor, stop)
             nursery.cancel_scope.cancel()
+
+
+async def _revert(interceptor: Interceptor) -> str:
+    removed = await interceptor.revert()
+    _log.warning(
+        "`tproxyd revert` has removed all kernel state: nothing is captured from now on; restart or stop this daemon"
+    )
+    return reverted(removed, "serves this network namespace and captures nothing from now on; restart or stop it")
 
 
 @asynccontextmanager
@@ -92,7 +110,8 @@ async def _serve_metrics(
         listener,
         interceptor.counters,
         dropped=lambda: access_log.dropped if access_log is not None else 0,
-        ready=lambda: not stop.drain.is_set(),
+        repairs=lambda: interceptor.repairs,
+        unready=lambda: "stopping" if stop.drain.is_set() else interceptor.trouble,
         version=__version__,
     )
 

@@ -27,7 +27,6 @@ from tproxyd.net.sockets import (
     answer_at_once,
     format_address,
     open_upstream,
-    original_destination,
     round_trip_seconds,
     unsent_bytes,
     watch_peer,
@@ -216,7 +215,7 @@ class Connection(Timed):
 
     def _begin(self) -> None:
         loop, client = self.loop, self.client
-        destination = self.destination = original_destination(self.downstream.sock)
+        destination = self.destination = loop.original_destination(self.downstream.sock)
         local = loop.is_local(destination[0])
         # What this host itself sends is never captured, so a client with an address of this host is a connection of ours that a
         # router has sent back.
@@ -285,7 +284,7 @@ class Connection(Timed):
                 address = (client[0], 0, *client[2:])  # an IPv6 one keeps its scope
             sock: socket.SocketType | None = None
             try:
-                sock = open_upstream(family, source=address)
+                sock = open_upstream(family, source=address, transparent=self.loop.transparent)
                 number = sock.connect_ex(target)
             except OSError as error:
                 number = error.errno or errno.EIO

@@ -28,7 +28,15 @@ from tproxyd.datapath.report import Setup
 from tproxyd.datapath.timers import Wheel
 from tproxyd.datapath.transfer import WATCHED, Leg
 from tproxyd.net.locality import Locality
-from tproxyd.net.sockets import Address, abort, accepted_socket, wait_for_reader, watch_peer
+from tproxyd.net.sockets import (
+    Address,
+    abort,
+    accepted_socket,
+    original_destination,
+    redirected_destination,
+    wait_for_reader,
+    watch_peer,
+)
 from tproxyd.policy import compile_policy
 
 __all__ = ["RelayLoop", "serve_loop"]
@@ -91,7 +99,10 @@ class RelayLoop:
         )
         self.engine = config.relay.engine
         self.pipes = PipePool(setup.pipes if self.engine != "copy" else 0)
-        self.keeps_source = config.upstream.source == "auto"
+        # The answers to a client's own address would need what only tproxy's rules do.
+        self.transparent = not config.redirects
+        self.keeps_source = self.transparent and config.upstream.source == "auto"
+        self.original_destination = redirected_destination if config.redirects else original_destination
         self.decide = compile_policy(config.policy)
         self.is_relayed_port = config.relays_port
         shortest = min(config.relay.idle_timeout, config.relay.half_close_timeout)

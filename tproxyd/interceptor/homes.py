@@ -33,7 +33,8 @@ class ProcessHome:
         fds = [channel.fileno(), *(listener.fileno() for listener in listeners)]
         # -I -S: no environment and no search for site-packages; it gets the path that this process has. Shielded, because a process
         # that is being started when this is cancelled would be nobody's.
-        command = [sys.executable, "-I", "-S", str(Path(worker.__file__)), ":".join(sys.path), *map(str, fds)]
+        options = ["-I", "-S", *_bytecode_options()]
+        command = [sys.executable, *options, str(Path(worker.__file__)), ":".join(sys.path), *map(str, fds)]
         try:
             with trio.CancelScope(shield=True):
                 self._process = await trio.lowlevel.open_process(
@@ -56,6 +57,12 @@ class ProcessHome:
             if self._process.returncode is None:
                 self._process.kill()
             await self._process.wait()
+
+
+def _bytecode_options() -> list[str]:
+    """Where this process may not leave compiled files, or leaves them elsewhere, so does the other one, which -I keeps from learning it."""
+    options = ["-B"] if sys.dont_write_bytecode else []
+    return options if sys.pycache_prefix is None else [*options, "-X", f"pycache_prefix={sys.pycache_prefix}"]
 
 
 class ThreadHome:

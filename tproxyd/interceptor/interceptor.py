@@ -11,7 +11,7 @@ import logging
 import os
 import resource
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from typing import TypeVar
@@ -23,11 +23,13 @@ from tproxyd import kernel
 from tproxyd.config import Config
 from tproxyd.datapath import Counters, Record, Setup, splice_error
 from tproxyd.errors import ConfigError, KernelError, MissingError, TproxydError
+from tproxyd.interceptor.keeper import Keeper
 from tproxyd.interceptor.relays import OnLines, Relays
+from tproxyd.interceptor.threads import in_thread
 from tproxyd.net.capabilities import require_capabilities
 from tproxyd.net.proc_net import Connections, closing_connections, half_open_connections, open_file_count, port_holder
 from tproxyd.net.sockets import format_address, open_listener, spread_by_source
-from tproxyd.plan import Plan, Surroundings, make_plan
+from tproxyd.plan import Marks, Surroundings, make_plan, ssh_remarks
 from tproxyd.proxy import Policy
 
 __all__ = ["Interceptor", "open_interceptor"]
@@ -50,15 +52,34 @@ class Interceptor:
     """What `open_interceptor` gives. `listen` has the listeners' addresses; `connections` is how many live, as told some hundredths of
     a second ago."""
 
-    def __init__(self, config: Config, plan: Plan, relays: Relays) -> None:
+    def __init__(self, config: Config, listen: tuple[tuple[str, int], ...], keeper: Keeper, relays: Relays) -> None:
+        self.listen = listen
         self._config = config
-        self._plan = plan
+        self._keeper = keeper
         self._relays = relays
-        self._capturing = True
 
     @property
-    def listen(self) -> tuple[tuple[str, int], ...]:
-        return self._plan.listen
+    def repairs(self) -> Mapping[str, int]:
+        """How often the kernel's state was put right after somebody else had changed it, by kind."""
+        return self._keeper.repairs
+
+    @property
+    def trouble(self) -> str:
+        """What is wrong with the kernel's state and cannot be put right at the moment; empty if nothing is."""
+        return self._keeper.trouble
+
+    @property
+    def capturing(self) -> bool:
+        """Whether new connections are taken: not after `stop_capture`, `drain` or `revert`."""
+        return self._keeper.capturing
+
+    @property
+    def marks(self) -> Marks:
+        return self._keeper.marks
+
+    async def differences(self) -> list[kernel.Change]:
+        """What would have to change in the kernel, now; after `revert`, all that has been taken away. Raises TproxydError."""
+        return await self._keeper.differences()
 
     @property
     def connections(self) -> int:
@@ -69,13 +90,15 @@ class Interceptor:
 
         If the kernel refuses, that is logged, and connections go on being taken.
         """
-        if self._capturing:
-            try:
-                await _in_thread(partial(kernel.stop_capture, self._plan))
-            except TproxydError as error:
-                _log.error("capture cannot be switched off: %s", error)
-            else:
-                self._capturing = False
+        try:
+            await self._keeper.stop_capture()
+        except TproxydError as error:
+            _log.error("capture cannot be switched off: %s", error)
+
+    async def revert(self) -> list[kernel.Change]:
+        """Takes all kernel state away, for good: what `tproxyd revert` asks for. Connections to foreign addresses, and in redirect mode all, do not
+        survive that."""
+        return await self._keeper.revert()
 
     async def counters(self) -> Counters:
         """What has been counted since the start, living connections included."""
@@ -89,10 +112,12 @@ class Interceptor:
         seconds.
         """
         await self.stop_capture()
-        captured = self._config.capture.takes_port
-        await _until_gone(half_open_connections, captured)
+        config = self._config
+        await _until_gone(half_open_connections, config.arrives_at_port)
         await self._relays.wait_idle()
-        stuck = await _until_gone(closing_connections, self._config.relays_port)
+        stuck = await _until_gone(
+            closing_connections, lambda port: config.arrives_at_port(port) or config.relays_port(port)
+        )
         if stuck:
             _log.warning("the last bytes of %d closed connections were not taken by their peers", stuck)
 
@@ -105,6 +130,7 @@ async def open_interceptor(
     policy_timeout: float = 1.0,
     on_record: Callable[[Record], None] | None = None,
     on_lines: OnLines | None = None,
+    ssh_ports: Sequence[int] = (),
 ) -> AsyncIterator[Interceptor]:
     """Captures in the own network namespace, and serves until the block ends; then nothing of ours is left in the kernel, unless
     `tproxyd apply` had put it there: then its place is taken, and kept.
@@ -114,23 +140,24 @@ async def open_interceptor(
     it no connection costs a task.
 
     `on_record` gets each connection's Record at its end, or some hundredths of a second later; `on_lines` gets the same as it
-    stands in the access log: whole lines of JSON, several at a time. Neither may block. On entry capture is on and checked: the
+    stands in the access log: whole lines of JSON, several at a time. Neither may block. `ssh_ports`: at which this host's administrator comes in, besides
+    those at which an SSH server is seen to listen; they are captured only if they are named singly. On entry capture is on and checked: the
     kernel holds what was planned, and the relay loops have answered. On exit, living connections are reset; call `drain` before
     to let them end.
 
-    Raises ConfigError (nothing to capture, too many connections), CapabilityError, MissingError, and KernelError (a port in use,
-    too few files, a step that the kernel refused); then nothing was changed. What the block itself raises arrives in an
+    Raises ConfigError (nothing to capture, too many connections), CapabilityError, MissingError, and KernelError (another program's
+    marks, routes or rules in the way, a port in use, too few files, a step that the kernel refused); then nothing was changed. What the block itself raises arrives in an
     ExceptionGroup, as from a nursery.
     """
     config.require_captures()
     require_capabilities("capturing connections", ("CAP_NET_ADMIN", "CAP_NET_RAW"))
-    surroundings = kernel.look_around()
-    _warn(surroundings)
-    listen = make_plan(config, surroundings=surroundings).listen
     config = _with_engine(config)
-    setups = _make_setups(config, listen, asks=policy is not None)
-
     async with AsyncExitStack() as stack:
+        keeper = Keeper(config, ssh_ports=ssh_ports)
+        stack.callback(keeper.close)
+        _tell_ssh(config, keeper.surroundings)
+        listen = make_plan(config, surroundings=keeper.surroundings).listen
+        setups = _make_setups(config, listen, asks=policy is not None)
         listeners = [
             [stack.enter_context(_listen(config, address, port, shared=len(setups) > 1)) for address, port in listen]
             for _ in setups
@@ -147,58 +174,28 @@ async def open_interceptor(
             nursery.start_soon(_serve, relays, serving, ready)
             try:
                 # The loops start meanwhile. Threads are not abandoned on cancellation: half of a change would be left.
-                stays = await _in_thread(kernel.is_applied)
-                plan = make_plan(config, surroundings=surroundings, stays=stays)
                 await ready.wait()
                 # Before the try: what fails here has taken itself back, and a guard from before, that refuses, goes on doing so.
-                changes = await _in_thread(partial(kernel.apply, plan))
+                await keeper.put()
                 try:
-                    if stays:
-                        _log.info("the kernel state of `tproxyd apply` is taken over, and stays at the end")
-                    for change in changes:
-                        _log.info("%s", change)
-                    interceptor = Interceptor(config, plan, relays)
-                    try:
-                        yield interceptor
-                    finally:
-                        with trio.CancelScope(shield=True):
-                            await interceptor.stop_capture()
+                    interceptor = Interceptor(config, listen, keeper, relays)
+                    async with trio.open_nursery() as watching:
+                        await watching.start(keeper.watch)
+                        try:
+                            yield interceptor
+                        finally:
+                            with trio.CancelScope(shield=True):
+                                await interceptor.stop_capture()
+                            watching.cancel_scope.cancel()
                 finally:
                     serving.cancel()
                     for listener in [one for group in listeners for one in group]:
                         listener.close()  # before the state of `tproxyd apply` steers to them again
                     with trio.CancelScope(shield=True):
                         await relays.ended()
-                        await _in_thread(partial(_leave, plan, stays=stays))
+                        await keeper.leave()
             finally:
                 serving.cancel()
-
-
-def _leave(plan: Plan, *, stays: bool) -> None:
-    """What is left in the kernel at the end: nothing, or what `tproxyd apply` is for, unless `tproxyd revert` came meanwhile."""
-    if stays and not kernel.is_reverted():
-        kernel.apply(plan)
-    else:
-        kernel.revert()
-
-
-async def _in_thread(step: Callable[[], T]) -> T:
-    """Runs a step that blocks, to its end whatever is cancelled. Where the system has no thread left, it blocks us instead: rules
-    that stay behind would be worse."""
-    begun = False
-
-    def begin() -> T:
-        nonlocal begun
-        begun = True
-        return step()
-
-    try:
-        # A limiter of its own: the program around may have taken all tokens of the usual one.
-        return await trio.to_thread.run_sync(begin, limiter=trio.CapacityLimiter(1))
-    except RuntimeError:
-        if begun:
-            raise
-        return step()  # "can't start new thread"
 
 
 async def _serve(relays: Relays, scope: trio.CancelScope, ready: trio.Event) -> None:
@@ -234,11 +231,11 @@ async def _until_gone(look: Callable[[Callable[[int], bool]], Connections], capt
     """Waits until none of the connections that `look` finds now is found again (later ones are not ours: capture is off), or
     nothing about them has changed for `_STUCK` seconds; how many are left then."""
     try:
-        left = await _in_thread(partial(look, captured))
+        left = await in_thread(partial(look, captured))
         changed = trio.current_time()
         while left and trio.current_time() - changed < _STUCK:
             await trio.sleep(_POLL)
-            now = await _in_thread(partial(look, captured))
+            now = await in_thread(partial(look, captured))
             now = {key: queued for key, queued in now.items() if key in left}
             if now != left:
                 left, changed = now, trio.current_time()
@@ -308,21 +305,19 @@ def _make_setups(config: Config, listen: tuple[tuple[str, int], ...], *, asks: b
     ]
 
 
-def _warn(surroundings: Surroundings) -> None:
-    if 6 not in surroundings.families:
-        _log.warning(
-            "IPv6 is switched off on lo: only IPv4 is captured (net.ipv6.conf.lo.disable_ipv6=0 switches it on)"
-        )
-    if surroundings.bridge_netfilter:
-        _log.warning(
-            "br_netfilter is on: what arrives on bridges is not captured (net.bridge.bridge-nf-call-iptables=0 and "
-            "-ip6tables=0 switch it off)"
-        )
+def _tell_ssh(config: Config, surroundings: Surroundings) -> None:
+    spared, taken = ssh_remarks(config, surroundings)
+    if spared:
+        _log.info("%s", spared)
+    if taken:
+        _log.warning("%s", taken)
 
 
 def _listen(config: Config, address: str, port: int, *, shared: bool) -> socket.socket:
     try:
-        return open_listener(address, port, backlog=config.listen.backlog, shared=shared)
+        return open_listener(
+            address, port, backlog=config.listen.backlog, shared=shared, transparent=not config.redirects
+        )
     except OSError as error:
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         holder = port_holder(port, family=family) if error.errno == errno.EADDRINUSE else None

@@ -4,32 +4,85 @@ Everything acts on the network namespace of the calling thread, and only on what
 `inet tproxyd_*`, ip rules and local default routes with protocol 133. Nothing else is ever changed or removed.
 """
 
-from tproxyd.kernel.nft import nft_version
+from tproxyd.kernel.events import Events
+from tproxyd.kernel.foreign import (
+    ForeignChain,
+    ForeignNftRule,
+    ForeignRoute,
+    ForeignRule,
+    Link,
+    list_chains,
+    list_links,
+    list_routes,
+    list_rules,
+)
+from tproxyd.kernel.neighbours import Neighbour, look_at_neighbours
+from tproxyd.kernel.nft import Library, Nft, Program, find_program, nft_version
+from tproxyd.kernel.preflight import Preflight, look_ahead, preflight
+from tproxyd.kernel.probe_link import PROBE_INTERFACE, ProbeWay, open_probe_link
 from tproxyd.kernel.state import (
+    Change,
+    Kind,
     Observed,
     apply,
     differences,
+    expected,
     is_applied,
     is_reverted,
     make_steps,
     observe,
+    planned,
+    restore,
     revert,
     revert_steps,
+    sections,
     stop_capture,
 )
-from tproxyd.kernel.surroundings import look_around
+from tproxyd.kernel.surroundings import find_ssh_ports, is_bridge, is_forwarding, is_loopback_up, look_around
 
 __all__ = [
+    "PROBE_INTERFACE",
+    "Change",
+    "Events",
+    "ForeignChain",
+    "ForeignNftRule",
+    "ForeignRoute",
+    "ForeignRule",
+    "Kind",
+    "Library",
+    "Link",
+    "Neighbour",
+    "Nft",
     "Observed",
+    "Preflight",
+    "ProbeWay",
+    "Program",
     "apply",
     "differences",
+    "expected",
+    "find_program",
+    "find_ssh_ports",
     "is_applied",
+    "is_bridge",
+    "is_forwarding",
+    "is_loopback_up",
     "is_reverted",
+    "list_chains",
+    "list_links",
+    "list_routes",
+    "list_rules",
+    "look_ahead",
     "look_around",
+    "look_at_neighbours",
     "make_steps",
     "nft_version",
     "observe",
+    "open_probe_link",
+    "planned",
+    "preflight",
+    "restore",
     "revert",
     "revert_steps",
+    "sections",
     "stop_capture",
 ]

@@ -21,8 +21,10 @@ __all__ = [
     "delete_route",
     "delete_rule",
     "describe_rule",
+    "dump_messages",
     "dump_routes",
     "dump_rules",
+    "open_netlink",
     "route_key",
     "rule_key",
 ]
@@ -53,9 +55,9 @@ def route_key(route: LocalRoute) -> RouteKey:
 def dump_rules() -> tuple[RuleKey, ...]:
     """Our ip rules, in the kernel's order."""
     keys: list[RuleKey] = []
-    with _netlink("list ip rules") as netlink:
+    with open_netlink("list ip rules") as netlink:
         for family, af in _AF.items():
-            for message in _dump(netlink.rule, af):
+            for message in dump_messages(netlink.rule, af):
                 get = message.get_attr
                 if get("FRA_PROTOCOL") != PROTOCOL:
                     continue
@@ -78,9 +80,9 @@ def dump_rules() -> tuple[RuleKey, ...]:
 def dump_routes() -> tuple[RouteKey, ...]:
     """Our local default routes. The kernel filters by protocol, so a full routing table costs nothing here."""
     keys: list[RouteKey] = []
-    with _netlink("list routes") as netlink:
+    with open_netlink("list routes") as netlink:
         for family, af in _AF.items():
-            for message in _dump(netlink.route, af, proto=PROTOCOL):
+            for message in dump_messages(netlink.route, af, proto=PROTOCOL):
                 if message["proto"] == PROTOCOL and message["type"] == _RTN_LOCAL and not message["dst_len"]:
                     keys.append((family, message.get_attr("RTA_TABLE")))
     return tuple(keys)
@@ -88,25 +90,25 @@ def dump_routes() -> tuple[RouteKey, ...]:
 
 def add_rule(key: RuleKey) -> None:
     """Adds one rule; an equal one with another protocol, somebody else's, is another rule to the kernel."""
-    with _netlink(f"add ip rule {describe_rule(key)}") as netlink:
+    with open_netlink(f"add ip rule {describe_rule(key)}") as netlink:
         netlink.rule("add", protocol=PROTOCOL, **_rule_arguments(key))
 
 
 def delete_rule(key: RuleKey) -> None:
     """Deletes one rule of ours; fine if it is gone already."""
-    with _netlink(f"delete ip rule {describe_rule(key)}", gone=True) as netlink:
+    with open_netlink(f"delete ip rule {describe_rule(key)}", gone=True) as netlink:
         netlink.rule("del", protocol=PROTOCOL, **_rule_arguments(key))
 
 
 def add_route(key: RouteKey) -> None:
     """Adds one local default route. Raises KernelError if the table has an equal one of somebody else."""
-    with _netlink(f"add the IPv{key[0]} local route to table {key[1]}") as netlink:
+    with open_netlink(f"add the IPv{key[0]} local route to table {key[1]}") as netlink:
         netlink.route("add", **_route_arguments(key))
 
 
 def delete_route(key: RouteKey) -> None:
     """Deletes one local default route of ours; fine if it is gone already."""
-    with _netlink(f"delete the IPv{key[0]} local route of table {key[1]}", gone=True) as netlink:
+    with open_netlink(f"delete the IPv{key[0]} local route of table {key[1]}", gone=True) as netlink:
         netlink.route("del", **_route_arguments(key))
 
 
@@ -135,13 +137,15 @@ def _route_arguments(key: RouteKey) -> dict[str, Any]:
     }
 
 
-def _dump(request: Any, af: int, **arguments: Any) -> Iterator[Any]:
+def dump_messages(request: Any, af: int, **arguments: Any) -> Iterator[Any]:
+    """The messages of one family; none from a kernel without it."""
     from pyroute2.netlink.exceptions import NetlinkError
 
     try:
         yield from request("dump", family=af, **arguments)
     except NetlinkError as error:
-        if error.code not in (errno.EAFNOSUPPORT, errno.EOPNOTSUPP):  # a kernel without IPv6 has none of ours
+        # A kernel without IPv6 has none of ours; one that has never seen this table says ENOENT.
+        if error.code not in (errno.EAFNOSUPPORT, errno.EOPNOTSUPP, errno.ENOENT):
             raise
 
 
@@ -156,7 +160,7 @@ def describe_rule(key: RuleKey) -> str:
 
 
 @contextmanager
-def _netlink(step: str, *, gone: bool = False) -> Iterator[Any]:
+def open_netlink(step: str, *, gone: bool = False) -> Iterator[Any]:
     """An open pyroute2 connection for one step; its errors become ours, with the step named. `gone`: absent is fine."""
     from pyroute2 import IPRoute  # 150 ms and 24 MB: only once the kernel is really asked
     from pyroute2.netlink.exceptions import NetlinkError

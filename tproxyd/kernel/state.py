@@ -3,98 +3,171 @@
 A change is a list of steps, made before the first one is taken. New things come before old ones go, capture comes on last
 and goes off first, so a death between any two steps leaves nothing that steers packets to nowhere. A step that fails takes
 the steps before it back.
+
+Who holds a Library and plans an owned steering table gives that Library to every call; all others leave `nft` out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
+from typing import Literal
 
 import msgspec
 
 from tproxyd.errors import KernelError, TproxydError
-from tproxyd.kernel import nft, routing
+from tproxyd.kernel import routing
+from tproxyd.kernel.nft import Nft, Program, list_names, list_tables, spelled
 from tproxyd.kernel.routing import RouteKey, RuleKey
-from tproxyd.plan import STATE, Plan, remove_tables
+from tproxyd.plan import STATE, Plan, is_owned, remove_tables
 
 __all__ = [
+    "Change",
+    "Kind",
     "Observed",
     "Step",
     "apply",
     "differences",
+    "expected",
     "is_applied",
     "is_reverted",
     "make_steps",
     "observe",
+    "planned",
+    "restore",
     "revert",
     "revert_steps",
+    "sections",
     "stop_capture",
 ]
 
+Kind = Literal["route", "rule", "ruleset"]
+
+_PROGRAM = Program()
+_MOST_SPELLINGS = 32  # tables; more are from plans that are gone
+
 
 class Observed(msgspec.Struct, frozen=True):
-    """What is ours in the kernel: rules and routes with our protocol, tables by name with their listing."""
+    """What is ours in the kernel, or should be: rules and routes with our protocol, tables by name with their listing."""
 
     rules: tuple[RuleKey, ...]
     routes: tuple[RouteKey, ...]
     tables: dict[str, str]
 
 
-class Step(msgspec.Struct, frozen=True):
-    """One change of the kernel's state: what it does in words, the call, and the call that takes it back (if any)."""
+class Change(msgspec.Struct, frozen=True):
+    """One change of the kernel's state, in words."""
 
+    kind: Kind
     what: str
-    do: Callable[[], None]
-    undo: Callable[[], None] | None = None
+
+    def __str__(self) -> str:
+        return self.what
 
 
-def observe() -> Observed:
+class Step(msgspec.Struct, frozen=True):
+    """A change, the call that makes it, the call that takes it back (if any), and what finds out beforehand that it cannot be made."""
+
+    change: Change
+    do: Callable[[], object]
+    undo: Callable[[], object] | None = None
+    check: Callable[[], None] | None = None
+
+
+def observe(nft: Nft = _PROGRAM) -> Observed:
     """What is ours in this namespace, now. Raises MissingError, CapabilityError or KernelError."""
-    return Observed(routing.dump_rules(), routing.dump_routes(), nft.list_tables())
+    return Observed(routing.dump_rules(), routing.dump_routes(), list_tables(nft))
 
 
-def is_applied() -> bool:
+def planned(plan: Plan) -> Observed:
+    """What `observe` gives when the kernel holds the plan, but for the words of its tables."""
+    return Observed(
+        tuple(routing.rule_key(rule) for rule in plan.rules),
+        tuple(routing.route_key(route) for route in plan.routes),
+        plan.tables,
+    )
+
+
+def expected(plan: Plan, observed: Observed, nft: Nft = _PROGRAM) -> Observed:
+    """The same, in the words in which nft lists the tables here, as far as it can be asked for them (see `_changed_tables`)."""
+    tables = plan.tables
+    if any(name in observed.tables for name in _unlike(tables, observed.tables)):
+        with suppress(TproxydError):
+            tables = {**tables, **spelled(plan.ruleset, nft)}
+    unlike = _unlike(tables, observed.tables)
+    return msgspec.structs.replace(
+        planned(plan), tables={name: tables[name] if name in unlike else observed.tables[name] for name in tables}
+    )
+
+
+def sections(state: Observed) -> dict[str, list[str]]:
+    """A state as text, to be shown and compared. Rules and routes are sorted: the order in which they were made means nothing."""
+    return {
+        "local routes": [
+            f"ip -{family} route local default dev lo table {table}" for family, table in sorted(state.routes)
+        ],
+        "ip rules": [
+            f"ip -{key[0]} rule {routing.describe_rule(key).partition(' ')[2]}"
+            for key in sorted(state.rules, key=lambda key: (key[:2], str(key)))
+        ],
+        **{f"table inet {name}": text.rstrip("\n").split("\n") for name, text in sorted(state.tables.items())},
+    }
+
+
+def is_applied(nft: Nft = _PROGRAM) -> bool:
     """Whether `tproxyd apply` was here: then the state is to stay when a daemon stops."""
-    return STATE in nft.list_names()
+    return STATE in list_names(nft)
 
 
-def is_reverted() -> bool:
-    """Whether `tproxyd revert` was here since: a foreign flush of the ruleset, or of the rules, leaves the other half."""
-    observed = observe()
+def is_reverted(nft: Nft = _PROGRAM) -> bool:
+    """Whether nothing of what `tproxyd apply` put there is left: somebody has taken it away on purpose."""
+    observed = observe(nft)
     return not (observed.rules or observed.routes or STATE in observed.tables)
 
 
-def differences(plan: Plan, observed: Observed) -> list[str]:
-    """What would have to change, a line each; empty when the kernel holds what is planned."""
-    return [step.what for step in make_steps(plan, observed)]
+def differences(plan: Plan, observed: Observed, nft: Nft = _PROGRAM) -> list[Change]:
+    """What would have to change; empty when the kernel holds what is planned."""
+    return [step.change for step in make_steps(plan, observed, nft)]
 
 
-def apply(plan: Plan) -> list[str]:
+def apply(plan: Plan, nft: Nft = _PROGRAM) -> list[Change]:
     """Makes the kernel hold the plan, looks whether it does, and gives what was changed; a second time, that is nothing.
 
     Raises MissingError, CapabilityError or KernelError, with everything as it was before.
     """
-    steps = make_steps(plan, observe())
-    if steps:
-        nft.check(plan.ruleset)  # before the first step: most of what can fail, fails here
+    steps = make_steps(plan, observe(nft), nft)
+    for step in steps:
+        if step.check is not None:
+            step.check()  # before the first step: most of what can fail, fails here
     with _taken(steps):
-        wrong = [step.what for step in make_steps(plan, observe(), unsure=False)]
-        if wrong:
-            raise KernelError(
-                f"the kernel does not hold what was just put there ({'; '.join(wrong)}): another program changes the same "
-                "state; find it with `nft monitor` and `ip monitor`"
-            )
-    return [step.what for step in steps]
+        if steps:
+            observed = observe(nft)
+            wrong = [step.change.what for step in make_steps(plan, observed, nft, unsure=False)]
+            if wrong:
+                raise KernelError(
+                    f"the kernel does not hold what was just put there ({'; '.join(wrong)}): another program changes the same "
+                    "state; find it with `nft monitor` and `ip monitor`"
+                )
+            # Where nothing else can tell, what is listed right after loading it is how it is spelled.
+            for name, text in plan.tables.items():
+                nft.spellings.setdefault(text, observed.tables[name])
+    return [step.change for step in steps]
 
 
-def revert() -> list[str]:
+def restore(before: Observed) -> None:
+    """Makes the kernel hold again what was observed before, un-owned. Raises KernelError and the like, with nothing half-way."""
+    with _taken(_steps(before, observe(), _unlike(before.tables, observe().tables), _PROGRAM)):
+        pass
+
+
+def revert(nft: Nft = _PROGRAM) -> list[Change]:
     """Removes all that is ours in this namespace, whatever config put it there, and gives what was removed.
 
     Looks first, and raises with nothing changed if it cannot. Then a step that fails does not keep the others from being taken;
     the first error is raised at the end.
     """
-    steps = revert_steps(observe())
+    steps = revert_steps(observe(nft), nft)
     errors: list[TproxydError] = []
     for step in steps:
         try:
@@ -103,87 +176,89 @@ def revert() -> list[str]:
             errors.append(error)
     if errors:
         raise errors[0]
-    return [step.what for step in steps]
+    return [step.change for step in steps]
 
 
-def stop_capture(plan: Plan) -> None:
+def stop_capture(plan: Plan, nft: Nft = _PROGRAM) -> None:
     """No new connection is taken from here on; those that live go on. The guard, if there is one, refuses new ones."""
-    nft.load(plan.capture_off)
+    nft.run(plan.capture_off)
 
 
-def make_steps(plan: Plan, observed: Observed, *, unsure: bool = True) -> list[Step]:
+def make_steps(plan: Plan, observed: Observed, nft: Nft = _PROGRAM, *, unsure: bool = True) -> list[Step]:
     """From what is to what should be: add routes, add rules, exchange changed tables at once, remove what is left over.
 
     `unsure` is whether a table counts as changed of which it cannot be told (see `_changed_tables`).
     """
-    routes = [routing.route_key(route) for route in plan.routes]
-    rules = [routing.rule_key(rule) for rule in plan.rules]
-    steps = [
-        Step(
-            f"add local route of IPv{key[0]} to table {key[1]}",
-            partial(routing.add_route, key),
-            partial(routing.delete_route, key),
-        )
-        for key in routes
-        if key not in observed.routes
-    ]
-    steps += [
-        Step(
-            f"add ip rule {routing.describe_rule(key)}",
-            partial(routing.add_rule, key),
-            partial(routing.delete_rule, key),
-        )
-        for key in rules
-        if key not in observed.rules
-    ]
-    changed = _changed_tables(plan, observed, unsure=unsure)
-    left_over = [name for name in observed.tables if name not in plan.tables]
+    return _steps(planned(plan), observed, _changed_tables(plan, observed, nft, unsure=unsure), nft)
+
+
+def _steps(wanted: Observed, observed: Observed, changed: list[str], nft: Nft) -> list[Step]:
+    steps = [_add_route(key) for key in wanted.routes if key not in observed.routes]
+    steps += [_add_rule(key) for key in wanted.rules if key not in observed.rules]
+    left_over = [name for name in observed.tables if name not in wanted.tables]
     if changed or left_over:
         what = [f"load table inet {name}" for name in changed] + [f"delete table inet {name}" for name in left_over]
         # A guard that is as planned must not be in the transaction: for some microseconds around its commit the old one is no longer
         # there for a packet for which the new one was not there yet (seen: one in some thousand connections slipped through).
-        load = remove_tables([*changed, *left_over]) + "\n".join(plan.tables[name] for name in changed)
-        undo = remove_tables(changed)
-        undo += "\n".join(text for name, text in observed.tables.items() if name in changed or name in left_over)
-        steps.append(Step(", ".join(what), partial(nft.load, load), partial(nft.load, undo)))
-    steps += [_delete_rule(key) for key in observed.rules if key not in rules]
-    steps += [_delete_route(key) for key in observed.routes if key not in routes]
+        old = {name: observed.tables.get(name, "") for name in [*changed, *left_over]}
+        new = {name: wanted.tables.get(name, "") for name in old}
+        load = remove_tables(old) + "\n".join(new.values())
+        undo = remove_tables(new) + "\n".join(old.values())
+        change = Change("ruleset", ", ".join(what))
+        steps.append(Step(change, partial(nft.run, load), partial(nft.run, undo), partial(nft.check, load)))
+    steps += [_delete_rule(key) for key in observed.rules if key not in wanted.rules]
+    steps += [_delete_route(key) for key in observed.routes if key not in wanted.routes]
     return steps
 
 
-def _changed_tables(plan: Plan, observed: Observed, *, unsure: bool) -> list[str]:
+def _changed_tables(plan: Plan, observed: Observed, nft: Nft, *, unsure: bool) -> list[str]:
     """Planned tables that are missing or otherwise than planned.
 
     Where nft does not list a table in the plan's own words, it is asked for its words. Where it cannot be (that takes a network
     namespace, and CAP_SYS_ADMIN), the table counts as changed if `unsure`.
     """
-
-    def unlike(wanted: dict[str, str], names: Iterable[str]) -> list[str]:
-        # Where nft breaks lines is left to nft.
-        return [name for name in names if wanted.get(name, "").split() != observed.tables.get(name, "").split()]
-
-    changed = unlike(plan.tables, plan.tables)
+    changed = _unlike(plan.tables, observed.tables)
     missing = [name for name in changed if name not in observed.tables]
-    if changed == missing:
-        return changed
-    try:
-        return unlike(nft.spelled(plan.ruleset), changed)
-    except TproxydError:
-        return changed if unsure else missing
+    # Who owns a table is spelled the same everywhere.
+    otherwise = [
+        name
+        for name in changed
+        if name not in missing and is_owned(plan.tables[name]) != is_owned(observed.tables[name])
+    ]
+    doubtful = [name for name in changed if name not in (*missing, *otherwise)]
+    if not all(plan.tables[name] in nft.spellings for name in doubtful):
+        try:
+            listings = spelled(plan.ruleset, nft)
+        except TproxydError:
+            return changed if unsure else missing + otherwise
+        if len(nft.spellings) > _MOST_SPELLINGS:
+            nft.spellings.clear()
+        nft.spellings.update((plan.tables[name], listing) for name, listing in listings.items())
+    unlike = _unlike({name: nft.spellings[plan.tables[name]] for name in doubtful}, observed.tables)
+    return [name for name in changed if name not in doubtful or name in unlike]
 
 
-def revert_steps(observed: Observed) -> list[Step]:
+def _unlike(wanted: dict[str, str], observed: dict[str, str]) -> list[str]:
+    # Where nft breaks lines is left to nft.
+    return [name for name, text in wanted.items() if text.split() != observed.get(name, "").split()]
+
+
+def revert_steps(observed: Observed, nft: Nft = _PROGRAM) -> list[Step]:
     """Steering goes first, then what it needs, the guard last: until then new connections get what `when_down` says."""
+
+    def delete(name: str) -> Step:
+        text = remove_tables({name: observed.tables[name]})
+        return Step(Change("ruleset", f"delete table inet {name}"), partial(nft.run, text))
+
     guards = [name for name in observed.tables if name.endswith("_guard")]
-    steering = [name for name in observed.tables if name not in guards]
-    steps = [_delete_table(name) for name in steering]
+    steps = [delete(name) for name in observed.tables if name not in guards]
     steps += [_delete_rule(key) for key in observed.rules]
     steps += [_delete_route(key) for key in observed.routes]
-    return steps + [_delete_table(name) for name in guards]
+    return steps + [delete(name) for name in guards]
 
 
 @contextmanager
-def _taken(steps: list[Step]) -> Iterator[None]:
+def _taken(steps: Iterable[Step]) -> Iterator[None]:
     """Takes the steps, and takes them back if one of them or the block fails."""
     with ExitStack() as undo:
         for step in steps:
@@ -194,21 +269,33 @@ def _taken(steps: list[Step]) -> Iterator[None]:
         undo.pop_all()
 
 
-def _delete_table(name: str) -> Step:
-    return Step(f"delete table inet {name}", partial(nft.load, remove_tables([name])))
+def _add_rule(key: RuleKey) -> Step:
+    return Step(
+        Change("rule", f"add ip rule {routing.describe_rule(key)}"),
+        partial(routing.add_rule, key),
+        partial(routing.delete_rule, key),
+    )
 
 
 def _delete_rule(key: RuleKey) -> Step:
     return Step(
-        f"delete ip rule {routing.describe_rule(key)}",
+        Change("rule", f"delete ip rule {routing.describe_rule(key)}"),
         partial(routing.delete_rule, key),
         partial(routing.add_rule, key),
     )
 
 
+def _add_route(key: RouteKey) -> Step:
+    return Step(
+        Change("route", f"add local route of IPv{key[0]} to table {key[1]}"),
+        partial(routing.add_route, key),
+        partial(routing.delete_route, key),
+    )
+
+
 def _delete_route(key: RouteKey) -> Step:
     return Step(
-        f"delete local route of IPv{key[0]} from table {key[1]}",
+        Change("route", f"delete local route of IPv{key[0]} from table {key[1]}"),
         partial(routing.delete_route, key),
         partial(routing.add_route, key),
     )

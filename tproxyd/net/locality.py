@@ -14,14 +14,22 @@ import os
 import socket
 import struct
 from types import TracebackType
+from typing import NamedTuple
 
-__all__ = ["Locality"]
+__all__ = ["ROUTING_NEWS", "Locality", "Lookup"]
 
 _RTM_GETROUTE = 26
 _NLM_F_REQUEST = 1
 _NLMSG_ERROR = 2
-_RTA_DST = 1
+_RTA_DST, _RTA_SRC, _RTA_IIF, _RTA_OIF, _RTA_MARK = 1, 2, 3, 4, 16
 _RTN_LOCAL = 2
+_KINDS = {
+    1: "unicast",
+    2: "local",
+    3: "broadcast",
+    4: "anycast",
+    5: "multicast",
+}  # linux/rtnetlink.h; the others lead nowhere
 _HEADER = struct.Struct("=IHHII")  # struct nlmsghdr: length, type, flags, sequence, port
 _RTMSG = struct.Struct("=BBBBBBBBI")  # struct rtmsg: family, dst_len, src_len, tos, table, protocol, scope, type, flags
 _ATTRIBUTE = struct.Struct("=HH")  # struct rtattr: length, type
@@ -30,8 +38,17 @@ _NOT_ROUTED = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EACCES, errno.EINVAL
 
 
 # RTNLGRP_LINK, IPV4_IFADDR, IPV4_ROUTE, IPV4_RULE, IPV6_IFADDR, IPV6_ROUTE, IPV6_RULE (linux/rtnetlink.h), as bits.
-_NEWS = sum(1 << (group - 1) for group in (1, 5, 7, 8, 9, 11, 19))
+ROUTING_NEWS = sum(1 << (group - 1) for group in (1, 5, 7, 8, 9, 11, 19))
 _KEPT = 8192  # answers; clients' addresses are theirs to choose
+
+
+class Lookup(NamedTuple):
+    """What the kernel does with a packet: its kind of destination ("unicast", "local", "broadcast", "anycast", "multicast"), and the index
+    of the interface that it leaves by. Kind "" is nothing: dropped, and `error` is the kernel's number for why."""
+
+    kind: str
+    interface: int = 0
+    error: int = 0
 
 
 class Locality:
@@ -49,7 +66,7 @@ class Locality:
                 socket.NETLINK_ROUTE,
             )
             try:
-                self._news.bind((0, _NEWS))
+                self._news.bind((0, ROUTING_NEWS))
             except BaseException:
                 self._news.close()
                 raise
@@ -95,22 +112,55 @@ class Locality:
             self._answers[host] = answer
         return answer
 
+    def look_up(self, host: str, *, source: str = "", interface: int = 0, mark: int = 0) -> Lookup:
+        """Where a packet to this address (text, no scope) goes, if this host sends it, or if it arrives from `source` on the interface
+        with this index; asked anew each time. Raises OSError."""
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        address = socket.inet_pton(family, host)
+        from_address = socket.inet_pton(family, source) if source else b""
+        body = _RTMSG.pack(family, len(address) * 8, len(from_address) * 8, 0, 0, 0, 0, 0, 0)
+        for kind, value in (
+            (_RTA_DST, address),
+            (_RTA_SRC, from_address),
+            (_RTA_IIF, struct.pack("=I", interface) if interface else b""),
+            (_RTA_MARK, struct.pack("=I", mark) if mark else b""),
+        ):
+            if value:
+                body += _ATTRIBUTE.pack(_ATTRIBUTE.size + len(value), kind) + value
+        number, answer = self._ask(body)
+        if number:
+            return Lookup("", error=number)
+        found = _KINDS.get(_RTMSG.unpack_from(answer)[7], "")
+        at, leaves_by = _RTMSG.size, 0
+        while at + _ATTRIBUTE.size <= len(answer):
+            length, kind = _ATTRIBUTE.unpack_from(answer, at)
+            if kind == _RTA_OIF:
+                (leaves_by,) = struct.unpack_from("=I", answer, at + _ATTRIBUTE.size)
+            at += max(_ATTRIBUTE.size, length + 3 & ~3)
+        return Lookup(found, leaves_by, 0 if found else errno.EHOSTUNREACH)
+
     def _look_up(self, host: str) -> bool:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         address = socket.inet_pton(family, host)
-        self._sequence = self._sequence % 0xFFFFFFFF + 1
         body = _RTMSG.pack(family, len(address) * 8, 0, 0, 0, 0, 0, 0, 0)
         body += _ATTRIBUTE.pack(_ATTRIBUTE.size + len(address), _RTA_DST) + address
+        number, answer = self._ask(body)
+        if number in _NOT_ROUTED:
+            return False
+        if number:
+            raise OSError(number, os.strerror(number))
+        return bool(_RTMSG.unpack_from(answer)[7] == _RTN_LOCAL)
+
+    def _ask(self, body: bytes) -> tuple[int, bytes]:
+        """The kernel's error number, or 0 and the answer: a struct rtmsg and its attributes."""
+        self._sequence = self._sequence % 0xFFFFFFFF + 1
         # The kernel answers within send(), so the answer is there when recv() asks for it.
         self._sock.send(_HEADER.pack(_HEADER.size + len(body), _RTM_GETROUTE, _NLM_F_REQUEST, self._sequence, 0) + body)
         while True:
             answer = self._sock.recv(8192)
-            _, kind, _, sequence, _ = _HEADER.unpack_from(answer)
+            length, kind, _, sequence, _ = _HEADER.unpack_from(answer)
             if sequence == self._sequence:
                 break
         if kind == _NLMSG_ERROR:
-            number = -struct.unpack_from("=i", answer, _HEADER.size)[0]
-            if number in _NOT_ROUTED:
-                return False
-            raise OSError(number, os.strerror(number))
-        return bool(_RTMSG.unpack_from(answer, _HEADER.size)[7] == _RTN_LOCAL)
+            return -struct.unpack_from("=i", answer, _HEADER.size)[0], b""
+        return 0, answer[_HEADER.size : length]

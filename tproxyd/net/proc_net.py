@@ -1,4 +1,5 @@
-"""What /proc tells of this namespace's sockets: who holds a port or a name, and which connections the kernel still works on.
+"""What /proc tells of this namespace's sockets: who holds a port or a name, where a program listens, and which connections the kernel
+still works on.
 
 The first is for messages that name a culprit, never for decisions.
 """
@@ -7,13 +8,17 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Iterable
+import struct
+import sys
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 
 __all__ = [
     "Connections",
     "closing_connections",
     "half_open_connections",
+    "is_listening",
+    "listening_ports",
     "open_file_count",
     "port_holder",
     "unix_name_holder",
@@ -36,9 +41,41 @@ def port_holder(port: int, *, family: int) -> str | None:
     return _process_with(row[9] for row in rows if row[3] == _LISTEN and _port(row[1]) == port)
 
 
+def is_listening(address: str, port: int) -> bool:
+    """Whether a TCP socket listens on this address and port, or on every address of its family or of both."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    words = struct.iter_unpack("=I", socket.inet_pton(family, address))
+    exact = "".join(f"{word:08X}" for (word,) in words)  # the kernel prints each word in its own byte order
+    ends = {f"{host}:{port:04X}" for host in (exact, "0" * len(exact), "0" * 32)}
+    tables = ("tcp6",) if family == socket.AF_INET6 else ("tcp", "tcp6")
+    return any(row[3] == _LISTEN and row[1] in ends for table in tables for row in _rows(table))
+
+
 def unix_name_holder(name: str) -> str | None:
     """`name (pid N)` of the process that has bound this abstract Unix name; None if it cannot be told."""
     return _process_with(row[6] for row in _rows("unix") if row[7:] == [f"@{name}"])
+
+
+def listening_ports(programs: Collection[str] | None = None) -> set[int]:
+    """TCP ports at which something listens on an address other than loopback; of these programs alone if they are given, as far as
+    their files can be seen."""
+    ports = {
+        row[9]: _port(row[1])
+        for table in ("tcp", "tcp6")
+        for row in _rows(table)
+        if row[3] == _LISTEN and not _is_loopback(row[1])
+    }
+    if programs is None:
+        return set(ports.values())
+    found = set()
+    for directory in _processes() if ports else ():
+        try:
+            if (directory / "comm").read_text(encoding="utf-8", errors="replace").rstrip("\n") in programs:
+                links = [os.readlink(fd) for fd in (directory / "fd").iterdir()]
+                found |= {ports[inode] for inode in (link[8:-1] for link in links) if inode in ports}
+        except OSError:
+            continue  # it has ended meanwhile, or its files are not ours to see
+    return found
 
 
 def half_open_connections(captured: Callable[[int], bool]) -> Connections:
@@ -70,6 +107,12 @@ def _port(end: str) -> int:
     return int(end.rpartition(":")[2], 16)
 
 
+def _is_loopback(end: str) -> bool:
+    words = end.rpartition(":")[0]
+    address = b"".join(int(words[at : at + 8], 16).to_bytes(4, sys.byteorder) for at in range(0, len(words), 8))
+    return address[0] == 127 if len(address) == 4 else address == socket.inet_pton(socket.AF_INET6, "::1")
+
+
 def _rows(table: str) -> list[list[str]]:
     # Of the calling thread's namespace. Names of other sockets may hold any bytes. No IPv6, no table.
     try:
@@ -79,11 +122,13 @@ def _rows(table: str) -> list[list[str]]:
     return [line.split() for line in text.splitlines()[1:]]
 
 
+def _processes() -> Iterator[Path]:
+    return (directory for directory in Path("/proc").iterdir() if directory.name.isdecimal())
+
+
 def _process_with(inodes: Iterable[str]) -> str | None:
     wanted = {f"socket:[{inode}]" for inode in inodes}
-    for directory in Path("/proc").iterdir() if wanted else ():
-        if not directory.name.isdecimal():
-            continue
+    for directory in _processes() if wanted else ():
         try:
             if any(os.readlink(fd) in wanted for fd in (directory / "fd").iterdir()):
                 name = (directory / "comm").read_text(encoding="utf-8", errors="replace").strip()

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import socket
 import struct
+import sys
 import termios
+from collections.abc import Sequence
 
 __all__ = [
     "KEEPALIVE_IDLE",
@@ -23,10 +26,12 @@ __all__ = [
     "accepted_socket",
     "answer_at_once",
     "bound_receive_buffer",
+    "filter_messages",
     "format_address",
     "open_listener",
     "open_upstream",
     "original_destination",
+    "redirected_destination",
     "round_trip_seconds",
     "send_at_once",
     "spread_by_source",
@@ -54,18 +59,27 @@ RECEIVE_BUFFER = 6 * 1024 * 1024
 """Bytes that a connection may have in a receive buffer while it stalls: what Linux gives at most by default (net.ipv4.tcp_rmem)."""
 
 _SO_RCVBUFFORCE = 33  # asm-generic/socket.h
-_SO_ATTACH_REUSEPORT_CBPF = 51  # asm-generic/socket.h
+_SO_ATTACH_FILTER, _SO_ATTACH_REUSEPORT_CBPF = 26, 51  # asm-generic/socket.h
+_SO_ORIGINAL_DST = (
+    80  # linux/netfilter_ipv4.h; IP6T_SO_ORIGINAL_DST of linux/netfilter_ipv6/ip6_tables.h is the same number
+)
+_SOCKADDR_IN = struct.Struct("!2xH4s8x")  # family, port, address (linux/in.h)
+_SOCKADDR_IN6 = struct.Struct(
+    "!2xH4x16s4s"
+)  # family, port, flow, address, scope, which is in the host's order (linux/in6.h)
 _SKF_NET_OFF = 0xFFF00000  # linux/filter.h: -0x100000, from here on offsets count from the network header
 _TCPI_UNACKED = 24  # offset of tcpi_unacked in struct tcp_info (linux/tcp.h)
 _TCPI_RTT = 68  # offset of tcpi_rtt in struct tcp_info (linux/tcp.h)
 _IP_BIND_ADDRESS_NO_PORT = getattr(socket, "IP_BIND_ADDRESS_NO_PORT", 24)
 
 
-def open_listener(address: str, port: int, *, backlog: int, shared: bool = False) -> socket.socket:
-    """A listening, transparent, non-blocking TCP socket on one address. The caller closes it.
+def open_listener(
+    address: str, port: int, *, backlog: int, shared: bool = False, transparent: bool = True
+) -> socket.socket:
+    """A listening, non-blocking TCP socket on one address, by default a transparent one. The caller closes it.
 
-    The address should be a loopback one: the tproxy statement finds the listener there, and the network cannot. `shared` lets
-    others like it listen on the same address, and the kernel spreads connections over them (SO_REUSEPORT); all of them must be.
+    The address should be a loopback one: the tproxy statement finds the listener there, and the network cannot. NAT's `redirect` finds only
+    one on every address, which need not be transparent. `shared` lets others like it listen on the same address, and the kernel spreads connections over them (SO_REUSEPORT); all of them must be.
     Raises OSError: EADDRINUSE if the port is taken, EPERM without CAP_NET_RAW or CAP_NET_ADMIN.
     """
     family = _family(address)
@@ -78,8 +92,9 @@ def open_listener(address: str, port: int, *, backlog: int, shared: bool = False
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if shared:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        # Before bind: also allows ::1 while IPv6 is switched off on lo.
-        _set_transparent(sock)
+        if transparent:
+            # Before bind: also allows ::1 while IPv6 is switched off on lo.
+            _set_transparent(sock)
         # Accepted sockets inherit all that follows, which saves its cost for each of them. An answer in small writes is the app's
         # own choice; held back until the client's delayed ACK, each of them would take 40 ms more.
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -113,10 +128,18 @@ def spread_by_source(listener: socket.socket, members: int) -> None:
         (0x94, 0, 0, members),  # mod members
         (0x16, 0, 0, 0),  # ret a
     ]
-    code = b"".join(struct.pack("HBBI", *step) for step in program)
-    buffer = ctypes.create_string_buffer(code)
-    filter_program = struct.pack("HL", len(program), ctypes.addressof(buffer))
-    listener.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_REUSEPORT_CBPF, filter_program)
+    _attach(listener, _SO_ATTACH_REUSEPORT_CBPF, program)
+
+
+def filter_messages(sock: socket.socket, program: Sequence[tuple[int, int, int, int]]) -> None:
+    """Lets the socket receive only what this classic BPF program (linux/filter.h: code, jump if true, jump if false, constant) returns a
+    length for."""
+    _attach(sock, _SO_ATTACH_FILTER, program)
+
+
+def _attach(sock: socket.socket, option: int, program: Sequence[tuple[int, int, int, int]]) -> None:
+    buffer = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in program))
+    sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("HL", len(program), ctypes.addressof(buffer)))
 
 
 def original_destination(sock: socket.SocketType) -> Address:
@@ -125,21 +148,41 @@ def original_destination(sock: socket.SocketType) -> Address:
     return name
 
 
+def redirected_destination(sock: socket.SocketType) -> Address:
+    """Where the client wanted to go, of a connection that NAT has brought here: conntrack remembers.
+
+    Where it knows nothing of the connection, nothing was changed (or forgotten since), and it is the address that the socket is bound to.
+    """
+    try:
+        if sock.family == socket.AF_INET6:
+            data = sock.getsockopt(socket.IPPROTO_IPV6, _SO_ORIGINAL_DST, _SOCKADDR_IN6.size)
+            port, address, scope = _SOCKADDR_IN6.unpack(data)
+            return socket.inet_ntop(socket.AF_INET6, address), port, 0, int.from_bytes(scope, sys.byteorder)
+        port, address = _SOCKADDR_IN.unpack(sock.getsockopt(socket.IPPROTO_IP, _SO_ORIGINAL_DST, _SOCKADDR_IN.size))
+        return socket.inet_ntop(socket.AF_INET, address), port
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOPROTOOPT):  # no such connection, no conntrack
+            raise
+        return original_destination(sock)
+
+
 def accepted_socket(family: int, fd: int) -> socket.SocketType:
     """The socket of an accepted descriptor, blocking: use it with MSG_DONTWAIT. Half the cost of `socket.accept`."""
     return socket.SocketType(family, socket.SOCK_STREAM, 0, fd)
 
 
-def open_upstream(family: int, *, source: Address | None = None) -> socket.SocketType:
+def open_upstream(family: int, *, source: Address | None = None, transparent: bool = True) -> socket.SocketType:
     """A non-blocking TCP socket for one upstream connection, not yet connected. The caller closes it.
 
-    With `source` it is bound to that address, which may be foreign (the client's own); port 0 leaves the port to the kernel.
+    With `source` it is bound to that address, which may be foreign (the client's own) if it is `transparent`; port 0 leaves the port to the
+    kernel.
     Raises OSError: EADDRINUSE if that address and port cannot be had.
     """
     sock = socket.SocketType(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     try:
-        # Also without a foreign source: "transparent" is how the ruleset knows our sockets and keeps conntrack off them.
-        _set_transparent(sock)
+        if transparent:
+            # Also without a foreign source: it is how the ruleset knows our sockets and keeps conntrack off them.
+            _set_transparent(sock)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)  # as on the client's side
         if source is not None:
             if source[1] == 0:

@@ -1,27 +1,39 @@
 """Pure: a Config becomes what the kernel should hold.
 
 `make_plan` gives a frozen Plan (ruleset text, ip rules, local routes, sysctls); `render` shows it in the four formats.
+`unified_diff` compares two states.
 Nothing is opened, read or changed here, and neither trio nor pyroute2 is imported: `tproxyd plan` needs no root.
 The text that is shown is the text that is applied.
 """
 
+from tproxyd.plan.diff import Sections, unified_diff
 from tproxyd.plan.model import Family, LocalRoute, Marks, Plan, Rule, Surroundings
-from tproxyd.plan.plan import PROTOCOL, SUPPORTED_MARKS, make_plan
+from tproxyd.plan.plan import PROTOCOL, SUPPORTED_MARKS, UNOWNED_BYPASS, make_marks, make_plan
 from tproxyd.plan.render import FORMATS, render
-from tproxyd.plan.ruleset import STATE, remove_tables
+from tproxyd.plan.ruleset import STATE, STEERING, is_owned, remove_tables, unowned
+from tproxyd.plan.ssh import spared_in, ssh_remarks
 
 __all__ = [
     "FORMATS",
     "PROTOCOL",
     "STATE",
+    "STEERING",
     "SUPPORTED_MARKS",
+    "UNOWNED_BYPASS",
     "Family",
     "LocalRoute",
     "Marks",
     "Plan",
     "Rule",
+    "Sections",
     "Surroundings",
+    "is_owned",
+    "make_marks",
     "make_plan",
     "remove_tables",
     "render",
+    "spared_in",
+    "ssh_remarks",
+    "unified_diff",
+    "unowned",
 ]

@@ -23,16 +23,26 @@ class Marks(msgspec.Struct, frozen=True):
     steering: Mark
     upstream: Mark
 
+    @property
+    def bits(self) -> int:
+        """All bits that are ours."""
+        return self.steering.mask | self.upstream.mask
+
 
 class Surroundings(msgspec.Struct, frozen=True, kw_only=True):
     """What a plan depends on besides the config: what the namespace can do in which it is applied.
 
-    `families`: where IPv6 is switched off, nothing of IPv6 is steered. `bridge_netfilter`: br_netfilter shows what arrives on
-    bridges to the ruleset before its time, and it cannot be captured.
+    `families`: where IPv6 is switched off, nothing of IPv6 is steered. `sockets`: the families of which there can be sockets at all;
+    listeners are opened for all of them, for IPv6 may be switched on later. `bridge_netfilter`: br_netfilter shows what arrives on
+    bridges to the ruleset before its time, and it cannot be captured. `ssh_ports`: where the administrator reaches this host. `taken_marks`: the
+    bits of packet marks that other programs use, as far as it is known; `auto` keeps away from them.
     """
 
     families: tuple[Family, ...] = (4, 6)
+    sockets: tuple[Family, ...] = (4, 6)
     bridge_netfilter: bool = False
+    ssh_ports: tuple[int, ...] = ()
+    taken_marks: int = 0
 
 
 class Rule(msgspec.Struct, frozen=True, kw_only=True):
@@ -72,7 +82,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
     `tables` maps a table's name to its body in the spelling of `nft -s list table`, so that what is observed can be
     compared with it. `routes` and `rules` are in the order in which they are added; the tables come last, in one
-    transaction. `listen` is where the transparent listeners have to be, as (address, port).
+    transaction. `listen` is where the listeners have to be, as (address, port).
     """
 
     listen: tuple[tuple[str, int], ...]
@@ -83,3 +93,6 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     sysctls: dict[str, str]
     ruleset: str
     capture_off: str
+    """What makes the plan one that does not capture, without a moment in between."""
+    losses: tuple[str, ...] = ()
+    """What this mode of capture loses against tproxy, a line each."""

@@ -8,23 +8,24 @@ from tproxyd.plan.model import Family, LocalRoute, Marks, Plan, Rule, Surroundin
 from tproxyd.plan.ruleset import (
     CAPTURE_CHAIN,
     GUARD,
-    LISTEN_ADDRESS,
     STATE,
     STEERING,
     guard_table,
+    listen_addresses,
+    redirecting_table,
     state_table,
     steering_table,
     transaction,
 )
 
-__all__ = ["PROTOCOL", "SUPPORTED_MARKS", "make_plan"]
+__all__ = ["PROTOCOL", "SUPPORTED_MARKS", "UNOWNED_BYPASS", "make_marks", "make_plan"]
 
 PROTOCOL = 133
 """Stamp on every ip rule and route of ours: makes exact look-up and cleaning up without a config possible.
 
 Free in iproute2's rt_protos (bird 12, zebra 11, dhcp 16, babel 42, openr 99, bgp 186, ...). systemd-networkd spares
 only rules stamped `kernel` (2), and a rule has one stamp; being able to tell what is ours is worth more, and what
-networkd deletes shows as a difference between plan and kernel.
+networkd deletes a running daemon puts back.
 """
 
 SUPPORTED_MARKS: tuple[tuple[Mark, Mark], ...] = tuple(
@@ -37,12 +38,20 @@ AWS's CNI (0x80) and mwan3 (0x3f00), but inside Calico's default (0xffff0000), f
 """
 
 
+UNOWNED_BYPASS = (
+    'when_down = "bypass" with `tproxyd apply`: NAT does not look for a listener, so while none is there clients are refused; a daemon '
+    "takes its rules with it, and keeps to it"
+)
+"""What the rules of redirect mode cannot do that outlive their daemon."""
+
 _USUAL = Surroundings()
 
 
-def make_marks(config: Config) -> Marks:
-    """The two marks of a Config; `auto` takes the first pair of SUPPORTED_MARKS that fits beside the other one.
+def make_marks(config: Config, taken: int = 0) -> Marks:
+    """The two marks of a Config; `auto` takes the first pair of SUPPORTED_MARKS that fits beside the other one and has none of the
+    `taken` bits.
 
+    If no pair is free of them, it is the first one that fits: who is there already is named by who looks (`kernel.neighbours`).
     Raises ConfigError when the two given marks do not fit together, or no pair of the list fits the one that is given.
     """
     steering, upstream = config.routing.mark, config.routing.upstream_mark
@@ -53,31 +62,45 @@ def make_marks(config: Config) -> Marks:
                 f"`routing.mark` {steering} and `routing.upstream_mark` {upstream} do not tell packets apart"
             )
         return Marks(steering, upstream)
-    for auto_steering, auto_upstream in SUPPORTED_MARKS:
-        if isinstance(steering, Mark):
-            pair = (steering, auto_upstream)
-        elif isinstance(upstream, Mark):
-            pair = (auto_steering, upstream)
-        else:
-            pair = (auto_steering, auto_upstream)
-        if pair[0].fits(pair[1]):
-            return Marks(*pair)
-    raise ConfigError(
-        f"`routing.mark` {steering} and `routing.upstream_mark` {upstream}: no automatic mark fits beside the given one, "
-        "because its mask covers all candidates; give both marks, e.g. two values of one mask"
-    )
+    pairs = [
+        Marks(
+            steering if isinstance(steering, Mark) else auto_steering,
+            upstream if isinstance(upstream, Mark) else auto_upstream,
+        )
+        for auto_steering, auto_upstream in SUPPORTED_MARKS
+    ]
+    fitting = [pair for pair in pairs if pair.steering.fits(pair.upstream)]
+    if not fitting:
+        raise ConfigError(
+            f"`routing.mark` {steering} and `routing.upstream_mark` {upstream}: no automatic mark fits beside the given one, "
+            "because its mask covers all candidates; give both marks, e.g. two values of one mask"
+        )
+    given = [mark.mask for mark in (steering, upstream) if isinstance(mark, Mark)]
+    avoided = taken & ~(given[0] if given else 0)  # nothing here can be done about a given one
+    return next((pair for pair in fitting if not pair.bits & avoided), fitting[0])
 
 
-def make_plan(config: Config, *, surroundings: Surroundings = _USUAL, stays: bool = True) -> Plan:
+def make_plan(
+    config: Config,
+    *,
+    surroundings: Surroundings = _USUAL,
+    stays: bool = True,
+    owned: bool = False,
+    capturing: bool = True,
+) -> Plan:
     """What the kernel should hold for this Config, in a namespace with these surroundings.
 
     Pure: the same arguments give the same Plan on every machine; `kernel.look_around` gives the surroundings of this one.
-    `stays` is for `tproxyd apply`, whose state outlives every daemon; a daemon's own goes with it. A Config that captures nothing gives a plan with no table, rule or route. Raises ConfigError when the marks do not fit
-    together.
+    `stays` is for `tproxyd apply`, whose state outlives every daemon; a daemon's own goes with it. `owned` is for who holds a
+    kernel.Library: the steering table goes with it and is safe from everybody else. Not `capturing`, what lives is delivered and
+    nothing new is taken. A Config that captures nothing gives a plan with no table, rule or route. Raises ConfigError when the
+    marks do not fit together.
     """
-    marks = make_marks(config)
+    marks = make_marks(config, surroundings.taken_marks)
     table, first = config.routing.table, config.routing.priority
-    families = surroundings.families if config.captures else ()
+    # NAT changes the destination to an address of this host, so there is nothing to be routed.
+    families = surroundings.families if config.captures and not config.redirects else ()
+    listen = listen_addresses(config)
     routes = tuple(
         LocalRoute(family=family, table=table, why="deliver what the rules below send here to this host")
         for family in families
@@ -85,29 +108,42 @@ def make_plan(config: Config, *, surroundings: Surroundings = _USUAL, stays: boo
     rules = tuple(rule for family in families for rule in _rules(family, marks, first, table))
     tables = {}
     if config.captures:
-        tables[STEERING] = steering_table(config, marks, surroundings)
-        if config.capture.when_down == "refuse":
-            tables[GUARD] = guard_table(config, marks)
+        make_table = redirecting_table if config.redirects else steering_table
+        tables[STEERING] = make_table(config, marks, surroundings, owned=owned, capturing=capturing)
+        guard = guard_table(config, marks, surroundings)
+        if guard is not None:
+            tables[GUARD] = guard
         if stays:
             tables[STATE] = state_table()
     return Plan(
-        listen=tuple((LISTEN_ADDRESS[family], config.listen.port) for family in families),
+        listen=tuple(
+            (listen[family], config.listen.port) for family in (surroundings.sockets if config.captures else ())
+        ),
         marks=marks,
         routes=routes,
         rules=rules,
         tables=tables,
         sysctls={},  # the layouts of this version work with every setting; nothing has to be changed
         ruleset=transaction(tables),
-        # With `add` before it, `flush` succeeds where somebody has flushed the whole ruleset: capture is off there already.
-        capture_off="".join(
-            f"{step} inet {STEERING}{chain}\n"
-            for step, chain in (
-                ("add table", ""),
-                ("add chain", f" {CAPTURE_CHAIN}"),
-                ("flush chain", f" {CAPTURE_CHAIN}"),
-            )
-        ),
+        # With `add` before it, `flush` succeeds where somebody has flushed the whole ruleset: capture is off there already. A table
+        # with an owner cannot be flushed by others, nor added again.
+        capture_off=("" if owned else f"add table inet {STEERING}\nadd chain inet {STEERING} {CAPTURE_CHAIN}\n")
+        + f"flush chain inet {STEERING} {CAPTURE_CHAIN}\n",
+        losses=_losses(config, owned=owned) if config.captures and config.redirects else (),
     )
+
+
+def _losses(config: Config, *, owned: bool) -> tuple[str, ...]:
+    losses = [
+        'the client\'s address: whom tproxyd connects to sees the proxy\'s own (upstream.source = "auto" is "proxy")',
+        "freedom from conntrack: two entries a connection, the client's and the upstream's, and while the table is full new connections "
+        "are dropped",
+        "listeners that the network does not reach: these are on every address, and who dials them is closed as self_call",
+        "connections that arrive on an interface without an address of their family: the kernel drops them",
+    ]
+    if not owned and config.capture.when_down == "bypass":
+        losses.append(UNOWNED_BYPASS)
+    return tuple(losses)
 
 
 def _rules(family: Family, marks: Marks, first: int, table: int) -> tuple[Rule, ...]:

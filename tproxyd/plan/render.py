@@ -20,15 +20,22 @@ def render(plan: Plan, form: str = "text") -> str:
 def _text(plan: Plan) -> str:
     if not plan.tables:
         return "Nothing would be captured: no table, rule or route.\n"
-    sections = ["# Listeners, transparent, opened before capture goes on"]
+    sections = []
+    if plan.losses:
+        sections += ["# What this mode loses", *(f"# - {loss}" for loss in plan.losses), ""]
+    sections.append(f"# Listeners, {'' if plan.losses else 'transparent, '}opened before capture goes on")
     sections += [f"{_endpoint(address, port)}" for address, port in plan.listen]
     sections += ["", "# Local routes"]
     for route in plan.routes:
         sections.append(f"ip -{route.family} route add {route.selector()} proto {PROTOCOL}    # {route.why}")
+    if not plan.routes:
+        sections.append("none")
     sections += ["", "# Rules"]
     for rule in plan.rules:
         sections.append(f"# {rule.why}")
         sections.append(f"ip -{rule.family} rule add {rule.selector()} protocol {PROTOCOL}")
+    if not plan.rules:
+        sections.append("none")
     sections += ["", "# Sysctls"]
     sections += [f"{name} = {value}" for name, value in plan.sysctls.items()] or ["none has to be changed"]
     sections += ["", "# Ruleset, in one transaction, last"]
@@ -67,6 +74,7 @@ done
 
 def _json(plan: Plan) -> str:
     content = {
+        "losses": plan.losses,
         "listen": [_endpoint(address, port) for address, port in plan.listen],
         "marks": {"steering": str(plan.marks.steering), "upstream": str(plan.marks.upstream)},
         "protocol": PROTOCOL,

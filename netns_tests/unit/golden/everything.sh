@@ -209,6 +209,11 @@ table inet tproxyd {
 		meta nfproto ipv6 meta l4proto tcp tproxy ip6 to [::1]:15099 meta mark set meta mark & 0xffffffdf | 0x00000010 counter notrack accept comment "new connection: to our listener; no listener: this rule breaks off here"
 	}
 
+	chain stray {
+		type filter hook forward priority raw; policy accept;
+		meta mark & 0x00000030 == 0x00000010 counter drop comment "steered, but our ip rule or route is missing: not to its destination, which would reset it"
+	}
+
 	chain untrack {
 		type filter hook output priority raw; policy accept;
 		meta l4proto != tcp accept comment "only TCP is captured"

@@ -1,0 +1,249 @@
+"""Checks of other programs' rules: what they do with packets that are ours, found by walking such packets through them (walk.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import msgspec
+
+from tproxyd.daemon.doctor.model import Check, Evidence, Finding
+from tproxyd.daemon.doctor.walk import Packet, Walk, marks_of, walk_hook
+from tproxyd.kernel import ForeignChain, ForeignNftRule
+
+__all__ = ["CHECKS"]
+
+_RAW = -300  # the priority of our chains, NF_IP_PRI_RAW
+_MAIN = (253, 254, 255)
+
+
+def rule_before_ours(e: Evidence) -> Iterator[Finding]:
+    steering, own = e.plan.marks.steering, e.config.routing
+    for rule in e.rules:
+        if not 0 < rule.priority <= own.priority + 1 or rule.family not in e.families:
+            continue
+        if rule.narrowed or rule.suppressing or rule.iif == "lo" or steering.value & rule.mask != rule.mark:
+            continue
+        if rule.iif is not None and rule.iif not in [link.name for link in e.captured_links]:
+            continue
+        ends_it = rule.action in ("blackhole", "unreachable", "prohibit")
+        leads_away = rule.action == "lookup" and (rule.family, rule.table) in e.rule_tables and rule.table != own.table
+        if ends_it or leads_away:
+            mark = f" fwmark {rule.mark:#x}/{rule.mask:#x}" if rule.mask else ""
+            yield Finding(
+                seen=f"an ip rule of another program comes before ours and takes steered packets, too: `{rule}`",
+                why="they are routed by it instead of being delivered to the listener: connections to foreign addresses hang",
+                remedy=f"ip -{rule.family} rule del priority {rule.priority}{mark}"
+                if rule.mask
+                else f"# choose a routing.priority below {rule.priority} in {e.configuration}, or remove the rule:\n"
+                f"ip -{rule.family} rule del priority {rule.priority}",
+            )
+
+
+def mark_in_use(e: Evidence) -> Iterator[Finding]:
+    marks = e.plan.marks
+    for chain in e.chains or ():
+        for rule in chain.rules:
+            for value in marks_of(rule):
+                if any(value & mark.mask == mark.value for mark in (marks.steering, marks.upstream)):
+                    yield Finding(
+                        seen=f"a rule of another program sets our mark: {_rule(chain, rule)}",
+                        why="packets that bear it are delivered to this host, wherever they were going",
+                        remedy=_delete(chain, rule)
+                        + f"\n# or choose another routing.mark in {e.configuration}, e.g. one outside {value:#x}",
+                    )
+
+
+def mark_overwritten(e: Evidence) -> Iterator[Finding]:
+    for packet in _captured(e):
+        walk = walk_hook(_after(e.chains or (), _RAW), "prerouting", packet)
+        steering = e.plan.marks.steering
+        if walk.marker is not None and walk.mark & steering.mask != steering.value:
+            yield Finding(
+                seen=f"a rule of another program overwrites our mark on {packet.interface}: {_rule(*walk.marker)}",
+                why="the packet is then no longer steered: captured connections to foreign addresses hang",
+                remedy=f"# keep the bits {steering.mask:#x}: meta mark set meta mark & {0xFFFFFFFF ^ steering.mask:#x} | ...\n"
+                + _delete(*walk.marker),
+            )
+            return
+
+
+def prerouting_drops(e: Evidence) -> Iterator[Finding]:
+    chains = e.chains or ()
+
+    def walk(packet: Packet) -> Walk:
+        fresh = msgspec.structs.replace(packet, mark=0, states=None)
+        first = walk_hook([c for c in chains if c.hook is None or c.priority < _RAW], "prerouting", fresh)
+        return first if first.verdict == "drop" else walk_hook(_after(chains, _RAW), "prerouting", packet)
+
+    yield from _dropped(e, [(packet, walk(packet)) for packet in _captured(e)], "before they reach the listener")
+
+
+def input_drops(e: Evidence) -> Iterator[Finding]:
+    walks = [(packet, walk_hook(e.chains or (), "input", packet)) for packet in _captured(e)]
+    yield from _dropped(e, walks, "although the listener waits for them")
+
+
+def answers_dropped(e: Evidence) -> Iterator[Finding]:
+    """What a remote server answers to a socket that bears the client's address. Its port is the client's: any."""
+    local_only = set(e.config.capture.destinations) == {"local"}
+    if not e.forwards or local_only or any(input_drops(e)):
+        return
+    answers = [
+        msgspec.structs.replace(packet, port=None, flags=frozenset({"syn", "ack"}), interface=link.name)
+        for packet in _captured(e)[:1]
+        for link in e.links
+        if link.name != "lo" and link.up
+    ]
+    walks = [(packet, walk_hook(e.chains or (), "input", packet)) for packet in answers]
+    yield from _dropped(e, walks, "which are answers of servers to the client's own address")
+
+
+def loopback_drops(e: Evidence) -> Iterator[Finding]:
+    """The way from the proxy to an app of this host, and back."""
+    for packet in _captured(e)[:1]:
+        own = msgspec.structs.replace(packet, interface="lo", mark=0)
+        answer = msgspec.structs.replace(own, port=None, flags=frozenset({"syn", "ack"}))
+        walks = [walk_hook(e.chains or (), "input", one) for one in (own, answer)]
+        walk = next((one for one in walks if one.verdict == "drop" and not one.perhaps), None)
+        if walk is not None and walk.chain is not None:
+            yield Finding(
+                seen=f"what this host sends to itself is dropped: {_where(walk)}",
+                why="the proxy reaches apps of this host over lo: captured connections to them time out",
+                remedy=_insert(walk.chain, 'iifname "lo"', "-i lo"),
+                warning=set(e.config.capture.destinations).isdisjoint({"local"})
+                and bool(e.config.capture.destinations),
+            )
+
+
+def foreign_tproxy(e: Evidence) -> Iterator[Finding]:
+    for chain, rule in _met(e, ("filter",), ("tproxy",)):
+        yield Finding(
+            seen=f"another transparent proxy takes connections to captured ports: {_rule(chain, rule)}",
+            why="the last tproxy statement wins: such connections go there and not here, or to nobody",
+            remedy=_delete(chain, rule),
+        )
+
+
+def foreign_nat(e: Evidence) -> Iterator[Finding]:
+    for chain, rule in _met(e, ("nat",), ("redirect", "dnat")):
+        yield Finding(
+            seen=f"a NAT rule of another program is for captured ports: {_rule(chain, rule)}",
+            why="captured connections are taken before it and without conntrack, so it does not apply to them any more",
+            remedy=f"{_delete(chain, rule)}\n# or exclude its ports in {e.configuration}: capture.exclude_ports",
+            warning=True,
+        )
+
+
+def masquerade(e: Evidence) -> Iterator[Finding]:
+    local_only = set(e.config.capture.destinations) == {"local"}
+    if e.config.upstream.source != "auto" or not e.forwards or local_only or not e.config.captures:
+        return
+    for chain in e.chains or ():
+        for rule in chain.rules:
+            if any(kind in statement for statement in rule.statements for kind in ("masquerade", "snat")):
+                yield Finding(
+                    seen=f'this gateway hides its clients\' addresses: {_rule(chain, rule)}, while upstream.source is "auto"',
+                    why="captured connections bear the client's own address and are untracked, so this rule does not change it: servers "
+                    "that cannot answer to it are not reached, and connections time out",
+                    remedy=f'# in {e.configuration}, under [upstream]: source = "proxy"\n{e.restart()}',
+                    warning=True,
+                )
+
+
+def _captured(e: Evidence) -> list[Packet]:
+    """A SYN of each family, captured interface and captured range, as it is once it has been taken."""
+    if not e.config.captures or e.chains is None:
+        return []
+    return [
+        Packet(family=family, interface=link.name, port=port, mark=e.plan.marks.steering.value)
+        for family in e.families
+        for link in e.captured_links
+        if link.up
+        for port in e.captured_ports
+    ]
+
+
+def _dropped(e: Evidence, walks: Sequence[tuple[Packet, Walk]], which: str) -> Iterator[Finding]:
+    """One finding a rule. A failure where it is certain, and every captured interface is concerned for some port and family."""
+    found: dict[tuple[str, int | None, bool], list[tuple[Packet, Walk]]] = {}
+    for packet, walk in walks:
+        if walk.verdict == "drop":
+            key = (str(walk.chain), walk.rule.handle if walk.rule else None, walk.perhaps)
+            found.setdefault(key, []).append((packet, walk))
+    everywhere = {packet.interface for packet, _ in walks}
+    for (_, _, perhaps), those in found.items():
+        concerned = {packet.interface for packet, _ in those}
+        walk = those[0][1]
+        assert walk.chain is not None
+        steering = e.plan.marks.steering
+        ports = sorted({packet.port for packet, _ in those if packet.port is not None})
+        port = f" to port {', '.join(map(str, ports))}" if ports else ""
+        families = sorted({packet.family for packet, _ in those})
+        family = f"IPv{families[0]}" if len(families) == 1 else "steered"
+        yield Finding(
+            seen=f"{family} packets{port} from {', '.join(sorted(concerned))} are {'perhaps ' if perhaps else ''}dropped, {which}: "
+            + _where(walk),
+            why="clients get no answer: captured packets bear our mark, are untracked, and still have their original port"
+            + (" (a rule before it may admit some of them; which, cannot be told)" if perhaps else ""),
+            remedy=_insert(
+                walk.chain,
+                f"meta mark and {steering.mask:#x} == {steering.value:#x}",
+                f"-m mark --mark {steering}",
+            ),
+            warning=perhaps or concerned != everywhere,
+        )
+
+
+def _met(e: Evidence, kinds: Sequence[str], asked: Sequence[str]) -> list[tuple[ForeignChain, ForeignNftRule]]:
+    """The rules with such a statement that a captured connection meets, or would meet."""
+    met: dict[tuple[str, int], tuple[ForeignChain, ForeignNftRule]] = {}
+    for packet in _captured(e):
+        fresh = msgspec.structs.replace(packet, mark=0, states=None)
+        for chain, rule in walk_hook(e.chains or (), "prerouting", fresh, kinds=kinds, asked=asked).met:
+            met[str(chain), rule.handle] = (chain, rule)
+    return list(met.values())
+
+
+def _after(chains: Sequence[ForeignChain], priority: int) -> list[ForeignChain]:
+    return [chain for chain in chains if chain.hook is None or chain.priority >= priority]
+
+
+def _where(walk: Walk) -> str:
+    assert walk.chain is not None
+    if walk.rule is not None:
+        return _rule(walk.chain, walk.rule)
+    return f"policy drop of chain {walk.chain}"
+
+
+def _rule(chain: ForeignChain, rule: ForeignNftRule) -> str:
+    return f"`{rule.text}` in chain {chain}"
+
+
+def _delete(chain: ForeignChain, rule: ForeignNftRule) -> str:
+    return f"nft delete rule {chain} handle {rule.handle}"
+
+
+def _insert(chain: ForeignChain, nft: str, iptables: str) -> str:
+    """Admits packets in front of everything else in a chain; in the words of iptables where the chain is one of its."""
+    if chain.family in ("ip", "ip6") and (chain.table, chain.name) in (
+        ("filter", "INPUT"),
+        ("mangle", "PREROUTING"),
+        ("raw", "PREROUTING"),
+    ):
+        program = "iptables" if chain.family == "ip" else "ip6tables"
+        return f"{program} -t {chain.table} -I {chain.name} {iptables} -j ACCEPT"
+    return f"nft insert rule {chain} '{nft} accept'"
+
+
+CHECKS: tuple[Check, ...] = (
+    rule_before_ours,
+    mark_in_use,
+    mark_overwritten,
+    prerouting_drops,
+    input_drops,
+    answers_dropped,
+    loopback_drops,
+    foreign_tproxy,
+    foreign_nat,
+    masquerade,
+)

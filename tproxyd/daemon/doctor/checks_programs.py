@@ -1,0 +1,126 @@
+"""Checks of the programs around: nft and the kernel's modules, and what else runs here and meddles."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from tproxyd.daemon.doctor.model import Check, Evidence, Finding
+
+__all__ = ["CHECKS"]
+
+_OLDEST_NFT = (1, 0)
+
+
+def nft_missing(e: Evidence) -> Iterator[Finding]:
+    if e.nft_version is None:
+        yield Finding(
+            seen="there is no program nft that works",
+            why="without it neither `apply` nor `revert` nor this examination can see or change the ruleset",
+            remedy="apt-get install nftables",
+        )
+
+
+def nft_too_old(e: Evidence) -> Iterator[Finding]:
+    match = re.search(r"v?(\d+)\.(\d+)", e.nft_version or "")
+    if match and (int(match[1]), int(match[2])) < _OLDEST_NFT:
+        yield Finding(
+            seen=f"nft is {match[0]}",
+            why="the ruleset is tried with 1.0 and newer",
+            remedy="apt-get install nftables",
+        )
+
+
+def libnftables_missing(e: Evidence) -> Iterator[Finding]:
+    if e.nft_version is not None and not e.has_library:
+        yield Finding(
+            seen="there is no libnftables.so.1",
+            why="the daemon cannot own its table: another program's `nft flush ruleset` interrupts connections until it is repaired",
+            remedy="apt-get install libnftables1",
+            warning=True,
+        )
+
+
+def kernel_refuses_ruleset(e: Evidence) -> Iterator[Finding]:
+    if e.refused_ruleset is not None:
+        yield Finding(
+            seen=e.refused_ruleset,
+            why="the kernel does not take the ruleset, so nothing can be captured",
+            remedy="modprobe -a nft_tproxy nft_socket nft_fib_inet nft_reject_inet",
+        )
+
+
+def networkd(e: Evidence) -> Iterator[Finding]:
+    if "systemd-network" in e.processes.values() and not e.networkd_spares_us:  # the kernel keeps fifteen letters
+        yield Finding(
+            seen="systemd-networkd runs, and is not told to leave other programs' ip rules and routes alone",
+            why="when it restarts it deletes ours: the daemon puts them back, `tproxyd apply` alone cannot",
+            remedy="mkdir -p /etc/systemd/networkd.conf.d\n"
+            "printf '[Network]\\nManageForeignRoutingPolicyRules=no\\nManageForeignRoutes=no\\n' > "
+            "/etc/systemd/networkd.conf.d/tproxyd.conf\nsystemctl restart systemd-networkd",
+            warning=True,
+        )
+
+
+def firewalld(e: Evidence) -> Iterator[Finding]:
+    if "firewalld" in e.processes.values() and e.chains is not None and not _admits(e):
+        steering = e.plan.marks.steering
+        yield Finding(
+            seen="firewalld runs, and none of its rules admits what is steered here",
+            why="its INPUT rules see captured connections with their original port and reject what they do not know; a reload of it may "
+            "remove rules that were put there by hand",
+            remedy="firewall-cmd --permanent --direct --add-rule ipv4 filter INPUT 0 -m mark --mark "
+            f"{steering} -j ACCEPT\nfirewall-cmd --permanent --direct --add-rule ipv6 filter INPUT 0 -m mark --mark {steering} "
+            "-j ACCEPT\nfirewall-cmd --reload",
+            warning=True,
+        )
+
+
+def iptables_legacy(e: Evidence) -> Iterator[Finding]:
+    if e.legacy_tables:
+        yield Finding(
+            seen=f"there are rules of iptables-legacy: {', '.join(e.legacy_tables)}",
+            why="they act beside nft, which does not show them, and neither can this examination see what they drop or mark",
+            remedy="iptables-legacy-save | iptables-nft-restore && iptables-legacy -F\n"
+            "ip6tables-legacy-save | ip6tables-nft-restore && ip6tables-legacy -F",
+            warning=True,
+        )
+
+
+def ssh_captured(e: Evidence) -> Iterator[Finding]:
+    servers = {pid for pid, name in e.processes.items() if name == "sshd"}
+    ports = {sock.local_port for sock in e.listeners if servers & set(e.holders.get(sock.inode, ()))}
+    ports |= {e.ssh_port} if e.ssh_port else set()
+    captured = sorted(port for port in ports if e.config.capture.takes_port(port))
+    if captured and e.config.captures:
+        excluded = sorted({*map(str, e.config.capture.exclude_ports), *map(str, captured)})
+        yield Finding(
+            seen=f"SSH listens on port {', '.join(map(str, captured))}, which is captured",
+            why='your way to this host leads through the proxy: when that hangs, or dies with when_down = "refuse", you are locked out',
+            remedy=f"# in {e.configuration}, under [capture]: exclude_ports = {excluded}\n".replace("'", '"')
+            + e.restart(),
+            warning=True,
+        )
+
+
+def _admits(e: Evidence) -> bool:
+    steering = e.plan.marks.steering
+    words = (f"{steering.value:#010x}", f"{steering.value:#x}")
+    return any(
+        chain.hook == "input" or "INPUT" in chain.name
+        for chain in e.chains or ()
+        for rule in chain.rules
+        if "mark" in rule.text and any(word in rule.text for word in words)
+    )
+
+
+CHECKS: tuple[Check, ...] = (
+    nft_missing,
+    nft_too_old,
+    libnftables_missing,
+    kernel_refuses_ruleset,
+    networkd,
+    firewalld,
+    iptables_legacy,
+    ssh_captured,
+)

@@ -1,0 +1,313 @@
+"""Checks of what is ours: the daemon, its listeners, and its state in the kernel against what is planned."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from tproxyd.daemon.doctor.model import Check, Evidence, Finding
+from tproxyd.kernel.routing import describe_rule, route_key, rule_key
+from tproxyd.net.sock_diag import TcpSocket
+from tproxyd.net.sockets import format_address
+from tproxyd.plan import PROTOCOL, Rule
+
+__all__ = ["CHECKS"]
+
+_FEW_FILES = 4096  # two thousand connections at most
+_NEARLY = 0.9
+_GUARD = "tproxyd_guard"
+
+
+def nothing_captured(e: Evidence) -> Iterator[Finding]:
+    if not e.config.captures or not e.captured_ports:
+        yield Finding(
+            seen=f"in {e.configuration} every port of `capture.ports` is excluded (`capture.exclude_ports`, listen.port)"
+            if e.config.captures
+            else f'`capture.ports` is empty or `capture.mode` is "off" in {e.configuration}',
+            why="nothing is captured",
+            remedy=f'# in {e.configuration}, under [capture]: ports = ["8080"]\n{e.restart()}',
+        )
+
+
+def not_serving(e: Evidence) -> Iterator[Finding]:
+    if e.config.captures and not e.is_meant_to_capture and not e.has_own_rules and not _left(e) and e.holder is None:
+        yield Finding(
+            seen="no daemon serves this network namespace, and nothing is applied",
+            why="nothing is captured: clients reach the destination directly",
+            remedy="systemctl start tproxyd",
+        )
+
+
+def left_by_the_dead(e: Evidence) -> Iterator[Finding]:
+    if not e.is_meant_to_capture and _left(e):
+        refuses = e.observed is not None and _GUARD in e.observed.tables
+        yield Finding(
+            seen=f"no daemon serves this network namespace, but its state is here: {', '.join(_left(e))}",
+            why='a daemon has died: new connections are refused (when_down = "refuse")'
+            if refuses
+            else "a daemon has died; new connections pass it by, live ones hang",
+            remedy="tproxyd revert",
+        )
+
+
+def name_held_by_a_stranger(e: Evidence) -> Iterator[Finding]:
+    if e.holder is not None and not e.serves:
+        yield Finding(
+            seen=f"the abstract socket @tproxyd is held by {e.holder.name} (pid {e.holder.pid}, uid {e.holder.uid}), which is no daemon of root",
+            why="no daemon can start in this network namespace",
+            remedy=f"kill {e.holder.pid}",
+        )
+
+
+def daemon_stopped(e: Evidence) -> Iterator[Finding]:
+    for process in (e.holder, *e.relays):
+        if process is not None and e.serves and process.stopped:
+            yield Finding(
+                seen=f"{process.name} (pid {process.pid}) of the daemon is stopped (SIGSTOP, or a debugger)",
+                why="clients connect, and then hang: the kernel makes the connections, nobody takes them",
+                remedy=f"kill -CONT {process.pid}",
+            )
+
+
+def daemon_draining(e: Evidence) -> Iterator[Finding]:
+    if e.draining:
+        yield Finding(
+            seen="the daemon is stopping: it waits for its connections to end (drain.timeout)",
+            why="it captures no new connections: they get what `when_down` says",
+            remedy="systemctl start tproxyd",
+            warning=True,
+        )
+
+
+def capability_missing(e: Evidence) -> Iterator[Finding]:
+    for process in (e.holder, *e.relays):
+        if process is None or not e.serves:
+            continue
+        missing = sorted({"CAP_NET_ADMIN", "CAP_NET_RAW", "CAP_NET_BIND_SERVICE"} - process.capabilities)
+        if missing:
+            yield Finding(
+                seen=f"pid {process.pid} of the daemon lacks {', '.join(missing)}",
+                why="without CAP_NET_ADMIN and CAP_NET_RAW it cannot keep its state and the clients' addresses, without "
+                "CAP_NET_BIND_SERVICE no client's port below 1024",
+                remedy="mkdir -p /etc/systemd/system/tproxyd.service.d\n"
+                f"printf '[Service]\\nCapabilityBoundingSet={' '.join(missing)}\\nAmbientCapabilities={' '.join(missing)}\\n' > "
+                "/etc/systemd/system/tproxyd.service.d/capabilities.conf\nsystemctl daemon-reload && systemctl restart tproxyd",
+                warning=missing == ["CAP_NET_BIND_SERVICE"],
+            )
+            return  # the others have the same
+
+
+def open_files(e: Evidence) -> Iterator[Finding]:
+    raise_it = (
+        "mkdir -p /etc/systemd/system/tproxyd.service.d\nprintf '[Service]\\nLimitNOFILE=524288\\n' > "
+        "/etc/systemd/system/tproxyd.service.d/files.conf\nsystemctl daemon-reload && systemctl restart tproxyd"
+    )
+    for process in (e.holder, *e.relays) if e.serves else ():
+        if process is None or process.files is None or process.most_files is None:
+            continue
+        if process.files >= process.most_files * _NEARLY:
+            yield Finding(
+                seen=f"pid {process.pid} of the daemon has {process.files} of {process.most_files} files open",
+                why="it takes no further connections: clients wait in the listener's queue",
+                remedy=raise_it,
+            )
+            return
+        if process.most_files < _FEW_FILES and e.config.limits.max_connections == "auto":
+            yield Finding(
+                seen=f"pid {process.pid} of the daemon may have {process.most_files} files open",
+                why=f"that is room for less than {process.most_files // 2} connections; further clients wait in the listener's queue",
+                remedy=raise_it,
+                warning=True,
+            )
+            return
+
+
+def ip_rule_missing(e: Evidence) -> Iterator[Finding]:
+    for rule in _missing_rules(e):
+        if not _astray(e, rule):
+            yield Finding(
+                seen=f"the ip rule `{describe_rule(rule_key(rule))}` is missing",
+                why=rule.why,
+                remedy=f"ip -{rule.family} rule add {rule.selector()} protocol {PROTOCOL}",
+            )
+
+
+def wrong_table(e: Evidence) -> Iterator[Finding]:
+    for rule in _missing_rules(e):
+        for key in _astray(e, rule):
+            yield Finding(
+                seen=f"the ip rule at priority {rule.priority} of IPv{rule.family} is `{describe_rule(key)}`, not `{rule.selector()}`",
+                why=rule.why + "; as it is, packets go somewhere else",
+                remedy=f"ip -{rule.family} rule add {rule.selector()} protocol {PROTOCOL}\n"
+                f"ip -{rule.family} rule del {describe_rule(key).removeprefix(f'-{rule.family} ')} protocol {PROTOCOL}",
+            )
+
+
+def route_missing(e: Evidence) -> Iterator[Finding]:
+    if e.observed is None or not e.is_meant_to_capture or not e.loopback_up:
+        return  # while lo is down there can be none of IPv6; that is told as such
+    for route in e.plan.routes:
+        if route_key(route) not in e.observed.routes:
+            yield Finding(
+                seen=f"the IPv{route.family} route `{route.selector()}` is missing",
+                why="steered packets to foreign addresses find no way to the listener: connections hang",
+                remedy=f"ip -{route.family} route add {route.selector()} proto {PROTOCOL}",
+            )
+
+
+def foreign_route(e: Evidence) -> Iterator[Finding]:
+    for route in e.routes:
+        if route.kind == "local" and route.destination == "default":
+            continue  # does the same as ours
+        yield Finding(
+            seen=f"a route of another program is in our table: IPv{route.family} `{route}`",
+            why="steered packets to there follow it and are not captured",
+            remedy=f"ip -{route.family} route del {route}",
+        )
+
+
+def table_missing(e: Evidence) -> Iterator[Finding]:
+    if e.observed is None or not e.is_meant_to_capture:
+        return
+    for name in e.plan.tables:
+        if name not in e.observed.tables:
+            yield Finding(
+                seen=f"the nft table inet {name} is missing",
+                why="after the daemon's death clients are not refused" if name == _GUARD else "nothing is captured",
+                remedy=e.restart(),
+            )
+
+
+def table_changed(e: Evidence) -> Iterator[Finding]:
+    for name in e.changed_tables if e.is_meant_to_capture else ():
+        yield Finding(
+            seen=f"the nft table inet {name} is otherwise than {e.configuration} plans it",
+            why="somebody has changed it, or the configuration is newer than what is in force",
+            remedy=e.restart(),
+        )
+
+
+def table_left_over(e: Evidence) -> Iterator[Finding]:
+    if e.observed is None or not e.is_meant_to_capture:
+        return
+    for name in e.observed.tables:
+        if name not in e.plan.tables:
+            yield Finding(
+                seen=f"the nft table inet {name} is in the kernel, but not planned",
+                why='it refuses clients after the daemon\'s death, although when_down is "bypass"'
+                if name == _GUARD
+                else "it captures by another configuration",
+                remedy=f"nft delete table inet {name}",
+            )
+
+
+def listener_missing(e: Evidence) -> Iterator[Finding]:
+    if not e.is_meant_to_capture:
+        return
+    for address, port in e.plan.listen:
+        family = 6 if ":" in address else 4
+        if family in e.families and not _listening(e, address, port):
+            yield Finding(
+                seen=f"nobody listens on {format_address((address, port))}",
+                why="new connections are not captured: they get what `when_down` says",
+                remedy="systemctl restart tproxyd",
+            )
+
+
+def listener_not_transparent(e: Evidence) -> Iterator[Finding]:
+    for address, port, sock in _planned_listeners(e):
+        if sock.transparent is False:
+            yield Finding(
+                seen=f"the listener on {format_address((address, port))}, {_holder_of(e, sock)}, is not transparent (IP_TRANSPARENT)",
+                why="tproxy does not give connections to such a socket: nothing is captured",
+                remedy=_take_over(e, sock),
+            )
+
+
+def listener_of_another(e: Evidence) -> Iterator[Finding]:
+    for address, port, sock in _planned_listeners(e):
+        pids = e.holders.get(sock.inode, ())
+        # To an applied state anybody may listen; a listener that is not transparent has been told already.
+        told = not pids or sock.transparent is False or e.is_applied or e.observed is None
+        if not told and not (e.serves and (e.holder is None or e.holder.pid in pids)):
+            yield Finding(
+                seen=f"the listener on {format_address((address, port))} is not the daemon's, but of {_holder_of(e, sock)}",
+                why="captured connections go to it" if e.serves else "the daemon cannot start while the port is taken",
+                remedy=_take_over(e, sock),
+            )
+
+
+def listener_queue_full(e: Evidence) -> Iterator[Finding]:
+    for address, port, sock in _planned_listeners(e):
+        if sock.room and sock.received >= max(1, sock.room * _NEARLY):
+            yield Finding(
+                seen=f"{sock.received} connections wait at the listener on {format_address((address, port))}, which holds {sock.room}",
+                why="nobody takes them: the daemon hangs, or is at its limit of connections; further clients get no answer",
+                remedy="systemctl restart tproxyd",
+            )
+
+
+def _left(e: Evidence) -> list[str]:
+    """What of ours is in the kernel, in words."""
+    if e.observed is None:
+        return []
+    left = [f"table inet {name}" for name in e.observed.tables]
+    left += [f"{len(e.observed.rules)} ip rules"] if e.observed.rules else []
+    return left + ([f"{len(e.observed.routes)} routes"] if e.observed.routes else [])
+
+
+def _missing_rules(e: Evidence) -> list[Rule]:
+    if e.observed is None or not e.is_meant_to_capture:
+        return []
+    return [rule for rule in e.plan.rules if rule_key(rule) not in e.observed.rules]
+
+
+def _astray(e: Evidence, rule: Rule) -> list[tuple[int, int, int, int, str | None, int | None, int | None]]:
+    """Rules of ours in the place of this one that are otherwise."""
+    planned = {rule_key(one) for one in e.plan.rules}
+    observed = e.observed.rules if e.observed is not None else ()
+    return [key for key in observed if key[:2] == (rule.family, rule.priority) and key not in planned]
+
+
+def _listening(e: Evidence, address: str, port: int) -> list[TcpSocket]:
+    return [sock for sock in e.listeners if sock.local == address and sock.local_port == port]
+
+
+def _planned_listeners(e: Evidence) -> Iterator[tuple[str, int, TcpSocket]]:
+    """The first one of each planned address: with several relay processes there are more, all alike."""
+    for address, port in e.plan.listen:
+        for sock in _listening(e, address, port)[:1]:
+            yield address, port, sock
+
+
+def _holder_of(e: Evidence, sock: TcpSocket) -> str:
+    pids = e.holders.get(sock.inode, ())
+    return f"{e.processes.get(pids[0], 'a process')} (pid {pids[0]})" if pids else f"a process of uid {sock.uid}"
+
+
+def _take_over(e: Evidence, sock: TcpSocket) -> str:
+    pids = e.holders.get(sock.inode, ())
+    stop = f"kill {pids[0]}" if pids else f"ss -ltnp sport = :{sock.local_port}"
+    return f"{stop}\nsystemctl restart tproxyd"
+
+
+CHECKS: tuple[Check, ...] = (
+    nothing_captured,
+    not_serving,
+    left_by_the_dead,
+    name_held_by_a_stranger,
+    daemon_stopped,
+    daemon_draining,
+    capability_missing,
+    open_files,
+    ip_rule_missing,
+    wrong_table,
+    route_missing,
+    foreign_route,
+    table_missing,
+    table_changed,
+    table_left_over,
+    listener_missing,
+    listener_not_transparent,
+    listener_of_another,
+    listener_queue_full,
+)

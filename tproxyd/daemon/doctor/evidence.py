@@ -1,0 +1,315 @@
+"""Looks at everything that the checks want to know, once, and tells what it could not look at. Changes nothing.
+
+Blocking, in the network namespace of the calling thread. Without privileges there is less to see; no error is raised for that.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from ipaddress import ip_address
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from tproxyd import kernel
+from tproxyd.config import Config
+from tproxyd.daemon.doctor.model import Evidence
+from tproxyd.daemon.lock import ask_holder
+from tproxyd.daemon.planned import surroundings_here, with_held_marks
+from tproxyd.errors import CapabilityError, MissingError, TproxydError
+from tproxyd.kernel.routing import dump_rules
+from tproxyd.kernel.state import make_steps
+from tproxyd.net.capabilities import missing_capabilities
+from tproxyd.net.locality import Locality
+from tproxyd.net.namespaces import call_in_namespace, new_namespace
+from tproxyd.net.processes import Process, processes_here, read_process, socket_holders
+from tproxyd.net.sock_diag import LISTEN, TcpSocket, tcp_sockets
+from tproxyd.plan import STEERING, Plan, Surroundings, is_owned, make_plan, spared_in
+
+__all__ = ["gather"]
+
+T = TypeVar("T")
+
+_SYSCTLS = Path("/proc/sys")
+_NAMES = (
+    "net/ipv4/ip_forward",
+    "net/ipv4/ip_local_port_range",
+    "net/ipv4/ip_local_reserved_ports",
+    "net/ipv4/tcp_syncookies",
+    "net/ipv4/tcp_max_tw_buckets",
+    "net/ipv6/conf/all/forwarding",
+    "net/core/somaxconn",
+    "net/bridge/bridge-nf-call-iptables",
+    "net/bridge/bridge-nf-call-ip6tables",
+    "net/netfilter/nf_conntrack_count",
+    "net/netfilter/nf_conntrack_max",
+)
+_IPV4_OF_LINK = ("rp_filter", "src_valid_mark", "route_localnet")
+# A client sends its SYN again after a second.
+_RETRANSMISSION = 1.2
+_NETWORKD = ("/usr/lib/systemd", "/usr/local/lib/systemd", "/run/systemd", "/etc/systemd")
+
+
+def gather(config: Config, file: str | None) -> Evidence:
+    """One look. Raises ConfigError when the marks of the config do not fit together."""
+    unseen: list[str] = []
+
+    def look(what: str, function: Callable[[], T], default: T) -> T:
+        try:
+            return function()
+        except (TproxydError, OSError) as error:
+            unseen.append(f"{what}: {error}")
+            return default
+
+    surroundings = surroundings_here(config)
+    no_links: tuple[kernel.Link, ...] = ()
+    links = look("interfaces", kernel.list_links, no_links)
+    sysctls = _read_sysctls([link.name for link in links])
+    if missing_capabilities(["CAP_SYS_PTRACE"]):
+        unseen.append(
+            "what other processes hold open: whose the listeners are, and how many files; that needs CAP_SYS_PTRACE"
+        )
+    holder, trusted = ask_holder()
+    daemon = read_process(holder) if holder else None
+    observed = look("tproxyd's own state in the kernel", kernel.observe, None)
+    no_sockets: list[TcpSocket] = []
+    sockets = look("TCP sockets", tcp_sockets, no_sockets)
+    # Pid 0 is one that cannot be seen from this pid namespace.
+    serves = trusted and (holder == 0 or (daemon is not None and "tproxyd" in daemon.command))
+    serves = serves or _is_embedded(config, observed, sockets)
+    planned = config if observed is None else with_held_marks(config, observed)
+    if serves and observed is not None and STEERING in observed.tables:
+        surroundings = msgspec.structs.replace(surroundings, ssh_ports=spared_in(observed.tables[STEERING]))
+    plan, changed = _compare(planned, surroundings, observed, serves=serves)
+    draining = serves and changed == ("tproxyd",) and not _compare(planned, surroundings, observed, capturing=False)[1]
+    no_rules: tuple[kernel.ForeignRule, ...] = ()
+    rules = look("ip rules", kernel.list_rules, no_rules)
+    # Our own routes are not among the foreign ones.
+    no_routes: tuple[kernel.ForeignRoute, ...] = ()
+    routes = look("the routes of our table", lambda: kernel.list_routes(config.routing.table), no_routes)
+    holders = socket_holders([sock.inode for sock in sockets if sock.state == LISTEN])
+    counters = _read_counters()
+    return Evidence(
+        config=config,
+        file=file,
+        plan=plan,
+        surroundings=surroundings,
+        loopback_up=look("lo", kernel.is_loopback_up, True),
+        sysctls=sysctls,
+        counters=counters,
+        rp_filter_drops_now=_drops_now(sysctls, counters),
+        links=links,
+        rules=rules,
+        rule_tables=look("the tables of other ip rules", lambda: _tables(rules, config.routing.table), {}),
+        routes=routes,
+        has_own_rules=look("our ip rules", lambda: bool(dump_rules()), False),
+        observed=observed,
+        changed_tables=() if draining else changed,
+        draining=draining,
+        chains=look("other programs' nft rules", kernel.list_chains, None),
+        holder=daemon,
+        holder_trusted=trusted,
+        serves=serves,
+        relays=_children(daemon) if serves and daemon is not None else (),
+        sockets=tuple(sockets),
+        holders={inode: tuple(pids) for inode, pids in holders.items()},
+        processes=processes_here(),
+        ssh_port=_ssh_port(),
+        legacy_tables=_legacy_tables(),
+        networkd_spares_us=_networkd_spares_us(),
+        nft_version=look("nft's version", kernel.nft_version, None),
+        has_library=_has_library(),
+        refused_ruleset=_refused(plan, unseen),
+        foreign_destinations=look("which destinations are local", lambda: _foreign_destinations(config, links), ()),
+        unseen=tuple(unseen),
+    )
+
+
+def _is_embedded(config: Config, observed: kernel.Observed | None, sockets: list[TcpSocket]) -> bool:
+    """Whether a program that embeds tproxyd serves here, which holds no name: one that lives owns the table, or listens to what it steers."""
+    steering = observed.tables.get("tproxyd") if observed is not None else None
+    if steering is None or (observed is not None and "tproxyd_state" in observed.tables):
+        return False
+    listening = any(
+        sock.state == LISTEN and sock.transparent and sock.local_port == config.listen.port for sock in sockets
+    )
+    return is_owned(steering) or listening
+
+
+def _compare(
+    config: Config,
+    surroundings: Surroundings,
+    observed: kernel.Observed | None,
+    *,
+    serves: bool = True,
+    capturing: bool = True,
+) -> tuple[Plan, tuple[str, ...]]:
+    """What should be there, given who serves, and which tables are otherwise."""
+    tables = observed.tables if observed is not None else {}
+    steering = tables.get("tproxyd", "")
+    plan = make_plan(
+        config,
+        surroundings=surroundings,
+        stays="tproxyd_state" in tables or not serves,
+        owned=serves and (is_owned(steering) if steering else _has_library()),
+        capturing=capturing,
+    )
+    if observed is None:
+        return plan, ()
+    # A program cannot say how its nft spells a table with an owner: the table ends with the program. The library can.
+    try:
+        with kernel.Library() as nft:
+            steps = make_steps(plan, observed, nft, unsure=False)
+    except MissingError:
+        steps = make_steps(plan, observed, unsure=False)
+    # Those of which it cannot be told do not count.
+    words = [step.change.what for step in steps if step.change.kind == "ruleset"]
+    loaded = re.findall(r"load table inet (\w+)", " ".join(words))
+    return plan, tuple(name for name in loaded if name in tables)
+
+
+def _read_sysctls(links: list[str]) -> dict[str, str]:
+    names = [*_NAMES]
+    for link in ("all", *links):
+        names += [f"net/ipv4/conf/{link}/{name}" for name in _IPV4_OF_LINK]
+        names.append(f"net/ipv6/conf/{link}/disable_ipv6")
+    found = {}
+    for name in names:
+        try:
+            found[name] = " ".join((_SYSCTLS / name).read_text(encoding="utf-8").split())
+        except OSError:
+            continue  # no such module, no such setting
+    return found
+
+
+def _read_counters() -> dict[str, int]:
+    counters: dict[str, int] = {}
+    lines = Path("/proc/thread-self/net/netstat").read_text(encoding="ascii").splitlines()
+    for names, values in zip(lines[::2], lines[1::2], strict=True):
+        counters |= dict(zip(names.split()[1:], map(int, values.split()[1:]), strict=True))
+    return counters
+
+
+def _drops_now(sysctls: Mapping[str, str], counters: Mapping[str, int]) -> bool:
+    """Whether rp_filter drops packets while we look: only then it is worth a second."""
+    strict = any(name.endswith("/rp_filter") and value == "1" for name, value in sysctls.items())
+    if not strict or not counters.get("IPReversePathFilter"):
+        return False
+    time.sleep(_RETRANSMISSION)
+    return _read_counters().get("IPReversePathFilter", 0) > counters["IPReversePathFilter"]
+
+
+def _tables(rules: tuple[kernel.ForeignRule, ...], own: int) -> dict[tuple[int, int], bool]:
+    """The tables that marked packets may be sent to by others, if there is a route in them."""
+    found: dict[tuple[int, int], bool] = {}
+    main = {253, 254, 255}
+    for table in {rule.table for rule in rules if rule.action == "lookup" and rule.table} - main:
+        for route in kernel.list_routes(table):
+            key = (route.family, table)
+            found[key] = found.get(key, False) or (route.kind == "local" and route.destination == "default")
+    for family in (4, 6):
+        found |= {(family, table): False for table in main}
+        if (family, own) in found or any(rule.table == own for rule in rules):
+            found[family, own] = True  # ours delivers everything here
+    return found
+
+
+def _children(process: Process) -> tuple[Process, ...]:
+    pids: set[int] = set()
+    for task in _listing(Path(f"/proc/{process.pid}/task")):
+        try:
+            pids |= set(map(int, (task / "children").read_text(encoding="ascii").split()))
+        except OSError:
+            continue
+    return tuple(child for pid in sorted(pids) if (child := read_process(pid)) and "worker.py" in child.command)
+
+
+def _ssh_port() -> int | None:
+    """The port of the session in which this runs."""
+    words = os.environ.get("SSH_CONNECTION", "").split()
+    return int(words[3]) if len(words) == 4 and words[3].isdecimal() else None
+
+
+def _legacy_tables() -> tuple[str, ...]:
+    found = []
+    for file, program in (("ip_tables_names", "iptables"), ("ip6_tables_names", "ip6tables")):
+        try:
+            names = Path(f"/proc/thread-self/net/{file}").read_text(encoding="ascii").split()
+        except OSError:
+            continue
+        found += [f"{program} {name}" for name in names]
+    return tuple(found)
+
+
+def _networkd_spares_us() -> bool:
+    """Whether systemd-networkd is told to leave foreign ip rules and routes alone: the last word in byte order counts."""
+    settings = {"ManageForeignRoutingPolicyRules": True, "ManageForeignRoutes": True}
+    files: dict[str, Path] = {}
+    for directory in _NETWORKD:
+        for file in _listing(Path(directory) / "networkd.conf.d"):
+            if file.suffix == ".conf":
+                files[file.name] = file
+    main = [Path(directory) / "networkd.conf" for directory in _NETWORKD]
+    for file in [*main, *(files[name] for name in sorted(files))]:
+        try:
+            text = file.read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            continue
+        for name, value in re.findall(r"^\s*(\w+)\s*=\s*(\w+)\s*$", text, re.M):
+            if name in settings:
+                settings[name] = value.lower() in ("yes", "true", "on", "1")
+    return not any(settings.values())
+
+
+def _has_library() -> bool:
+    try:
+        kernel.Library().close()
+    except TproxydError:
+        return False
+    return True
+
+
+def _refused(plan: Plan, unseen: list[str]) -> str | None:
+    """What nft says of our ruleset, tried where there is nothing else; None if it takes it."""
+
+    def try_it() -> None:
+        kernel.Program().check(plan.ruleset)
+
+    try:
+        namespace = new_namespace()
+    except TproxydError as error:
+        unseen.append(f"whether this kernel takes the ruleset: {error}")
+        return None
+    try:
+        call_in_namespace(namespace, try_it)
+    except CapabilityError as error:
+        unseen.append(f"whether this kernel takes the ruleset: {error}")
+    except MissingError as error:
+        return str(error) if kernel.nft_version() is not None else None  # a finding of its own
+    except TproxydError as error:
+        return str(error)
+    finally:
+        os.close(namespace)
+    return None
+
+
+def _foreign_destinations(config: Config, links: tuple[kernel.Link, ...]) -> tuple[str, ...]:
+    """Networks without an address of this host, as an interface or a `local` route of a whole network has it."""
+    own = [ip_address(address) for link in links for address in link.addresses]
+    with Locality() as locality:
+        return tuple(
+            str(network)
+            for network in config.capture.destinations
+            if network != "local" and not any(one in network for one in own) and not locality.is_local(str(network[-1]))
+        )
+
+
+def _listing(directory: Path) -> Iterator[Path]:
+    try:
+        yield from sorted(directory.iterdir())
+    except OSError:
+        return

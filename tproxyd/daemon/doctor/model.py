@@ -1,0 +1,137 @@
+"""The data of an examination: what was seen, and what is wrong with it. Pure; how it is gathered is not known here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from fnmatch import fnmatchcase
+
+import msgspec
+
+from tproxyd.config import Config
+from tproxyd.kernel import ForeignChain, ForeignRoute, ForeignRule, Link, Observed
+from tproxyd.net.processes import Process
+from tproxyd.net.sock_diag import LISTEN, TcpSocket
+from tproxyd.plan import Family, Plan, Surroundings
+
+__all__ = ["Check", "Evidence", "Finding", "setting"]
+
+
+class Finding(msgspec.Struct, frozen=True, kw_only=True):
+    """Something that is wrong: what was seen, why it hurts, the command that mends it. `warning`: a risk, not a failure."""
+
+    seen: str
+    why: str
+    remedy: str
+    warning: bool = False
+
+
+class Evidence(msgspec.Struct, frozen=True, kw_only=True):
+    """What one look at a namespace has found. None: it could not be looked at, and `unseen` says so.
+
+    `sysctls` by path below /proc/sys, `counters` from /proc/net/netstat. `rule_tables` are the tables that foreign rules look up and in
+    which there are routes, with whether one of them is a local default route. `holders` are the pids that hold a listening socket,
+    by its inode. `serves`: a daemon does, or a program
+    that embeds it, of which there is no `holder`. `has_own_rules` is known without privileges, other than
+    `observed`. `foreign_destinations`: configured destinations that are not addresses of this namespace.
+    """
+
+    config: Config
+    file: str | None
+    plan: Plan
+    surroundings: Surroundings
+    loopback_up: bool
+    sysctls: Mapping[str, str]
+    counters: Mapping[str, int]
+    rp_filter_drops_now: bool
+    links: tuple[Link, ...]
+    rules: tuple[ForeignRule, ...]
+    rule_tables: Mapping[tuple[int, int], bool]
+    routes: tuple[ForeignRoute, ...]
+    has_own_rules: bool
+    observed: Observed | None
+    changed_tables: tuple[str, ...]
+    draining: bool
+    chains: tuple[ForeignChain, ...] | None
+    holder: Process | None
+    holder_trusted: bool
+    serves: bool
+    relays: tuple[Process, ...]
+    sockets: tuple[TcpSocket, ...]
+    holders: Mapping[int, tuple[int, ...]]
+    processes: Mapping[int, str]
+    ssh_port: int | None
+    legacy_tables: tuple[str, ...]
+    networkd_spares_us: bool
+    nft_version: str | None
+    has_library: bool
+    refused_ruleset: str | None
+    foreign_destinations: tuple[str, ...]
+    unseen: tuple[str, ...]
+
+    @property
+    def is_applied(self) -> bool:
+        """Whether `tproxyd apply` was here."""
+        return self.observed is not None and "tproxyd_state" in self.observed.tables
+
+    @property
+    def is_meant_to_capture(self) -> bool:
+        """Whether a daemon serves, or `tproxyd apply` has put the state there for another listener."""
+        return self.serves or self.is_applied
+
+    @property
+    def forwards(self) -> bool:
+        return "1" in (self.sysctls.get("net/ipv4/ip_forward"), self.sysctls.get("net/ipv6/conf/all/forwarding"))
+
+    @property
+    def captured_links(self) -> tuple[Link, ...]:
+        """Interfaces on which connections are captured."""
+        capture = self.config.capture
+        return tuple(
+            link
+            for link in self.links
+            if link.name != "lo"
+            and (not capture.interfaces or any(fnmatchcase(link.name, one) for one in capture.interfaces))
+            and not any(fnmatchcase(link.name, one) for one in capture.exclude_interfaces)
+        )
+
+    @property
+    def captured_ports(self) -> list[int]:
+        """A port of each captured range, at most eight; where every one is captured, one that nobody is likely to have allowed."""
+        capture, found = self.config.capture, []
+        for ports in capture.ports:
+            candidates = range(ports.first, ports.last + 1) if ports.first > 1 else (8080, *range(1, ports.last + 1))
+            port = next((one for one in candidates if capture.takes_port(one) and one != self.config.listen.port), None)
+            if port is not None:
+                found.append(port)
+        return found[:8]
+
+    @property
+    def families(self) -> tuple[Family, ...]:
+        return self.surroundings.families
+
+    @property
+    def listeners(self) -> list[TcpSocket]:
+        return [sock for sock in self.sockets if sock.state == LISTEN]
+
+    def restart(self) -> str:
+        """The command that makes the kernel's state anew."""
+        return "systemctl restart tproxyd" if self.serves else f"tproxyd apply{self.option}"
+
+    @property
+    def option(self) -> str:
+        return f" -c {self.file}" if self.file else ""
+
+    @property
+    def configuration(self) -> str:
+        return self.file or "/etc/tproxyd/tproxyd.toml"
+
+
+Check = Callable[[Evidence], Iterable[Finding]]
+"""Looks at the evidence for one cause. Its name, with hyphens, is the name of the check."""
+
+
+def setting(path: str, value: str | int) -> str:
+    """The command that sets a sysctl."""
+    # sysctl takes slashes, too, where an interface's own name has a dot.
+    name = path if "." in path else path.replace("/", ".")
+    return f"sysctl -w {name}={value}" if " " not in str(value) else f'sysctl -w {name}="{value}"'

@@ -1,0 +1,210 @@
+"""The live probe: a client in a throwaway namespace connects to a captured port through the real ruleset.
+
+Its handshake completes only if capture, the rule, the route, the listener and the way back all work. Where the configuration
+leaves no address, port or interface for it, that is said, and nothing is guessed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from fnmatch import fnmatchcase
+from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
+from typing import Literal
+
+import msgspec
+
+from tproxyd import kernel
+from tproxyd.config import Config
+from tproxyd.daemon.doctor.model import Evidence, Finding
+from tproxyd.errors import TproxydError
+from tproxyd.kernel import PROBE_INTERFACE, ProbeWay
+from tproxyd.net.capabilities import missing_capabilities
+from tproxyd.net.locality import Locality
+from tproxyd.net.namespaces import call_in_namespace
+from tproxyd.net.sock_diag import find_connection
+from tproxyd.net.sockets import abort, format_address
+
+__all__ = ["Probe", "choose_address", "findings_of", "probe", "why_not"]
+
+_PATIENCE = 2.5  # seconds: a SYN, and its retransmission after one
+_DOCUMENTATION: dict[int, tuple[IPv4Network | IPv6Network, ...]] = {
+    4: tuple(map(ip_network, ("203.0.113.0/24", "198.51.100.0/24", "192.0.2.0/24"))),  # RFC 5737
+    6: (ip_network("2001:db8:ffff::/48"), ip_network("2001:db8::/32")),  # RFC 3849
+}
+_TRIED = 32  # addresses of a network
+_LOOKS, _LOOK = 20, 0.01  # for a connection that was answered
+
+Result = Literal["captured", "bypassed", "refused", "silent", "unmade", "impossible"]
+
+
+class Probe(msgspec.Struct, frozen=True, kw_only=True):
+    """One connection that was tried. `result` "impossible": it was not, and `reason` says why."""
+
+    family: int
+    result: Result
+    source: str = ""
+    destination: str = ""
+    port: int = 0
+    reason: str = ""
+
+
+def why_not(e: Evidence) -> str | None:
+    """Why nothing can be probed, or None."""
+    capture = e.config.capture
+    if not e.serves:
+        return "no daemon serves this network namespace"
+    if not e.config.captures:
+        return "the configuration captures nothing"
+    missing = missing_capabilities(["CAP_NET_ADMIN", "CAP_SYS_ADMIN"])
+    if missing:
+        return f"that needs {' and '.join(missing)}; run as root"
+    if capture.interfaces and not any(fnmatchcase(PROBE_INTERFACE, one) for one in capture.interfaces):
+        return f"capture.interfaces names none that the probe's interface {PROBE_INTERFACE} could be"
+    if any(fnmatchcase(PROBE_INTERFACE, one) for one in capture.exclude_interfaces):
+        return f"capture.exclude_interfaces has the probe's interface {PROBE_INTERFACE}"
+    if not e.captured_ports:
+        return "there is no captured port besides the listener's own"
+    return None
+
+
+def probe(e: Evidence) -> list[Probe]:
+    """Connects once a family, and removes everything again. Raises nothing: what goes wrong is a result."""
+    reason = why_not(e)
+    if reason is not None:
+        return [Probe(family=family, result="impossible", reason=reason) for family in e.families]
+    done, ways = [], []
+    with Locality() as locality:
+        for family in e.families:
+            way = _choose_way(e.config, family, locality)
+            if isinstance(way, str):
+                done.append(Probe(family=family, result="impossible", reason=way))
+            else:
+                ways.append(way)
+    try:
+        if ways:
+            with kernel.open_probe_link(ways) as (far, obstacles):
+                done += [Probe(family=number, result="impossible", reason=why) for number, why in obstacles.items()]
+                free = [way for way in ways if way.family not in obstacles]
+                with ThreadPoolExecutor() as both:  # what hangs for one family often hangs for the other, too
+                    done += both.map(lambda way: _connect(far, way, e.captured_ports[0]), free)
+    except (TproxydError, OSError) as error:
+        tried = {one.family for one in done}
+        done += [
+            Probe(family=way.family, result="impossible", reason=str(error)) for way in ways if way.family not in tried
+        ]
+    return sorted(done, key=lambda one: one.family)
+
+
+def findings_of(e: Evidence, probes: Sequence[Probe]) -> list[Finding]:
+    """What the probe has found out."""
+    return [finding for one in probes if (finding := _finding(e, one))]
+
+
+def choose_address(
+    family: int,
+    wanted: Iterable[IPv4Network | IPv6Network],
+    excluded: Iterable[IPv4Network | IPv6Network],
+    taken: Iterable[str] = (),
+    *,
+    is_local: Locality | None = None,
+) -> str | None:
+    """A documentation address within `wanted` (none: anywhere) and outside `excluded`, which is not taken and no address of this host."""
+    wanted = [network for network in wanted if network.version == family]
+    excluded = [network for network in excluded if network.version == family]
+    for documentation in _DOCUMENTATION[family]:
+        for network in wanted or [documentation]:
+            if not network.overlaps(documentation):
+                continue
+            inner = max(network, documentation, key=lambda one: one.prefixlen)
+            # From the end, where lab and example networks have their hosts last; never the broadcast address.
+            last = int(inner[-1]) - (inner.num_addresses > 2)
+            for number in range(last, max(int(inner[0]), last - _TRIED) - 1, -1):
+                address = ip_address(number) if family == 4 else ip_address(number.to_bytes(16, "big"))
+                if any(address in one for one in excluded) or str(address) in taken:
+                    continue
+                if is_local is None or not is_local.is_local(str(address)):
+                    return str(address)
+    return None
+
+
+def _choose_way(config: Config, family: int, locality: Locality) -> ProbeWay | str:
+    capture = config.capture
+    if capture.sources and not any(network.version == family for network in capture.sources):
+        return f"capture.sources has no IPv{family} network"
+    source = choose_address(family, capture.sources, capture.exclude_sources, is_local=locality)
+    if source is None:
+        return f"capture.sources and exclude_sources leave no IPv{family} documentation address"
+    networks = [one for one in capture.destinations if one != "local" and one.version == family]
+    excluded = [one for one in capture.exclude_destinations if one != "local"]
+    # To a foreign address wherever one is captured: that needs the ip rule and the route, too.
+    destination, local = None, False
+    if networks or not capture.destinations:
+        destination = choose_address(family, networks, excluded, {source}, is_local=locality)
+    if destination is None and "local" in capture.destinations and "local" not in capture.exclude_destinations:
+        destination, local = choose_address(family, [], excluded, {source}, is_local=locality), True
+    if destination is None:
+        return f"capture.destinations and exclude_destinations leave no IPv{family} documentation address"
+    return ProbeWay(family, source, destination, local)
+
+
+def _connect(far: int, way: ProbeWay, port: int) -> Probe:
+    family = socket.AF_INET6 if way.family == 6 else socket.AF_INET
+    client = call_in_namespace(far, socket.socket, family, socket.SOCK_STREAM)
+    result: Result = "captured"
+    try:
+        client.settimeout(_PATIENCE)
+        client.bind((way.source, 0))
+        try:
+            client.connect((way.destination, port))
+        except ConnectionRefusedError:
+            result = "refused"
+        except (ConnectionResetError, BrokenPipeError):
+            pass  # accepted, and then reset: by a policy, or because the upstream refuses
+        except OSError:
+            result = "silent"
+        else:
+            result = _who_answered(client, way, port)
+    finally:
+        with contextlib.suppress(OSError):
+            abort(client)
+    return Probe(family=way.family, result=result, source=way.source, destination=way.destination, port=port)
+
+
+def _who_answered(client: socket.socket, way: ProbeWay, port: int) -> Result:
+    """An answer is not a connection yet: with SYN cookies there is none here before the client's ACK, which may go elsewhere. And for
+    a local address an app may have answered, whose socket is not transparent."""
+    client.setblocking(False)
+    for _ in range(_LOOKS):
+        other = find_connection((way.destination, port), (way.source, client.getsockname()[1]))
+        if other is not None:
+            return "bypassed" if other.transparent is False else "captured"
+        try:
+            client.recv(1)
+        except BlockingIOError:
+            time.sleep(_LOOK)
+        except OSError:
+            return "captured"  # and reset: by a policy, or because the upstream refuses
+        else:
+            return "captured"  # and ended
+    return "unmade"
+
+
+def _finding(e: Evidence, one: Probe) -> Finding | None:
+    if one.result in ("captured", "impossible"):
+        return None
+    target = format_address((one.destination, one.port))
+    happened = {
+        "refused": ("was refused", "it met a rule that rejects, or the guard, or nobody listens"),
+        "silent": ("got no answer", "the SYN, or the answer to it, is dropped or goes elsewhere"),
+        "unmade": ("was answered, but never made", "the client's ACK goes elsewhere, as it does with SYN cookies"),
+        "bypassed": ("reached an app directly", "it was not captured"),
+    }[one.result]
+    return Finding(
+        seen=f"a connection from {one.source} to {target}, through the ruleset as it is, {happened[0]}",
+        why=f"so will clients: {happened[1]}; the other findings may say why",
+        remedy=f"tproxyd explain {one.source} {target} --in {PROBE_INTERFACE}{e.option}",
+    )

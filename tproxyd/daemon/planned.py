@@ -1,0 +1,146 @@
+"""What would be planned for this namespace, and what it holds: for `plan`, `plan --diff`, `apply` and `status`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+
+from tproxyd import kernel
+from tproxyd.config import Config
+from tproxyd.errors import MissingError
+from tproxyd.net.capabilities import require_capabilities
+from tproxyd.net.sockets import format_address
+from tproxyd.plan import (
+    STATE,
+    STEERING,
+    SUPPORTED_MARKS,
+    Plan,
+    Surroundings,
+    is_owned,
+    make_plan,
+    spared_in,
+    unified_diff,
+)
+
+__all__ = [
+    "DIFFERENT",
+    "Comparison",
+    "compare",
+    "diff_against",
+    "diff_kernel",
+    "session_ports",
+    "ssh_ports_here",
+    "surroundings_here",
+    "with_held_marks",
+]
+
+DIFFERENT = 3
+"""Exit code: what is there is not what is planned."""
+
+
+class Comparison(msgspec.Struct, frozen=True):
+    """What a config plans here, what there is, and what would have to change."""
+
+    plan: Plan
+    observed: kernel.Observed
+    expected: kernel.Observed
+    changes: list[kernel.Change]
+
+
+def session_ports() -> set[int]:
+    """The port of this host at which the SSH session arrives that this runs in, if it runs in one and sudo has not dropped it."""
+    words = os.environ.get("SSH_CONNECTION", "").split()  # client, its port, server, its port
+    return {int(words[3])} if len(words) == 4 and words[3].isdecimal() and int(words[3]) <= 65535 else set()
+
+
+def ssh_ports_here() -> set[int]:
+    """Where the administrator reaches this host by SSH, as far as it can be seen."""
+    return {*kernel.find_ssh_ports(), *session_ports()}
+
+
+def surroundings_here(config: Config) -> Surroundings:
+    """What a plan depends on in this namespace, for a verb that a user types."""
+    return kernel.look_ahead(config, ssh_ports=ssh_ports_here())
+
+
+def with_held_marks(config: Config, observed: kernel.Observed) -> Config:
+    """The config in which `auto` means the marks that are in use: who else uses which by now is a question for the next start."""
+    held = {(value, mask) for _, _, value, mask, *_ in observed.rules}
+    for steering, upstream in SUPPORTED_MARKS:
+        if {(steering.value, steering.mask), (upstream.value, upstream.mask)} <= held:
+            routing = msgspec.structs.replace(
+                config.routing,
+                mark=steering if config.routing.mark == "auto" else config.routing.mark,
+                upstream_mark=upstream if config.routing.upstream_mark == "auto" else config.routing.upstream_mark,
+            )
+            return msgspec.structs.replace(config, routing=routing)
+    return config
+
+
+def compare(config: Config, *, served: bool) -> Comparison:
+    """A config's plan and the kernel; `served` is whether a daemon does. Raises MissingError, CapabilityError or KernelError.
+
+    What is planned is what would be there on the same occasion: a daemon owns its steering table and leaves no word that it is to
+    stay, unless `tproxyd apply` was here before it; and it knows of the SSH ports that it saw at its start.
+    """
+    with _open_nft() as nft:
+        observed = kernel.observe(nft)
+        config = with_held_marks(config, observed)
+        steering = observed.tables.get(STEERING)
+        served = served or (steering is not None and is_owned(steering))
+        surroundings = surroundings_here(config)
+        if served and steering is not None:
+            surroundings = msgspec.structs.replace(surroundings, ssh_ports=spared_in(steering))
+        plan = make_plan(
+            config,
+            surroundings=surroundings,
+            stays=not served or STATE in observed.tables,
+            owned=served and (steering is None or is_owned(steering)),
+        )
+        return Comparison(plan, observed, kernel.expected(plan, observed, nft), kernel.differences(plan, observed, nft))
+
+
+def diff_kernel(config: Config) -> int:
+    """Prints what would have to change in the kernel, and gives DIFFERENT if that is anything."""
+    from tproxyd.daemon.lock import lock_holder  # late: it brings trio, which `tproxyd plan` does without
+
+    require_capabilities("looking at the ruleset", ("CAP_NET_ADMIN",))
+    found = compare(config, served=lock_holder() is not None)
+    before, after = kernel.sections(found.observed), kernel.sections(found.expected)
+    return _print(unified_diff(before, after, names=("kernel", "plan")), "no difference: the kernel holds the plan")
+
+
+def diff_against(config: Config, other: Config, path: Path) -> int:
+    """Prints what the config plans otherwise than another one, which the path names, and gives DIFFERENT if that is anything."""
+    surroundings = surroundings_here(config)
+    one, two = (
+        {
+            "listeners": [format_address(address) for address in plan.listen],
+            **kernel.sections(kernel.planned(plan)),
+            "sysctls": [f"{name} = {value}" for name, value in plan.sysctls.items()],
+        }
+        for plan in (make_plan(content, surroundings=surroundings) for content in (other, config))
+    )
+    return _print(unified_diff(one, two, names=(f"plan of {path}", "plan")), "no difference: the plans are the same")
+
+
+def _print(diff: str, same: str) -> int:
+    sys.stdout.write(diff or same + "\n")
+    return DIFFERENT if diff else os.EX_OK
+
+
+@contextmanager
+def _open_nft() -> Iterator[kernel.Nft]:
+    """The library where there is one: only it can list, in a namespace of its own, a table that goes with its owner."""
+    try:
+        library = kernel.Library()
+    except MissingError:
+        yield kernel.Program()
+        return
+    with library:
+        yield library

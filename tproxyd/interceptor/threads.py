@@ -1,0 +1,31 @@
+"""Blocking steps of trio tasks that must not be left half done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import trio
+
+__all__ = ["in_thread"]
+
+T = TypeVar("T")
+
+
+async def in_thread(step: Callable[[], T]) -> T:
+    """Runs a step that blocks, to its end whatever is cancelled. Where the system has no thread left, it blocks us instead: rules
+    that stay behind would be worse."""
+    begun = False
+
+    def begin() -> T:
+        nonlocal begun
+        begun = True
+        return step()
+
+    try:
+        # A limiter of its own: the program around may have taken all tokens of the usual one.
+        return await trio.to_thread.run_sync(begin, limiter=trio.CapacityLimiter(1))
+    except RuntimeError:
+        if begun:
+            raise
+        return step()  # "can't start new thread"

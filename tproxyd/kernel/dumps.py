@@ -1,0 +1,58 @@
+"""What netlink tells when it is asked for everything of a kind. Standard library only: `tproxyd plan` asks, too, and pyroute2 takes as
+long to load as all of the rest.
+
+Bodies and attributes are given as bytes; what they mean is known to who asks.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+from collections.abc import Iterator
+
+__all__ = ["attributes", "dump", "each_attribute"]
+
+_HEADER = struct.Struct("=IHHII")  # struct nlmsghdr: length, type, flags, sequence, port
+_ATTRIBUTE = struct.Struct("=HH")  # struct nlattr: length, type
+_ERROR = struct.Struct("=i")
+_REQUEST_DUMP = 0x301  # NLM_F_REQUEST | NLM_F_DUMP, linux/netlink.h
+_NLMSG_ERROR, _NLMSG_DONE = 2, 3
+_SOL_NETLINK, _GET_STRICT_CHK = 270, 12
+_TYPE = 0x3FFF  # NLA_TYPE_MASK: without the flags for nested and for byte order
+_LARGEST = 1 << 18  # bytes; the kernel sends at most 32 KiB at a time
+
+
+def dump(protocol: int, kind: int, body: bytes) -> Iterator[bytes]:
+    """The bodies of all answers to one dump request of this netlink protocol. Raises OSError with the kernel's error."""
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol) as sock:
+        if protocol == socket.NETLINK_ROUTE:
+            sock.setsockopt(_SOL_NETLINK, _GET_STRICT_CHK, 1)  # the kernel filters by what the request says
+        sock.send(_HEADER.pack(_HEADER.size + len(body), kind, _REQUEST_DUMP, 1, 0) + body)
+        while True:
+            data = memoryview(sock.recv(_LARGEST))
+            while len(data) >= _HEADER.size:
+                length, answer, _, _, _ = _HEADER.unpack_from(data)
+                content = bytes(data[_HEADER.size : length])
+                if answer in (_NLMSG_DONE, _NLMSG_ERROR):
+                    number = -_ERROR.unpack_from(content)[0] if len(content) >= _ERROR.size else 0
+                    if number:
+                        raise OSError(number, os.strerror(number))
+                    return
+                yield content
+                data = data[(length + 3) & ~3 :]
+
+
+def attributes(data: bytes) -> dict[int, bytes]:
+    """Attributes by type; of several with one type, as in a list, the last."""
+    return dict(each_attribute(data))
+
+
+def each_attribute(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """Type and content of each attribute."""
+    while len(data) >= _ATTRIBUTE.size:
+        length, kind = _ATTRIBUTE.unpack_from(data)
+        if length < _ATTRIBUTE.size:
+            return
+        yield kind & _TYPE, data[_ATTRIBUTE.size : length]
+        data = data[(length + 3) & ~3 :]

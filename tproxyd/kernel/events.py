@@ -1,0 +1,159 @@
+"""The kernel's news of what a plan is made of, as it happens: ip rules, routes, links, addresses of lo, and nft's tables.
+
+Two netlink sockets, and only as much parsing as tells what concerns us: on a router with a full table thousands of routes change a
+minute, and none of them is ours, so the kernel is told to keep those to itself. That something *may* have changed is all that is told; what, the caller finds by looking.
+"""
+
+from __future__ import annotations
+
+import errno
+import select
+import socket
+import struct
+from collections.abc import Iterator
+
+import msgspec
+
+from tproxyd.net.locality import ROUTING_NEWS
+from tproxyd.net.sockets import filter_messages
+from tproxyd.plan import PROTOCOL
+
+__all__ = ["Events", "News"]
+
+_NETLINK_NETFILTER = 12  # linux/netlink.h
+_NFNLGRP_NFTABLES = 7  # linux/netfilter/nfnetlink.h
+_HEADER = struct.Struct("=IHHII")  # struct nlmsghdr: length, type, flags, sequence, port
+_ATTRIBUTE = struct.Struct("=HH")  # struct rtattr: length, type
+_INDEX = struct.Struct("=i")  # of an interface, in struct ifinfomsg and struct ifaddrmsg
+_NEWLINK, _DELLINK, _NEWADDR, _DELADDR = 16, 17, 20, 21  # linux/rtnetlink.h
+_NEWROUTE, _DELROUTE, _NEWRULE, _DELRULE = 24, 25, 32, 33
+_IFLA_IFNAME = 3
+_RT_TABLE_COMPAT = 252  # what the one byte says of a table that does not fit into it
+_LOOPBACK = 1  # the index of lo, in every namespace
+_NFT_TABLE = 1  # NFTA_TABLE_NAME, NFTA_CHAIN_TABLE, NFTA_RULE_TABLE, NFTA_SET_TABLE: the first attribute of each
+_NFNL_SUBSYS_NFTABLES = 10
+_NFT_MSG_NEWGEN = 15
+_BUFFER = 1 << 20  # bytes of news that may wait
+
+
+class News(msgspec.Struct, frozen=True):
+    """`state`: something of ours may have changed. `links`: the interfaces that are new, renamed or gone, index to name (None: gone)."""
+
+    state: bool
+    links: dict[int, str | None]
+
+
+class Events:
+    """News of the network namespace in whose thread it was made, and of routes only in this table or with our protocol. A context
+    manager; close it."""
+
+    def __init__(self, table: int) -> None:
+        self._epoll = select.epoll()
+        self._sockets: list[socket.socket] = []
+        try:
+            self._route = self._open(socket.NETLINK_ROUTE, ROUTING_NEWS)
+            filter_messages(self._route, _only_our_routes(table))
+            self._nft = self._open(_NETLINK_NETFILTER, 1 << (_NFNLGRP_NFTABLES - 1))
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, protocol: int, groups: int) -> socket.socket:
+        sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK, protocol)
+        self._sockets.append(sock)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER)
+        sock.bind((0, groups))
+        self._epoll.register(sock, select.EPOLLIN)
+        return sock
+
+    def __enter__(self) -> Events:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the sockets; harmless when repeated."""
+        for sock in self._sockets:
+            sock.close()
+        self._epoll.close()
+
+    def fileno(self) -> int:
+        """The descriptor that becomes readable when there is news."""
+        return self._epoll.fileno()
+
+    def read(self) -> News:
+        """What has come in; never blocks. News that did not fit into the sockets counts as news of everything."""
+        state = False
+        links: dict[int, str | None] = {}
+        for kind, body in _messages(self._route):
+            if kind is None or kind in (_NEWRULE, _DELRULE):
+                state = True
+            elif kind in (_NEWROUTE, _DELROUTE):
+                state = True  # the filter lets no others through
+            elif kind in (_NEWADDR, _DELADDR):
+                state = state or _INDEX.unpack_from(body, 4)[0] == _LOOPBACK  # ifa_index
+            elif kind in (_NEWLINK, _DELLINK):
+                index = _INDEX.unpack_from(body, 4)[0]  # ifi_index
+                state = state or index == _LOOPBACK
+                name = _attribute(body[16:], _IFLA_IFNAME)
+                # AF_UNSPEC: bridges tell of their ports, too, with a family of their own.
+                if name is not None and body[0] == socket.AF_UNSPEC:
+                    links[index] = name if kind == _NEWLINK else None
+        for kind, body in _messages(self._nft):
+            if kind is None:
+                state = True
+            elif kind >> 8 == _NFNL_SUBSYS_NFTABLES and kind & 0xFF != _NFT_MSG_NEWGEN:
+                table = _attribute(body[4:], _NFT_TABLE)
+                state = state or (table is not None and table.startswith("tproxyd"))
+        return News(state, links)
+
+
+def _only_our_routes(table: int) -> list[tuple[int, int, int, int]]:
+    """Classic BPF: messages about routes of another protocol in another table are dropped before they wake anybody."""
+    new, old = (
+        int.from_bytes(struct.pack("=H", kind), "big") for kind in (_NEWROUTE, _DELROUTE)
+    )  # BPF loads in network order
+    return [
+        (0x28, 0, 0, 4),  # load the half word at 4: nlmsg_type
+        (0x15, 1, 0, new),  # if equal, skip one
+        (0x15, 0, 4, old),  # if not equal, skip four
+        (0x30, 0, 0, _HEADER.size + 5),  # load a byte: rtm_protocol
+        (0x15, 2, 0, PROTOCOL),  # if equal, skip two
+        (0x30, 0, 0, _HEADER.size + 4),  # rtm_table: what is replaced there has another protocol
+        (0x15, 0, 1, table if table < 256 else _RT_TABLE_COMPAT),  # if not equal, skip one
+        (0x06, 0, 0, 0xFFFFFFFF),  # return the whole message
+        (0x06, 0, 0, 0),  # return nothing of it
+    ]
+
+
+def _messages(sock: socket.socket) -> Iterator[tuple[int | None, bytes]]:
+    """Type and body of each message that waits; None as the type where some were lost."""
+    while True:
+        try:
+            data = sock.recv(65536)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            if error.errno != errno.ENOBUFS:
+                raise
+            yield None, b""
+            continue
+        while len(data) >= _HEADER.size:
+            length, kind, _, _, _ = _HEADER.unpack_from(data)
+            if not _HEADER.size <= length <= len(data):
+                break
+            yield kind, data[_HEADER.size : length]
+            data = data[(length + 3) & ~3 :]
+
+
+def _attribute(data: bytes, wanted: int) -> str | None:
+    """The text of the first attribute of this type."""
+    while len(data) >= _ATTRIBUTE.size:
+        length, kind = _ATTRIBUTE.unpack_from(data)
+        if not _ATTRIBUTE.size <= length <= len(data):
+            return None
+        if kind == wanted:
+            return data[_ATTRIBUTE.size : length].rstrip(b"\0").decode(errors="replace")
+        data = data[(length + 3) & ~3 :]
+    return None

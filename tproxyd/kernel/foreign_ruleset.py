@@ -1,0 +1,199 @@
+"""The nft tables that are not ours, as far as their rules can meet what is: marks, transparent proxies, redirections.
+
+nft is asked twice, for what its rules mean (JSON) and for how they read (text, for the message that names the culprit); sets with
+names stay unread. Rules that iptables has made stand there, too; what nft does not show of their extensions is asked of the kernel.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import msgspec
+
+from tproxyd.errors import KernelError
+from tproxyd.kernel.dumps import attributes, dump, each_attribute
+from tproxyd.kernel.marks import Use, Values, expression_use, extension_use
+from tproxyd.kernel.nft import is_ours, list_all
+
+__all__ = ["ForeignNftRule", "list_foreign_nft_rules"]
+
+_NETLINK_NETFILTER = 12  # linux/netlink.h
+_GETRULE = 10 << 8 | 7  # NFNL_SUBSYS_NFTABLES, NFT_MSG_GETRULE
+_RULE_TABLE, _RULE_CHAIN, _RULE_HANDLE, _RULE_EXPRESSIONS = 1, 2, 3, 4  # NFTA_RULE_
+_EXPR_NAME, _EXPR_DATA = 1, 2  # NFTA_EXPR_
+_XT_NAME, _XT_INFO = 1, 3  # NFTA_TARGET_, NFTA_MATCH_
+_FAMILIES = {1: "inet", 2: "ip", 3: "arp", 5: "netdev", 7: "bridge", 10: "ip6"}  # NFPROTO_
+_PREROUTING_RAW = -300
+_TCP = ("tcp", 6)
+
+_TABLE_LINE = re.compile(r"table (\S+) (\S+) \{")
+_CHAIN_LINE = re.compile(r"\tchain (\S+) \{")
+_RULE_LINE = re.compile(r"\t\t(.*) # handle (\d+)$")
+
+Key = tuple[str, str, str, int]
+"""A rule: family, table, chain, handle."""
+
+
+class ForeignNftRule(msgspec.Struct, frozen=True, kw_only=True):
+    """Somebody else's rule that uses marks, or takes connections. `line` is how nft shows it.
+
+    `bits`: those of the packet's mark that it uses. `overwrites`: it sets the whole mark of what it meets behind our chains.
+    `takes`: how it takes connections that arrive, and `ports` which, as far as the rule says; empty: any.
+    """
+
+    table: str
+    chain: str
+    line: str
+    bits: int = 0
+    overwrites: bool = False
+    takes: Literal["tproxy", "redirect"] | None = None
+    ports: tuple[tuple[int, int], ...] = ()
+
+
+def list_foreign_nft_rules(ours: Values) -> list[ForeignNftRule]:
+    """Those rules that use marks, but for comparisons with `ours`, or take connections. Raises MissingError, CapabilityError, KernelError."""
+    listing, text = list_all()
+    try:
+        parts = json.loads(listing)["nftables"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise KernelError(f"`nft -j list ruleset` gives no JSON ({error})") from error
+    chains: dict[tuple[str, str, str], dict[str, Any]] = {}
+    rules: list[dict[str, Any]] = []
+    for part in parts:
+        if "chain" in part:
+            chain = part["chain"]
+            chains[chain["family"], chain["table"], chain["name"]] = chain
+        elif "rule" in part and not is_ours(part["rule"]["family"], part["rule"]["table"]):
+            rules.append(part["rule"])
+    extensions = _list_extensions() if any("xt" in one for rule in rules for one in rule["expr"]) else {}
+    lines: dict[Key, str] = {}
+    found = []
+    for rule in rules:
+        key = (rule["family"], rule["table"], rule["chain"], rule["handle"])
+        one = _read(rule["expr"], chains.get(key[:3], {}), extensions.get(key, ()), ours)
+        if one is not None:
+            lines = lines or _lines(text)
+            shown = lines.get(key, f"handle {key[3]}")
+            if one.words:
+                shown = f"{shown} (iptables: {' '.join(one.words)})".strip()
+            found.append(
+                ForeignNftRule(
+                    table=f"{key[0]} {key[1]}",
+                    chain=key[2],
+                    line=shown,
+                    bits=one.use.bits,
+                    overwrites=one.use.overwrites,
+                    takes=one.takes,
+                    ports=one.ports,
+                )
+            )
+    return found
+
+
+class _Read(msgspec.Struct):
+    use: Use
+    takes: Literal["tproxy", "redirect"] | None
+    ports: tuple[tuple[int, int], ...]
+    words: list[str]
+
+
+def _read(
+    expressions: list[dict[str, Any]], chain: dict[str, Any], extensions: Sequence[tuple[str, bytes]], ours: Values
+) -> _Read | None:
+    use, words = Use(), []
+    takes: Literal["tproxy", "redirect"] | None = None
+    for expression in expressions:
+        use |= expression_use(expression, ours)
+        if "tproxy" in expression or "redirect" in expression:
+            takes = "tproxy" if "tproxy" in expression else "redirect"
+    for name, info in extensions:
+        found = extension_use(name, info, ours)
+        if found is not None:
+            use |= found[0]
+            words.append(found[1])
+        if name in ("TPROXY", "REDIRECT"):
+            takes = "tproxy" if name == "TPROXY" else "redirect"
+            words += [name] * (found is None)
+    ports = _tcp_ports(expressions)
+    if ports is None or chain.get("hook", "prerouting") != "prerouting":
+        takes = None
+    # A base chain of another hook sees packets when their way is decided.
+    behind = chain.get("hook", "prerouting") == "prerouting" and chain.get("prio", 0) > _PREROUTING_RAW
+    use = Use(use.bits, use.overwrites and behind and ports is not None)
+    return _Read(use, takes, ports or (), words) if any(use) or takes else None
+
+
+def _tcp_ports(expressions: list[dict[str, Any]]) -> tuple[tuple[int, int], ...] | None:
+    """The TCP ports that a rule is limited to; empty: none that it says; None: it is for no TCP at all."""
+    ports: tuple[tuple[int, int], ...] = ()
+    for expression in expressions:
+        match expression:
+            case {"match": {"op": "==", "left": {"payload": {"protocol": protocol, "field": "dport"}}, "right": right}}:
+                if protocol not in ("tcp", "th"):
+                    return None
+                ports = tuple(_ranges(right))
+            case {
+                "match": {
+                    "op": "==",
+                    "left": {"meta": {"key": "l4proto"}}
+                    | {"payload": {"protocol": "ip", "field": "protocol"}}
+                    | {"payload": {"protocol": "ip6", "field": "nexthdr"}},
+                    "right": str() | int() | {"set": list()} as right,
+                }
+            }:
+                if not any(one in _TCP for one in (right["set"] if isinstance(right, dict) else [right])):
+                    return None
+    return ports
+
+
+def _ranges(value: Any) -> Iterator[tuple[int, int]]:
+    match value:
+        case int():
+            yield value, value
+        case {"range": [int(first), int(last)]}:
+            yield first, last
+        case {"set": [*many]}:
+            for one in many:
+                yield from _ranges(one)
+
+
+def _lines(text: str) -> dict[Key, str]:
+    """How nft shows each rule, without its handle."""
+    lines: dict[Key, str] = {}
+    family = table = chain = ""
+    for line in text.splitlines():
+        if match := _RULE_LINE.match(line):
+            lines[family, table, chain, int(match[2])] = " ".join(match[1].split())
+        elif match := _TABLE_LINE.match(line):
+            family, table = match[1], match[2]
+        elif match := _CHAIN_LINE.match(line):
+            chain = match[1]
+    return lines
+
+
+def _list_extensions() -> dict[Key, list[tuple[str, bytes]]]:
+    """Name and data of the iptables extensions in each rule that has any."""
+    found: dict[Key, list[tuple[str, bytes]]] = {}
+    try:
+        for body in dump(_NETLINK_NETFILTER, _GETRULE, bytes(4)):  # struct nfgenmsg: every family
+            has = attributes(body[4:])
+            extensions = list(_extensions(has.get(_RULE_EXPRESSIONS, b"")))
+            if extensions:
+                table, chain = (has[kind].rstrip(b"\0").decode(errors="replace") for kind in (_RULE_TABLE, _RULE_CHAIN))
+                key = (_FAMILIES.get(body[0], ""), table, chain, struct.unpack(">Q", has[_RULE_HANDLE])[0])
+                found[key] = extensions
+    except OSError as error:
+        raise KernelError(f"cannot list the rules of iptables: {error.strerror}") from error
+    return found
+
+
+def _extensions(expressions: bytes) -> Iterator[tuple[str, bytes]]:
+    for _, element in each_attribute(expressions):
+        expression = attributes(element)
+        if expression.get(_EXPR_NAME, b"").rstrip(b"\0") in (b"target", b"match"):
+            data = attributes(expression.get(_EXPR_DATA, b""))
+            yield data.get(_XT_NAME, b"").rstrip(b"\0").decode(errors="replace"), data.get(_XT_INFO, b"")
