@@ -6,10 +6,11 @@ import re
 
 import trio
 
-from tproxyd.testing import Node
+from netns_tests.watch import until
+from tproxyd.testing import KernelState, Node
 from tproxyd.testing.daemon import LabDaemon
 
-__all__ = ["echo", "events", "load"]
+__all__ = ["echo", "events", "load", "until_mended"]
 
 
 async def echo(stream: trio.SocketStream, word: bytes, *, within: float) -> None:
@@ -37,3 +38,14 @@ def events(daemon: LabDaemon) -> list[str]:
         r"another program has changed.*|IPv6 is (?:off|on).*|interface .*(?:called|come|gone).*",
         daemon.process.stderr_text,
     )
+
+
+async def until_mended(
+    daemon: LabDaemon, node: Node, planned: KernelState, live: trio.SocketStream, *, number: int, began: float
+) -> float:
+    """Waits for so many events; then all is as planned, and the live connection goes on. Seconds since `began`."""
+    await until(lambda: len(events(daemon)) >= number, within=3)
+    took = trio.current_time() - began
+    assert await node.dump() == planned
+    await echo(live, b"%d" % number, within=3)
+    return took

@@ -25,7 +25,7 @@ NAMES = ("direct", "splice", "tproxyd")
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     if shutil.which("gcc") is None:
-        pytest.skip("gcc is missing")
+        pytest.fail("gcc is missing: `make nstest` installs it")
     folder = tmp_path_factory.mktemp("programs")
     return {name: compile_program(name, folder) for name in ("load", "splice_relay")}
 

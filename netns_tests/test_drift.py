@@ -12,7 +12,7 @@ from collections.abc import Callable
 import pytest
 import trio
 
-from netns_tests.drift import echo, events, load
+from netns_tests.drift import echo, events, load, until_mended
 from netns_tests.watch import METRICS, get, metrics, until
 from netns_tests.way import BOTH_LAYOUTS, Way, median_ms
 from tproxyd import kernel
@@ -60,10 +60,7 @@ async def test_09_11_12_what_others_remove_is_back_within_a_second(
             for number in range(1, times + 1):
                 began = trio.current_time()
                 await way.proxy.run(*command.split())
-                await until(lambda number=number: len(events(daemon)) >= number, within=3)  # type: ignore[misc]
-                took.append(trio.current_time() - began)
-                assert await way.proxy.dump() == planned
-                await echo(live, b"%d" % number, within=3)
+                took.append(await until_mended(daemon, way.proxy, planned, live, number=number, began=began))
             clients.cancel_scope.cancel()
         await trio.sleep(0.3)  # no second event for the same thing
         assert len(events(daemon)) == times
@@ -103,10 +100,7 @@ async def test_14_lo_down_and_up(way: Way, counted: Counted, nursery: trio.Nurse
                 await four.proxy.run("ip", "link", "set", "lo", "down")
                 began = trio.current_time()
                 await four.proxy.run("ip", "link", "set", "lo", "up")
-                await until(lambda number=number: len(events(daemon)) >= number, within=3)  # type: ignore[misc]
-                took.append(trio.current_time() - began)
-                assert await four.proxy.dump() == planned
-                await echo(live, b"%d" % number, within=3)
+                took.append(await until_mended(daemon, four.proxy, planned, live, number=number, began=began))
                 async with await six.client.connect(six.address, 8080) as stream:
                     await echo(stream, b"six", within=3)
         assert len(events(daemon)) == times

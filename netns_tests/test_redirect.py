@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from netns_tests.drift import echo, events, load
+from netns_tests.drift import echo, load, until_mended
 from netns_tests.labs import SPECIAL, open_bridged_lab, open_special_lab, until_it_forwards
 from netns_tests.watch import METRICS, attempt, dial, ends_within, metrics, outcomes, resets_within, until
 from netns_tests.way import Way, median_ms
@@ -544,10 +544,7 @@ async def test_09_what_others_remove_is_back_within_a_second(
             for number in range(1, times + 1):
                 began = trio.current_time()
                 await way.proxy.run(*command.split())
-                await until(lambda number=number: len(events(daemon)) >= number, within=3)  # type: ignore[misc]
-                took.append(trio.current_time() - began)
-                assert await way.proxy.dump() == planned
-                await echo(live, b"%d" % number, within=3)
+                took.append(await until_mended(daemon, way.proxy, planned, live, number=number, began=began))
             clients.cancel_scope.cancel()
         assert (await metrics(way.proxy))['tproxyd_drift_repairs_total{kind="ruleset"}'] == times
         assert await daemon.stop() == 0

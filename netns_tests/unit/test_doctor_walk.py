@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tproxyd.daemon.doctor.walk import Packet, marks_of, walk_hook
-from tproxyd.kernel import ForeignChain, ForeignNftRule
+from tproxyd.kernel import ChainRule, ForeignChain
 
 PACKET = Packet(family=4, interface="eth0", port=8080, mark=0x1000000)
 MARK = {"meta": {"key": "mark"}}
@@ -39,7 +39,7 @@ def chain(
         kind="filter" if hook else None,
         priority=0,
         policy=policy,
-        rules=[ForeignNftRule(rule, "", number) for number, rule in enumerate(rules)],
+        rules=[ChainRule(rule, "", number) for number, rule in enumerate(rules)],
     )
 
 
@@ -108,7 +108,7 @@ def test_marks() -> None:
     assert walk.mark == 0x1040000
     walk = walk_hook([chain([set_mark({"ct": {"key": "mark"}})], policy="accept")], "input", PACKET)
     assert walk.mark == PACKET.mark  # an untracked packet has none: the rule breaks off
-    assert list(marks_of(ForeignNftRule([set_mark(7)], "", 1))) == [7]
+    assert list(marks_of(ChainRule([set_mark(7)], "", 1))) == [7]
 
 
 JSON = st.recursive(

@@ -76,7 +76,7 @@ def serve_loop(channel: socket.socket, listeners: Sequence[socket.socket]) -> No
         loop = RelayLoop(setup, listeners, channel)
         try:
             loop.run()
-        except Exception as error:
+        except Exception as error:  # told to the owner, who replaces the loop
             loop.complain(error, "the relay loop failed; this is a bug")
             loop.close("worker_lost")
             raise

@@ -5,17 +5,9 @@ Everything acts on the network namespace of the calling thread, and only on what
 """
 
 from tproxyd.kernel.events import Events
-from tproxyd.kernel.foreign import (
-    ForeignChain,
-    ForeignNftRule,
-    ForeignRoute,
-    ForeignRule,
-    Link,
-    list_chains,
-    list_links,
-    list_routes,
-    list_rules,
-)
+from tproxyd.kernel.foreign_chains import ChainRule, ForeignChain, list_chains
+from tproxyd.kernel.foreign_routing import ForeignRoute, ForeignRule, list_foreign_routes, list_foreign_rules
+from tproxyd.kernel.links import Link, list_links
 from tproxyd.kernel.neighbours import Neighbour, look_at_neighbours
 from tproxyd.kernel.nft import Library, Nft, Program, find_program, nft_version
 from tproxyd.kernel.preflight import Preflight, look_ahead, preflight
@@ -42,10 +34,10 @@ from tproxyd.kernel.surroundings import find_ssh_ports, is_bridge, is_forwarding
 
 __all__ = [
     "PROBE_INTERFACE",
+    "ChainRule",
     "Change",
     "Events",
     "ForeignChain",
-    "ForeignNftRule",
     "ForeignRoute",
     "ForeignRule",
     "Kind",
@@ -68,9 +60,9 @@ __all__ = [
     "is_loopback_up",
     "is_reverted",
     "list_chains",
+    "list_foreign_routes",
+    "list_foreign_rules",
     "list_links",
-    "list_routes",
-    "list_rules",
     "look_ahead",
     "look_around",
     "look_at_neighbours",

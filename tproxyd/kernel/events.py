@@ -14,6 +14,7 @@ from collections.abc import Iterator
 
 import msgspec
 
+from tproxyd.kernel.dumps import attributes
 from tproxyd.net.locality import ROUTING_NEWS
 from tproxyd.net.sockets import filter_messages
 from tproxyd.plan import PROTOCOL
@@ -23,7 +24,6 @@ __all__ = ["Events", "News"]
 _NETLINK_NETFILTER = 12  # linux/netlink.h
 _NFNLGRP_NFTABLES = 7  # linux/netfilter/nfnetlink.h
 _HEADER = struct.Struct("=IHHII")  # struct nlmsghdr: length, type, flags, sequence, port
-_ATTRIBUTE = struct.Struct("=HH")  # struct rtattr: length, type
 _INDEX = struct.Struct("=i")  # of an interface, in struct ifinfomsg and struct ifaddrmsg
 _NEWLINK, _DELLINK, _NEWADDR, _DELADDR = 16, 17, 20, 21  # linux/rtnetlink.h
 _NEWROUTE, _DELROUTE, _NEWRULE, _DELRULE = 24, 25, 32, 33
@@ -96,7 +96,7 @@ class Events:
             elif kind in (_NEWLINK, _DELLINK):
                 index = _INDEX.unpack_from(body, 4)[0]  # ifi_index
                 state = state or index == _LOOPBACK
-                name = _attribute(body[16:], _IFLA_IFNAME)
+                name = _text(body[16:], _IFLA_IFNAME)
                 # AF_UNSPEC: bridges tell of their ports, too, with a family of their own.
                 if name is not None and body[0] == socket.AF_UNSPEC:
                     links[index] = name if kind == _NEWLINK else None
@@ -104,7 +104,7 @@ class Events:
             if kind is None:
                 state = True
             elif kind >> 8 == _NFNL_SUBSYS_NFTABLES and kind & 0xFF != _NFT_MSG_NEWGEN:
-                table = _attribute(body[4:], _NFT_TABLE)
+                table = _text(body[4:], _NFT_TABLE)
                 state = state or (table is not None and table.startswith("tproxyd"))
         return News(state, links)
 
@@ -147,13 +147,7 @@ def _messages(sock: socket.socket) -> Iterator[tuple[int | None, bytes]]:
             data = data[(length + 3) & ~3 :]
 
 
-def _attribute(data: bytes, wanted: int) -> str | None:
-    """The text of the first attribute of this type."""
-    while len(data) >= _ATTRIBUTE.size:
-        length, kind = _ATTRIBUTE.unpack_from(data)
-        if not _ATTRIBUTE.size <= length <= len(data):
-            return None
-        if kind == wanted:
-            return data[_ATTRIBUTE.size : length].rstrip(b"\0").decode(errors="replace")
-        data = data[(length + 3) & ~3 :]
-    return None
+def _text(data: bytes, kind: int) -> str | None:
+    """The text of the attribute of this type."""
+    found = attributes(data).get(kind)
+    return None if found is None else found.rstrip(b"\0").decode(errors="replace")

@@ -47,6 +47,7 @@ _TYPES = {
     8: "prohibit",
     9: "throw",
 }
+_EVERY_USER = struct.pack("=II", 0, 0xFFFFFFFF)
 _RTN_LOCAL = 2
 _RTA_DST, _RTA_OIF, _RTA_GATEWAY, _RTA_METRIC, _RTA_TABLE = 1, 4, 5, 6, 15
 _RT_TABLE_LOCAL = 255
@@ -54,7 +55,8 @@ _IPPROTO_TCP = 6
 
 
 class ForeignRule(msgspec.Struct, frozen=True, kw_only=True):
-    """Somebody else's ip rule. `line` is what `ip rule` shows, with numbers for tables; `ends` is whether it ends the look-up itself."""
+    """Somebody else's ip rule. `line` is what `ip rule` shows, with numbers for tables; `ends` is whether it ends the look-up itself,
+    `narrowed` whether it has a selector besides mark and iif (addresses, ports, users, ...), `suppressing` whether it ignores some results."""
 
     family: Family
     priority: int
@@ -69,6 +71,8 @@ class ForeignRule(msgspec.Struct, frozen=True, kw_only=True):
     goto: int | None = None
     ends: bool = False
     l3mdev: bool = False
+    narrowed: bool = False
+    suppressing: bool = False
 
     @property
     def mark_bits(self) -> int:
@@ -161,6 +165,11 @@ def _rule(family: Family, body: bytes) -> ForeignRule | None:
     l3mdev = _L3MDEV in has and has[_L3MDEV] != b"\0"
     ip_proto = has[_IP_PROTO][0] if _IP_PROTO in has else None
     priority = _number(has, _PRIORITY)
+    suppress = struct.unpack("=i", has.get(_SUPPRESS, b"\xff" * 4))[0]
+    narrowed = bool(src_len or dst_len or tos or flags & _INVERT or oif) or any(
+        kind in has for kind in (_IP_PROTO, _SPORT, _DPORT, _TUN_ID)
+    )
+    narrowed = narrowed or has.get(_UIDS, _EVERY_USER) != _EVERY_USER
     words = [f"{priority}:", *(["not"] if flags & _INVERT else [])]
     words.append(f"from {_network(family, has.get(_SRC), src_len)}")
     if dst_len:
@@ -184,7 +193,7 @@ def _rule(family: Family, body: bytes) -> ForeignRule | None:
         words.append("lookup [l3mdev-table]")
     elif action == _TO_TABLE:
         words.append(f"lookup {_TABLES.get(table, table)}")
-        if (suppress := struct.unpack("=i", has.get(_SUPPRESS, b"\xff" * 4))[0]) >= 0:
+        if suppress >= 0:
             words.append(f"suppress_prefixlength {suppress}")
     else:
         words.append(f"goto {goto}" if goto is not None else _ACTIONS.get(action, f"action {action}"))
@@ -203,6 +212,8 @@ def _rule(family: Family, body: bytes) -> ForeignRule | None:
         goto=goto,
         ends=action not in (_TO_TABLE, _TO_GOTO, _NOP),
         l3mdev=l3mdev,
+        narrowed=narrowed,
+        suppressing=suppress >= 0,
     )
 
 

@@ -19,7 +19,7 @@ from tproxyd.kernel.dumps import attributes, dump, each_attribute
 from tproxyd.kernel.marks import Use, Values, expression_use, extension_use
 from tproxyd.kernel.nft import is_ours, list_all
 
-__all__ = ["ForeignNftRule", "list_foreign_nft_rules"]
+__all__ = ["ForeignNftRule", "list_foreign_nft_rules", "rule_lines"]
 
 _NETLINK_NETFILTER = 12  # linux/netlink.h
 _GETRULE = 10 << 8 | 7  # NFNL_SUBSYS_NFTABLES, NFT_MSG_GETRULE
@@ -76,7 +76,7 @@ def list_foreign_nft_rules(ours: Values) -> list[ForeignNftRule]:
         key = (rule["family"], rule["table"], rule["chain"], rule["handle"])
         one = _read(rule["expr"], chains.get(key[:3], {}), extensions.get(key, ()), ours)
         if one is not None:
-            lines = lines or _lines(text)
+            lines = lines or rule_lines(text)
             shown = lines.get(key, f"handle {key[3]}")
             if one.words:
                 shown = f"{shown} (iptables: {' '.join(one.words)})".strip()
@@ -161,7 +161,7 @@ def _ranges(value: Any) -> Iterator[tuple[int, int]]:
                 yield from _ranges(one)
 
 
-def _lines(text: str) -> dict[Key, str]:
+def rule_lines(text: str) -> dict[Key, str]:
     """How nft shows each rule, without its handle."""
     lines: dict[Key, str] = {}
     family = table = chain = ""

@@ -19,7 +19,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache
-from typing import Literal, Protocol
+from typing import Protocol
 
 from tproxyd.errors import CapabilityError, KernelError, MissingError, TproxydError
 from tproxyd.net.capabilities import missing_capabilities
@@ -33,7 +33,6 @@ __all__ = [
     "is_ours",
     "list_all",
     "list_names",
-    "list_ruleset",
     "list_tables",
     "nft_version",
     "spelled",
@@ -160,11 +159,6 @@ def list_names(nft: Nft) -> list[str]:
     """The names of our tables."""
     words = [line.split() for line in nft.run("list tables inet\n").splitlines()]
     return sorted(name for table, family, name in words if table == "table" and is_ours(family, name))
-
-
-def list_ruleset(*, form: Literal["text", "json"]) -> str:
-    """Everybody's ruleset without the elements of named sets: as text with handles, or as JSON. CapabilityError without CAP_NET_ADMIN."""
-    return _run_program(*(("-a",) if form == "text" else ("-j",)), "-t", "-s", "list", "ruleset")
 
 
 def list_tables(nft: Nft) -> dict[str, str]:

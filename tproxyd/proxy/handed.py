@@ -95,7 +95,7 @@ async def _ask(
     try:
         with trio.move_on_after(timeout) as scope:
             verdict = await policy(connection)
-    except Exception:
+    except Exception:  # the program's, whatever it is; it costs this connection only
         complaints.tell("the policy failed for connection %s, which is refused", connection.id, trace=True)
         return None
     if isinstance(verdict, Forward | Refuse | Handle):
@@ -114,7 +114,7 @@ async def _handle(
 ) -> Outcome:
     try:
         await handler(stream)
-    except Exception:
+    except Exception:  # the program's, whatever it is; it costs this connection only
         if stream.broken:
             return "client_reset"
         complaints.tell(

@@ -56,7 +56,7 @@ def src_valid_mark(e: Evidence) -> Iterator[Finding]:
         takes = not rule.narrowed and rule.iif is None and rule.mask and steering.value & rule.mask == rule.mark
         if takes and rule.priority < e.config.routing.priority and e.rule_tables.get((rule.family, rule.table or 0)):
             yield Finding(
-                seen=f"{where}, and a rule of another program sends marked packets to a local route: `{rule}`",
+                seen=f"{where}, and a rule of another program sends marked packets to a local route: `{rule.line}`",
                 why="the kernel then looks up the way back with the mark, too, finds the local route, and drops every steered packet "
                 "in silence",
                 remedy=f"ip -{rule.family} rule del priority {rule.priority} fwmark {rule.mark:#x}/{rule.mask:#x}",

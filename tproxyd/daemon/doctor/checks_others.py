@@ -8,7 +8,7 @@ import msgspec
 
 from tproxyd.daemon.doctor.model import Check, Evidence, Finding
 from tproxyd.daemon.doctor.walk import Packet, Walk, marks_of, walk_hook
-from tproxyd.kernel import ForeignChain, ForeignNftRule
+from tproxyd.kernel import ChainRule, ForeignChain
 
 __all__ = ["CHECKS"]
 
@@ -25,12 +25,12 @@ def rule_before_ours(e: Evidence) -> Iterator[Finding]:
             continue
         if rule.iif is not None and rule.iif not in [link.name for link in e.captured_links]:
             continue
-        ends_it = rule.action in ("blackhole", "unreachable", "prohibit")
-        leads_away = rule.action == "lookup" and (rule.family, rule.table) in e.rule_tables and rule.table != own.table
+        ends_it = rule.ends
+        leads_away = (rule.family, rule.table) in e.rule_tables and rule.table != own.table
         if ends_it or leads_away:
             mark = f" fwmark {rule.mark:#x}/{rule.mask:#x}" if rule.mask else ""
             yield Finding(
-                seen=f"an ip rule of another program comes before ours and takes steered packets, too: `{rule}`",
+                seen=f"an ip rule of another program comes before ours and takes steered packets, too: `{rule.line}`",
                 why="they are routed by it instead of being delivered to the listener: connections to foreign addresses hang",
                 remedy=f"ip -{rule.family} rule del priority {rule.priority}{mark}"
                 if rule.mask
@@ -194,9 +194,9 @@ def _dropped(e: Evidence, walks: Sequence[tuple[Packet, Walk]], which: str) -> I
         )
 
 
-def _met(e: Evidence, kinds: Sequence[str], asked: Sequence[str]) -> list[tuple[ForeignChain, ForeignNftRule]]:
+def _met(e: Evidence, kinds: Sequence[str], asked: Sequence[str]) -> list[tuple[ForeignChain, ChainRule]]:
     """The rules with such a statement that a captured connection meets, or would meet."""
-    met: dict[tuple[str, int], tuple[ForeignChain, ForeignNftRule]] = {}
+    met: dict[tuple[str, int], tuple[ForeignChain, ChainRule]] = {}
     for packet in _captured(e):
         fresh = msgspec.structs.replace(packet, mark=0, states=None)
         for chain, rule in walk_hook(e.chains or (), "prerouting", fresh, kinds=kinds, asked=asked).met:
@@ -215,11 +215,11 @@ def _where(walk: Walk) -> str:
     return f"policy drop of chain {walk.chain}"
 
 
-def _rule(chain: ForeignChain, rule: ForeignNftRule) -> str:
+def _rule(chain: ForeignChain, rule: ChainRule) -> str:
     return f"`{rule.text}` in chain {chain}"
 
 
-def _delete(chain: ForeignChain, rule: ForeignNftRule) -> str:
+def _delete(chain: ForeignChain, rule: ChainRule) -> str:
     return f"nft delete rule {chain} handle {rule.handle}"
 
 

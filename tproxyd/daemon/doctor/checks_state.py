@@ -156,12 +156,12 @@ def route_missing(e: Evidence) -> Iterator[Finding]:
 
 def foreign_route(e: Evidence) -> Iterator[Finding]:
     for route in e.routes:
-        if route.kind == "local" and route.destination == "default":
+        if route.delivers:
             continue  # does the same as ours
         yield Finding(
-            seen=f"a route of another program is in our table: IPv{route.family} `{route}`",
+            seen=f"a route of another program is in our table: IPv{route.family} `{route.line}`",
             why="steered packets to there follow it and are not captured",
-            remedy=f"ip -{route.family} route del {route}",
+            remedy=f"ip -{route.family} route del {route.line}",
         )
 
 

@@ -87,10 +87,10 @@ def gather(config: Config, file: str | None) -> Evidence:
     plan, changed = _compare(planned, surroundings, observed, serves=serves)
     draining = serves and changed == ("tproxyd",) and not _compare(planned, surroundings, observed, capturing=False)[1]
     no_rules: tuple[kernel.ForeignRule, ...] = ()
-    rules = look("ip rules", kernel.list_rules, no_rules)
+    rules = look("ip rules", lambda: tuple(kernel.list_foreign_rules()), no_rules)
     # Our own routes are not among the foreign ones.
     no_routes: tuple[kernel.ForeignRoute, ...] = ()
-    routes = look("the routes of our table", lambda: kernel.list_routes(config.routing.table), no_routes)
+    routes = look("the routes of our table", lambda: tuple(kernel.list_foreign_routes(config.routing.table)), no_routes)
     holders = socket_holders([sock.inode for sock in sockets if sock.state == LISTEN])
     counters = _read_counters()
     return Evidence(
@@ -207,10 +207,10 @@ def _tables(rules: tuple[kernel.ForeignRule, ...], own: int) -> dict[tuple[int, 
     """The tables that marked packets may be sent to by others, if there is a route in them."""
     found: dict[tuple[int, int], bool] = {}
     main = {253, 254, 255}
-    for table in {rule.table for rule in rules if rule.action == "lookup" and rule.table} - main:
-        for route in kernel.list_routes(table):
+    for table in {rule.table for rule in rules if rule.table} - main:
+        for route in kernel.list_foreign_routes(table):
             key = (route.family, table)
-            found[key] = found.get(key, False) or (route.kind == "local" and route.destination == "default")
+            found[key] = found.get(key, False) or route.is_ours_but_for_protocol
     for family in (4, 6):
         found |= {(family, table): False for table in main}
         if (family, own) in found or any(rule.table == own for rule in rules):

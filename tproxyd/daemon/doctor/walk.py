@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from tproxyd.kernel import ForeignChain, ForeignNftRule
+from tproxyd.kernel import ChainRule, ForeignChain
 
 __all__ = ["Packet", "Walk", "marks_of", "walk_hook"]
 
@@ -37,11 +37,11 @@ class Walk(msgspec.Struct):
 
     verdict: str
     chain: ForeignChain | None
-    rule: ForeignNftRule | None
+    rule: ChainRule | None
     perhaps: bool
     mark: int
-    marker: tuple[ForeignChain, ForeignNftRule] | None
-    met: list[tuple[ForeignChain, ForeignNftRule]]
+    marker: tuple[ForeignChain, ChainRule] | None
+    met: list[tuple[ForeignChain, ChainRule]]
 
 
 def walk_hook(
@@ -153,14 +153,14 @@ def _verdicts(kind: str, content: Any, packet: Packet) -> Iterator[tuple[str, st
                     yield name, target, answer is True
 
 
-def _mangle(content: _Statement, walk: Walk, chain: ForeignChain, rule: ForeignNftRule) -> None:
+def _mangle(content: _Statement, walk: Walk, chain: ForeignChain, rule: ChainRule) -> None:
     if content.get("key") == {"meta": {"key": "mark"}}:
         value = _value(content.get("value"), walk.mark)
         if value is not None and value != walk.mark:
             walk.mark, walk.marker = value, (chain, rule)
 
 
-def marks_of(rule: ForeignNftRule) -> Iterator[int]:
+def marks_of(rule: ChainRule) -> Iterator[int]:
     """What the rule makes of the mark of a packet that has none."""
     for statement in rule.statements:
         content = statement.get("mangle")
