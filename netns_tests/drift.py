@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 
 import trio
 
@@ -10,7 +12,7 @@ from netns_tests.watch import until
 from tproxyd.testing import KernelState, Node
 from tproxyd.testing.daemon import LabDaemon
 
-__all__ = ["echo", "events", "load", "until_mended"]
+__all__ = ["echo", "events", "open_live", "under_load", "until_mended"]
 
 
 async def echo(stream: trio.SocketStream, word: bytes, *, within: float) -> None:
@@ -22,8 +24,25 @@ async def echo(stream: trio.SocketStream, word: bytes, *, within: float) -> None
     assert got == word
 
 
-async def load(client: Node, address: str) -> None:
-    """One client in a loop; what becomes of its connections while something is broken is not asked here."""
+@asynccontextmanager
+async def open_live(client: Node, *addresses: str) -> AsyncIterator[list[trio.SocketStream]]:
+    """A connection to each, which is to outlive what is done to the kernel's state."""
+    async with AsyncExitStack() as stack:
+        yield [await stack.enter_async_context(await client.connect(address, 8080)) for address in addresses]
+
+
+@asynccontextmanager
+async def under_load(client: Node, address: str) -> AsyncIterator[None]:
+    """Four clients that connect, ask and leave in a loop meanwhile."""
+    async with trio.open_nursery() as clients:
+        for _ in range(4):
+            clients.start_soon(_load, client, address)
+        yield
+        clients.cancel_scope.cancel()
+
+
+async def _load(client: Node, address: str) -> None:
+    """What becomes of its connections while something is broken is not asked here."""
     while True:
         try:
             async with await client.connect(address, 8080, timeout=1) as stream:
@@ -41,11 +60,18 @@ def events(daemon: LabDaemon) -> list[str]:
 
 
 async def until_mended(
-    daemon: LabDaemon, node: Node, planned: KernelState, live: trio.SocketStream, *, number: int, began: float
+    daemon: LabDaemon,
+    node: Node,
+    planned: KernelState,
+    live: Sequence[trio.SocketStream],
+    *,
+    number: int,
+    began: float,
 ) -> float:
-    """Waits for so many events; then all is as planned, and the live connection goes on. Seconds since `began`."""
+    """Waits for so many events; then all is as planned, and the live connections go on. Seconds since `began`."""
     await until(lambda: len(events(daemon)) >= number, within=3)
     took = trio.current_time() - began
     assert await node.dump() == planned
-    await echo(live, b"%d" % number, within=3)
+    for stream in live:
+        await echo(stream, b"%d" % number, within=3)
     return took

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from netns_tests.drift import echo, load, until_mended
+from netns_tests.drift import echo, open_live, under_load, until_mended
 from netns_tests.labs import SPECIAL, open_bridged_lab, open_special_lab, until_it_forwards
 from netns_tests.watch import METRICS, attempt, dial, ends_within, metrics, outcomes, resets_within, until
 from netns_tests.way import Way, median_ms
@@ -538,14 +538,11 @@ async def test_09_what_others_remove_is_back_within_a_second(
             kind = "chain" if " " in table else "table"
             done = await way.proxy.run("nft", "flush", kind, "inet", *table.split(), check=False)
             assert "Operation not permitted" in done.stderr
-        async with await way.client.connect(way.address, 8080) as live, trio.open_nursery() as clients:
-            for _ in range(4):
-                clients.start_soon(load, way.client, way.address)
+        async with open_live(way.client, way.address) as live, under_load(way.client, way.address):
             for number in range(1, times + 1):
                 began = trio.current_time()
                 await way.proxy.run(*command.split())
                 took.append(await until_mended(daemon, way.proxy, planned, live, number=number, began=began))
-            clients.cancel_scope.cancel()
         assert (await metrics(way.proxy))['tproxyd_drift_repairs_total{kind="ruleset"}'] == times
         assert await daemon.stop() == 0
     assert set(outcomes(daemon)) <= {"closed", "client_reset"}
