@@ -465,7 +465,7 @@ def refusing(run, shown):
         return run(*arguments, text=text) if shown.startswith("/dev") else run(*arguments)
     return refused
 nft.Library.run = refusing(nft.Library.run, SAID + "\\ntable inet tproxyd\\n      ^^^^^^^")
-nft._run_program = refusing(nft._run_program, "/dev/stdin:4:93-97: " + SAID + "\\n{rule}\\n{marks}")
+nft.run_program = refusing(nft.run_program, "/dev/stdin:4:93-97: " + SAID + "\\n{rule}\\n{marks}")
 from tproxyd.daemon.cli import main
 sys.exit(main(sys.argv[5:]))
 """

@@ -35,7 +35,7 @@ _RETRY = 1.0  # after a repair that failed
 # again is not answered as fast as it can, and one that never stops gets an answer every five seconds.
 _MINUTE = 60.0
 _FREE, _STEP, _USUAL_PAUSE = 5, 0.02, 0.4
-_FIGHT, _LONG_PAUSE = 90, 5.0
+_FIGHT, _LONG_PAUSE = 110, 5.0
 
 
 class Keeper:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import msgspec
 
-from tproxyd.kernel.foreign_ruleset import rule_lines
-from tproxyd.kernel.nft import is_ours, list_all
+from tproxyd.kernel.foreign_listing import list_foreign, rule_lines
 
 __all__ = ["ChainRule", "ForeignChain", "list_chains"]
 
@@ -38,10 +36,9 @@ class ForeignChain(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def list_chains() -> tuple[ForeignChain, ...]:
-    """All chains of nft (those of iptables-nft among them) but ours. CapabilityError without CAP_NET_ADMIN."""
-    listing, text = list_all()
+    """All chains of nft (those of iptables-nft among them) but ours, and those that are switched off. CapabilityError without CAP_NET_ADMIN."""
+    content, text = list_foreign()
     words = rule_lines(text)
-    content = json.loads(listing)["nftables"]
     rules: dict[tuple[str, str, str], list[ChainRule]] = {}
     for item in content:
         if "rule" in item:
@@ -64,5 +61,4 @@ def list_chains() -> tuple[ForeignChain, ...]:
             rules=rules.get((chain["family"], chain["table"], chain["name"]), []),
         )
         for chain in (item["chain"] for item in content if "chain" in item)
-        if not is_ours(chain["family"], chain["table"])
     )

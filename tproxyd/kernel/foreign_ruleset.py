@@ -1,13 +1,10 @@
 """The nft tables that are not ours, as far as their rules can meet what is: marks, transparent proxies, redirections.
 
-nft is asked twice, for what its rules mean (JSON) and for how they read (text, for the message that names the culprit); sets with
-names stay unread. Rules that iptables has made stand there, too; what nft does not show of their extensions is asked of the kernel.
+Sets with names stay unread. Rules that iptables has made stand there, too; what nft does not show of their extensions is asked of the kernel.
 """
 
 from __future__ import annotations
 
-import json
-import re
 import struct
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
@@ -16,10 +13,10 @@ import msgspec
 
 from tproxyd.errors import KernelError
 from tproxyd.kernel.dumps import attributes, dump, each_attribute
+from tproxyd.kernel.foreign_listing import Key, list_foreign, rule_lines
 from tproxyd.kernel.marks import Use, Values, expression_use, extension_use
-from tproxyd.kernel.nft import is_ours, list_all
 
-__all__ = ["ForeignNftRule", "list_foreign_nft_rules", "rule_lines"]
+__all__ = ["ForeignNftRule", "list_foreign_nft_rules"]
 
 _NETLINK_NETFILTER = 12  # linux/netlink.h
 _GETRULE = 10 << 8 | 7  # NFNL_SUBSYS_NFTABLES, NFT_MSG_GETRULE
@@ -29,13 +26,6 @@ _XT_NAME, _XT_INFO = 1, 3  # NFTA_TARGET_, NFTA_MATCH_
 _FAMILIES = {1: "inet", 2: "ip", 3: "arp", 5: "netdev", 7: "bridge", 10: "ip6"}  # NFPROTO_
 _PREROUTING_RAW = -300
 _TCP = ("tcp", 6)
-
-_TABLE_LINE = re.compile(r"table (\S+) (\S+) \{")
-_CHAIN_LINE = re.compile(r"\tchain (\S+) \{")
-_RULE_LINE = re.compile(r"\t\t(.*) # handle (\d+)$")
-
-Key = tuple[str, str, str, int]
-"""A rule: family, table, chain, handle."""
 
 
 class ForeignNftRule(msgspec.Struct, frozen=True, kw_only=True):
@@ -56,18 +46,14 @@ class ForeignNftRule(msgspec.Struct, frozen=True, kw_only=True):
 
 def list_foreign_nft_rules(ours: Values) -> list[ForeignNftRule]:
     """Those rules that use marks, but for comparisons with `ours`, or take connections. Raises MissingError, CapabilityError, KernelError."""
-    listing, text = list_all()
-    try:
-        parts = json.loads(listing)["nftables"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise KernelError(f"`nft -j list ruleset` gives no JSON ({error})") from error
+    parts, text = list_foreign()
     chains: dict[tuple[str, str, str], dict[str, Any]] = {}
     rules: list[dict[str, Any]] = []
     for part in parts:
         if "chain" in part:
             chain = part["chain"]
             chains[chain["family"], chain["table"], chain["name"]] = chain
-        elif "rule" in part and not is_ours(part["rule"]["family"], part["rule"]["table"]):
+        elif "rule" in part:
             rules.append(part["rule"])
     extensions = _list_extensions() if any("xt" in one for rule in rules for one in rule["expr"]) else {}
     lines: dict[Key, str] = {}
@@ -159,20 +145,6 @@ def _ranges(value: Any) -> Iterator[tuple[int, int]]:
         case {"set": [*many]}:
             for one in many:
                 yield from _ranges(one)
-
-
-def rule_lines(text: str) -> dict[Key, str]:
-    """How nft shows each rule, without its handle."""
-    lines: dict[Key, str] = {}
-    family = table = chain = ""
-    for line in text.splitlines():
-        if match := _RULE_LINE.match(line):
-            lines[family, table, chain, int(match[2])] = " ".join(match[1].split())
-        elif match := _TABLE_LINE.match(line):
-            family, table = match[1], match[2]
-        elif match := _CHAIN_LINE.match(line):
-            chain = match[1]
-    return lines
 
 
 def _list_extensions() -> dict[Key, list[tuple[str, bytes]]]:

@@ -31,10 +31,10 @@ __all__ = [
     "Program",
     "find_program",
     "is_ours",
-    "list_all",
     "list_names",
     "list_tables",
     "nft_version",
+    "run_program",
     "spelled",
     "without_traffic",
 ]
@@ -83,10 +83,10 @@ class Program:
         self.spellings: dict[str, str] = {}
 
     def run(self, text: str) -> str:
-        return _run_program("-s", "-f", "-", text=text)
+        return run_program("-s", "-f", "-", text=text)
 
     def check(self, text: str) -> None:
-        _run_program("-c", "-f", "-", text=text)
+        run_program("-c", "-f", "-", text=text)
 
     @contextmanager
     def fresh(self) -> Iterator[Nft]:
@@ -201,15 +201,10 @@ def is_ours(family: str, table: str) -> bool:
     return family == "inet" and _OURS.fullmatch(table) is not None
 
 
-def list_all() -> tuple[str, str]:
-    """The whole ruleset of this namespace, everybody's, as JSON and as text with handles; sets without what is in them."""
-    return _run_program("-j", "-t", "list", "ruleset"), _run_program("-a", "-s", "-t", "list", "ruleset")
-
-
 def nft_version() -> str | None:
     """What `nft --version` says, or None where there is no nft."""
     try:
-        return _run_program("--version").strip()
+        return run_program("--version").strip()
     except MissingError:
         return None
 
@@ -222,7 +217,8 @@ def find_program() -> str:
     return nft
 
 
-def _run_program(*arguments: str, text: str = "") -> str:
+def run_program(*arguments: str, text: str = "") -> str:
+    """What nft prints, given this text as its standard input. Raises MissingError, CapabilityError, KernelError."""
     nft = find_program()
     try:
         done = subprocess.run(

@@ -1,0 +1,118 @@
+"""The nft tables that are not ours, as nft lists them: what their rules mean (JSON), and how they read (text).
+
+Tables that are switched off (`flags dormant`) are not in force, and left out. Sets with names stay unread.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+from tproxyd.errors import KernelError
+from tproxyd.kernel.nft import is_ours, run_program
+
+__all__ = ["Key", "list_foreign", "rule_lines"]
+
+_TABLE_LINE = re.compile(r"table (\S+) (\S+) \{")
+_FLAGS_LINE = re.compile(r"\tflags (.+)")
+_CHAIN_LINE = re.compile(r"\tchain (\S+) \{")
+_RULE_LINE = re.compile(r"\t\t(.*) # handle (\d+)$")
+_TRIES = 3  # tables come and go between two programs
+
+Key = tuple[str, str, str, int]
+"""A rule: family, table, chain, handle."""
+
+Part = dict[str, Any]
+
+
+def list_foreign() -> tuple[list[Part], str]:
+    """Chains, rules and sets of others, as libnftables-json(5) has them, and the text of the whole ruleset with handles.
+
+    Raises MissingError, CapabilityError, KernelError.
+    """
+    for _ in range(_TRIES):
+        text = run_program("-a", "-s", "-t", "list", "ruleset")
+        tables = [(family, name, flags) for family, name, flags in _tables(text) if not is_ours(family, name)]
+        dormant = {(family, name) for family, name, flags in tables if "dormant" in flags}
+        try:
+            if len(tables) == len(dormant):
+                return [], text
+            parts = _list_whole()
+            if parts is None:
+                parts = [part for table in tables for part in _list_table(text, *table)]
+        except KernelError as error:
+            failed = error  # a table that has gone, perhaps
+            continue
+        return [part for part in parts if _is_wanted(part, dormant)], text
+    raise failed
+
+
+def _list_whole() -> list[Part] | None:
+    """All that there is; None where nft cannot tell: version 1.0.6 prints flags of tables from memory that it has freed, and
+    since a daemon's table has a flag (its owner), that is often the end of the JSON, or of nft."""
+    try:
+        return _parts(run_program("-j", "-t", "list", "ruleset"))
+    except (KernelError, ValueError):
+        return None
+
+
+def _list_table(text: str, family: str, table: str, flags: str) -> list[Part]:
+    """One table. Of one with flags each chain by itself: then nft does not tell of the table."""
+    listings = (
+        [run_program("-j", "-t", "list", "chain", family, table, chain) for chain in _chains(text, family, table)]
+        if flags
+        else [run_program("-j", "-t", "list", "table", family, table)]
+    )
+    try:
+        return [part for listing in listings for part in _parts(listing)]
+    except ValueError as error:
+        raise KernelError(f"`nft -j list table {family} {table}` gives no JSON ({error})") from error
+
+
+def _parts(listing: str) -> list[Part]:
+    """Raises ValueError if it is no JSON of nft's."""
+    try:
+        parts: list[Part] = json.loads(listing)["nftables"]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"no `nftables` in it: {listing[:80]!r}") from error
+    return parts
+
+
+def _is_wanted(part: Part, dormant: set[tuple[str, str]]) -> bool:
+    ((_, content),) = part.items()
+    family, table = content.get("family"), content.get("table")
+    return table is not None and not is_ours(family, table) and (family, table) not in dormant
+
+
+def _tables(text: str) -> Iterator[tuple[str, str, str]]:
+    """Family, name and flags of each table in a listing."""
+    for line, after in pairwise([*text.splitlines(), ""]):
+        if match := _TABLE_LINE.match(line):
+            flags = _FLAGS_LINE.match(after)
+            yield match[1], match[2], flags[1] if flags else ""
+
+
+def _chains(text: str, family: str, table: str) -> Iterator[str]:
+    here = False
+    for line in text.splitlines():
+        if match := _TABLE_LINE.match(line):
+            here = match.groups() == (family, table)
+        elif here and (match := _CHAIN_LINE.match(line)):
+            yield match[1]
+
+
+def rule_lines(text: str) -> dict[Key, str]:
+    """How nft shows each rule, without its handle."""
+    lines: dict[Key, str] = {}
+    family = table = chain = ""
+    for line in text.splitlines():
+        if match := _RULE_LINE.match(line):
+            lines[family, table, chain, int(match[2])] = " ".join(match[1].split())
+        elif match := _TABLE_LINE.match(line):
+            family, table = match[1], match[2]
+        elif match := _CHAIN_LINE.match(line):
+            chain = match[1]
+    return lines
