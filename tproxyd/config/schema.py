@@ -50,9 +50,20 @@ class Capture(msgspec.Struct, frozen=True, kw_only=True):
 
     def takes_port(self, port: int) -> bool:
         """Whether a connection to this port may be captured."""
-        return any(one.first <= port <= one.last for one in self.ports) and not any(
-            one.first <= port <= one.last for one in self.exclude_ports
-        )
+        return any(first <= port <= last for first, last in self.taken_ports)
+
+    @property
+    def taken_ports(self) -> list[tuple[int, int]]:
+        """The ranges of ports to which connections may be captured: those that are named, without the excluded ones."""
+        taken = [(one.first, one.last) for one in self.ports]
+        for excluded in self.exclude_ports:
+            taken = [
+                part
+                for first, last in taken
+                for part in ((first, min(last, excluded.first - 1)), (max(first, excluded.last + 1), last))
+                if part[0] <= part[1]
+            ]
+        return taken
 
 
 class Listen(msgspec.Struct, frozen=True, kw_only=True):

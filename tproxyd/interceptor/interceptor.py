@@ -14,7 +14,6 @@ import socket
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
-from typing import TypeVar
 
 import msgspec
 import trio
@@ -33,8 +32,6 @@ from tproxyd.plan import Marks, Surroundings, make_plan, ssh_remarks
 from tproxyd.proxy import Policy
 
 __all__ = ["Interceptor", "open_interceptor"]
-
-T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
@@ -153,7 +150,7 @@ async def open_interceptor(
     require_capabilities("capturing connections", ("CAP_NET_ADMIN", "CAP_NET_RAW"))
     config = _with_engine(config)
     async with AsyncExitStack() as stack:
-        keeper = Keeper(config, ssh_ports=ssh_ports)
+        keeper = await in_thread(partial(Keeper, config, ssh_ports=ssh_ports))
         stack.callback(keeper.close)
         _tell_ssh(config, keeper.surroundings)
         listen = make_plan(config, surroundings=keeper.surroundings).listen

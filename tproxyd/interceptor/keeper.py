@@ -7,6 +7,7 @@ come and go. A look costs some ten milliseconds, and happens when the kernel has
 from __future__ import annotations
 
 import logging
+import math
 import socket
 import time
 from collections import Counter, defaultdict, deque
@@ -20,7 +21,7 @@ from tproxyd import kernel
 from tproxyd.config import Config
 from tproxyd.errors import MissingError, TproxydError
 from tproxyd.interceptor.threads import in_thread
-from tproxyd.plan import Marks, Plan, Surroundings, make_plan
+from tproxyd.plan import Marks, Plan, Surroundings, make_marks, make_plan
 
 __all__ = ["KINDS", "Keeper"]
 
@@ -29,6 +30,8 @@ _log = logging.getLogger(__name__)
 KINDS = ("route", "rule", "ruleset", "ipv6")
 """What is repaired, as counted: ipv6 is what was adapted because IPv6 had been switched off or on."""
 
+# A look is followed by a rest of so many times its own length, or every change of somebody else's rules could cost a core.
+_REST, _LONGEST_REST = 4, 5.0
 _LOOK = 60.0  # seconds between two looks without news: somebody may have changed what the kernel has no news of
 _RETRY = 1.0  # after a repair that failed
 # Repairs of one kind in the last minute, and the pause before the next one: an accident is mended at once, a program that does it again and
@@ -61,6 +64,7 @@ class Keeper:
         self._left = True  # nothing to keep
         self._lock = trio.Lock()
         self._repaired: defaultdict[str, deque[float]] = defaultdict(deque)
+        self._rested = -math.inf  # when the next look may begin, on trio.current_time()
         self._links: dict[int, str] = dict(socket.if_nameindex())
         self.trouble = ""
 
@@ -79,7 +83,7 @@ class Keeper:
 
     @property
     def marks(self) -> Marks:
-        return self._wanted(self._surroundings).marks
+        return make_marks(self._config, self._surroundings.taken_marks)
 
     async def differences(self) -> list[kernel.Change]:
         """What is otherwise than planned, now. Raises TproxydError."""
@@ -90,7 +94,7 @@ class Keeper:
         """Makes the kernel hold the plan, capture last; takes over what `tproxyd apply` or a predecessor has left. Raises
         TproxydError, with nothing changed."""
         async with self._lock:
-            self._stays = await in_thread(partial(kernel.is_applied, self._nft))
+            self._stays = await in_thread(kernel.is_applied)
             changes = await in_thread(partial(kernel.apply, self._wanted(self._surroundings), self._nft))
             self._left = False
         if self._stays:
@@ -109,6 +113,7 @@ class Keeper:
                 news = events.read()
                 self._tell_links(news.links)
                 if news.state or trio.current_time() >= due:
+                    await trio.sleep_until(self._rested)
                     due = trio.current_time() + (_LOOK if await self._repair() else _RETRY)
 
     async def stop_capture(self) -> None:
@@ -153,15 +158,23 @@ class Keeper:
         """Looks, and puts right what is otherwise; False if that has to be tried again."""
         try:
             async with self._lock:
+                began = trio.current_time()
                 kinds = await in_thread(self._look)
+                now = trio.current_time()
+                self._rested = now + min(_REST * (now - began), _LONGEST_REST)
             if kinds:
                 await trio.sleep(max(self._pause(kind) for kind in kinds))
                 async with self._lock:
                     await in_thread(self._apply)
-        except TproxydError as error:
+        except Exception as error:  # whatever it is, connections that live are worth more than this one look
             if str(error) != self.trouble:
                 self.trouble = str(error)
-                _log.error("cannot repair the kernel's state, and will try again: %s", error)
+                known = isinstance(error, (TproxydError, OSError))
+                _log.error(
+                    "cannot repair the kernel's state, and will try again: %s",
+                    error if known else f"this is a bug, please report it: {error!r}",
+                    exc_info=None if known else error,
+                )
             return False
         self.trouble = ""
         return True

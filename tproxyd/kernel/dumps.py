@@ -11,20 +11,33 @@ import socket
 import struct
 from collections.abc import Iterator
 
-__all__ = ["attributes", "dump", "each_attribute"]
+__all__ = ["attributes", "dump", "dump_all", "each_attribute"]
 
 _HEADER = struct.Struct("=IHHII")  # struct nlmsghdr: length, type, flags, sequence, port
 _ATTRIBUTE = struct.Struct("=HH")  # struct nlattr: length, type
 _ERROR = struct.Struct("=i")
 _REQUEST_DUMP = 0x301  # NLM_F_REQUEST | NLM_F_DUMP, linux/netlink.h
 _NLMSG_ERROR, _NLMSG_DONE = 2, 3
+_DUMP_INTERRUPTED = 0x10  # NLM_F_DUMP_INTR: it changed meanwhile, and something may be missing or there twice
+_TRIES = 5
 _SOL_NETLINK, _GET_STRICT_CHK = 270, 12
 _TYPE = 0x3FFF  # NLA_TYPE_MASK: without the flags for nested and for byte order
 _LARGEST = 1 << 18  # bytes; the kernel sends at most 32 KiB at a time
 
 
-def dump(protocol: int, kind: int, body: bytes) -> Iterator[bytes]:
-    """The bodies of all answers to one dump request of this netlink protocol. Raises OSError with the kernel's error."""
+def dump_all(protocol: int, kind: int, body: bytes) -> list[bytes]:
+    """The bodies of all answers to one dump request of this netlink protocol, from a moment at which nothing changed, if that comes
+    within five tries. Raises OSError with the kernel's error."""
+    for _ in range(_TRIES):
+        interrupted: list[bool] = []
+        bodies = list(dump(protocol, kind, body, interrupted))
+        if not interrupted:
+            break
+    return bodies
+
+
+def dump(protocol: int, kind: int, body: bytes, interrupted: list[bool] | None = None) -> Iterator[bytes]:
+    """The same as they come in, of whatever moment; if it changed meanwhile, a word of that is put into the list. Raises OSError."""
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol) as sock:
         if protocol == socket.NETLINK_ROUTE:
             sock.setsockopt(_SOL_NETLINK, _GET_STRICT_CHK, 1)  # the kernel filters by what the request says
@@ -32,7 +45,9 @@ def dump(protocol: int, kind: int, body: bytes) -> Iterator[bytes]:
         while True:
             data = memoryview(sock.recv(_LARGEST))
             while len(data) >= _HEADER.size:
-                length, answer, _, _, _ = _HEADER.unpack_from(data)
+                length, answer, flags, _, _ = _HEADER.unpack_from(data)
+                if flags & _DUMP_INTERRUPTED and interrupted is not None:
+                    interrupted.append(True)
                 content = bytes(data[_HEADER.size : length])
                 if answer in (_NLMSG_DONE, _NLMSG_ERROR):
                     number = -_ERROR.unpack_from(content)[0] if len(content) >= _ERROR.size else 0

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import msgspec
 
 from tproxyd.errors import KernelError
-from tproxyd.kernel.dumps import attributes, dump, each_attribute
+from tproxyd.kernel.dumps import attributes, dump_all, each_attribute
 from tproxyd.kernel.foreign_listing import Key, list_foreign, rule_lines
 from tproxyd.kernel.marks import Use, Values, expression_use, extension_use
 
@@ -151,7 +151,7 @@ def _list_extensions() -> dict[Key, list[tuple[str, bytes]]]:
     """Name and data of the iptables extensions in each rule that has any."""
     found: dict[Key, list[tuple[str, bytes]]] = {}
     try:
-        for body in dump(_NETLINK_NETFILTER, _GETRULE, bytes(4)):  # struct nfgenmsg: every family
+        for body in dump_all(_NETLINK_NETFILTER, _GETRULE, bytes(4)):  # struct nfgenmsg: every family
             has = attributes(body[4:])
             extensions = list(_extensions(has.get(_RULE_EXPRESSIONS, b"")))
             if extensions:

@@ -203,10 +203,11 @@ def _routes(config: Config) -> Iterator[Neighbour]:
 
 
 def _ruleset(config: Config, rules: Iterable[ForeignNftRule]) -> Iterator[Neighbour]:
+    captured = config.capture.taken_ports
     for rule in rules:
         shown_by = f"nft list chain {rule.table} {rule.chain}"
         ours = not rule.ports or any(
-            config.capture.takes_port(port) for one, other in rule.ports for port in range(one, other + 1)
+            one <= last and first <= other for one, other in rule.ports for first, last in captured
         )
         kind: NeighbourKind | None = rule.takes if ours else None
         if kind is None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import os
 import re
@@ -22,6 +23,7 @@ from functools import cache
 from typing import Protocol
 
 from tproxyd.errors import CapabilityError, KernelError, MissingError, TproxydError
+from tproxyd.kernel.dumps import attributes, dump_all
 from tproxyd.net.capabilities import missing_capabilities
 from tproxyd.net.namespaces import call_in_namespace, new_namespace
 
@@ -41,9 +43,11 @@ __all__ = [
 
 # The flags of a set whose elements come and go with the traffic, and those elements.
 _DYNAMIC = re.compile(r"(flags [^\n]*\bdynamic\b[^}]*?\n)\s*elements = \{[^}]*\}\n")
-_OURS = re.compile(r"tproxyd(_.*)?")
+_OURS = re.compile(r"tproxyd(_\w+)?", re.ASCII)  # names that nft itself could give
 _OWNER = re.compile(r"\{ # progname [^\n]*\n")
 _NETLINK_NETFILTER = 12  # linux/netlink.h
+_GETTABLE = 10 << 8 | 1  # NFNL_SUBSYS_NFTABLES, NFT_MSG_GETTABLE
+_NFPROTO_INET, _TABLE_NAME = 1, 1  # linux/netfilter.h; NFTA_TABLE_NAME
 _STATELESS = 1 << 2  # NFT_CTX_OUTPUT_STATELESS, nftables/libnftables.h
 # How a rule that needs a kernel module begins to use it. Not bare words: "tproxy" is also the beginning of our tables' names.
 _MODULES = (
@@ -125,6 +129,8 @@ class Library:
             self._context = None
 
     def run(self, text: str) -> str:
+        if not self._context:
+            raise KernelError("libnftables is closed already: the interception is over")
         code = self._lib.nft_run_cmd_from_buffer(self._context, text.encode())
         output: bytes = self._lib.nft_ctx_get_output_buffer(self._context)
         errors: bytes = self._lib.nft_ctx_get_error_buffer(self._context)
@@ -133,7 +139,7 @@ class Library:
         return output.decode(errors="replace")
 
     def check(self, text: str) -> None:
-        self._lib.nft_ctx_set_dry_run(self._context, True)
+        self._dry_run(True)
         try:
             self.run(text)
         except KernelError as error:
@@ -147,7 +153,11 @@ class Library:
                 pass
             raise
         finally:
-            self._lib.nft_ctx_set_dry_run(self._context, False)
+            self._dry_run(False)
+
+    def _dry_run(self, on: bool) -> None:
+        if self._context:  # else `run` says that it is closed
+            self._lib.nft_ctx_set_dry_run(self._context, on)
 
     @contextmanager
     def fresh(self) -> Iterator[Nft]:
@@ -155,15 +165,27 @@ class Library:
             yield other
 
 
-def list_names(nft: Nft) -> list[str]:
-    """The names of our tables."""
-    words = [line.split() for line in nft.run("list tables inet\n").splitlines()]
-    return sorted(name for table, family, name in words if table == "table" and is_ours(family, name))
+def list_names() -> list[str]:
+    """The names of our tables. Not from nft: that takes half a megabyte for each table of anybody's, and names may be anything."""
+    try:
+        bodies = dump_all(_NETLINK_NETFILTER, _GETTABLE, bytes([_NFPROTO_INET, 0, 0, 0]))  # struct nfgenmsg
+    except OSError as error:
+        if error.errno in (errno.EPERM, errno.EACCES):
+            raise CapabilityError(
+                "cannot list the tables of nft: that needs CAP_NET_ADMIN in this network namespace; run as root"
+            ) from error
+        if error.errno in (errno.EPROTONOSUPPORT, errno.EOPNOTSUPP):
+            return []  # a kernel without nf_tables
+        raise KernelError(
+            f"cannot list the tables of nft: {error.strerror}; is the machine out of files or memory?"
+        ) from error
+    names = (attributes(body[4:]).get(_TABLE_NAME, b"").rstrip(b"\0").decode(errors="replace") for body in bodies)
+    return sorted(name for name in names if is_ours("inet", name))
 
 
 def list_tables(nft: Nft) -> dict[str, str]:
     """Our tables: name to listing, without counters, handles, the owner's name and what the rules themselves have put into sets."""
-    return {name: _list_table(nft, name) for name in list_names(nft)}
+    return {name: _list_table(nft, name) for name in list_names()}
 
 
 def spelled(ruleset: str, nft: Nft) -> dict[str, str]:

@@ -31,7 +31,6 @@ __all__ = [
     "differences",
     "expected",
     "is_applied",
-    "is_reverted",
     "make_steps",
     "observe",
     "planned",
@@ -115,15 +114,9 @@ def sections(state: Observed) -> dict[str, list[str]]:
     }
 
 
-def is_applied(nft: Nft = _PROGRAM) -> bool:
+def is_applied() -> bool:
     """Whether `tproxyd apply` was here: then the state is to stay when a daemon stops."""
-    return STATE in list_names(nft)
-
-
-def is_reverted(nft: Nft = _PROGRAM) -> bool:
-    """Whether nothing of what `tproxyd apply` put there is left: somebody has taken it away on purpose."""
-    observed = observe(nft)
-    return not (observed.rules or observed.routes or STATE in observed.tables)
+    return STATE in list_names()
 
 
 def differences(plan: Plan, observed: Observed, nft: Nft = _PROGRAM) -> list[Change]:
@@ -157,7 +150,8 @@ def apply(plan: Plan, nft: Nft = _PROGRAM) -> list[Change]:
 
 def restore(before: Observed) -> None:
     """Makes the kernel hold again what was observed before, un-owned. Raises KernelError and the like, with nothing half-way."""
-    with _taken(_steps(before, observe(), _unlike(before.tables, observe().tables), _PROGRAM)):
+    now = observe()
+    with _taken(_steps(before, now, _unlike(before.tables, now.tables), _PROGRAM)):
         pass
 
 

@@ -13,13 +13,10 @@ from pathlib import Path
 from tproxyd.net.proc_net import listening_ports
 from tproxyd.plan import Family, Surroundings
 
-__all__ = ["is_bridge", "is_forwarding", "is_loopback_up", "look_around"]
+__all__ = ["find_ssh_ports", "is_bridge", "is_forwarding", "is_loopback_up", "look_around"]
 
 _SIOCGIFFLAGS, _IFF_UP = 0x8913, 1  # linux/sockios.h, linux/if.h
 _SIOCETHTOOL, _ETHTOOL_GDRVINFO = 0x8946, 3  # linux/sockios.h, linux/ethtool.h
-__all__ = ["find_ssh_ports", "is_loopback_up", "look_around"]
-
-_SIOCGIFFLAGS, _IFF_UP = 0x8913, 1  # linux/sockios.h, linux/if.h
 _SSH_PORT, _SSH_SERVERS = 22, ("sshd", "dropbear")
 _BRIDGE = Path("/proc/sys/net/bridge")
 
@@ -28,7 +25,8 @@ def look_around(*, ssh_ports: Iterable[int] = (), taken_marks: int = 0) -> Surro
     """The surroundings of the calling process's network namespace, as they are now.
 
     These SSH ports and marks go in as they are: to find the ports takes a look at every process, and a plan that changed with either
-    would look like somebody's doing. Who else uses marks is asked once, by `preflight`.
+    would look like somebody's doing. Who else uses marks is asked once, by `preflight`. Raises OSError where there is no file left to
+    look with: that must not pass for IPv6 switched off.
     """
     bridged = any(_read(_BRIDGE / name) == "1" for name in ("bridge-nf-call-iptables", "bridge-nf-call-ip6tables"))
     sockets = _socket_families()
@@ -80,7 +78,9 @@ def is_loopback_up() -> bool:
 def _socket_families() -> tuple[Family, ...]:
     try:
         socket.socket(socket.AF_INET6, socket.SOCK_STREAM).close()
-    except OSError:
+    except OSError as error:
+        if error.errno not in (errno.EAFNOSUPPORT, errno.EPERM, errno.EACCES):  # not there, or forbidden by a filter
+            raise
         return (4,)
     return (4, 6)
 
@@ -88,5 +88,5 @@ def _socket_families() -> tuple[Family, ...]:
 def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="ascii").strip()
-    except OSError:
+    except (FileNotFoundError, PermissionError):
         return ""  # no such module, no such setting
