@@ -32,6 +32,8 @@ KINDS = ("route", "rule", "ruleset", "ipv6")
 
 # A look is followed by a rest of so many times its own length, or every change of somebody else's rules could cost a core.
 _REST, _LONGEST_REST = 4, 5.0
+_QUIET, _LONGEST_BURST = 0.02, 0.2  # seconds without news after which a look is worth it, and at the latest
+_GLANCE = 1.0  # seconds between two looks at what there is no news of: two files
 _LOOK = 60.0  # seconds between two looks without news: somebody may have changed what the kernel has no news of
 _RETRY = 1.0  # after a repair that failed
 # Repairs of one kind in the last minute, and the pause before the next one: an accident is mended at once, a program that does it again and
@@ -64,7 +66,9 @@ class Keeper:
         self._left = True  # nothing to keep
         self._lock = trio.Lock()
         self._repaired: defaultdict[str, deque[float]] = defaultdict(deque)
-        self._rested = -math.inf  # when the next look may begin, on trio.current_time()
+        self._rested = -math.inf  # when the next look may begin, and of which kind a repair is due, on time.monotonic()
+        self._due: dict[str, float] = {}
+        self._bridge_sysctl = kernel.bridge_sysctl()
         self._links: dict[int, str] = dict(socket.if_nameindex())
         self.trouble = ""
 
@@ -108,13 +112,14 @@ class Keeper:
             task_status.started()
             due = trio.current_time()  # what came between `put` and here was no news yet
             while True:
-                with trio.move_on_at(due):
+                with trio.move_on_at(min(due, trio.current_time() + _GLANCE)):
                     await trio.lowlevel.wait_readable(events.fileno())
                 news = events.read()
                 self._tell_links(news.links)
-                if news.state or trio.current_time() >= due:
-                    await trio.sleep_until(self._rested)
-                    due = trio.current_time() + (_LOOK if await self._repair() else _RETRY)
+                if news.state or trio.current_time() >= due or self._sees_bridges_otherwise():
+                    await self._until_quiet(events)
+                    await trio.sleep(max(0.0, self._rested - time.monotonic()))
+                    due = await self._look_and_repair()
 
     async def stop_capture(self) -> None:
         """No new connection is taken from here on. Raises TproxydError, with capture still on. Harmless when repeated."""
@@ -154,65 +159,96 @@ class Keeper:
         # The marks stay as they were chosen at the start: connections have them.
         return kernel.look_around(ssh_ports=self._ssh_ports, taken_marks=self._surroundings.taken_marks)
 
-    async def _repair(self) -> bool:
-        """Looks, and puts right what is otherwise; False if that has to be tried again."""
+    async def _until_quiet(self, events: kernel.Events) -> None:
+        """What one command does comes in pieces, and is one event."""
+        with trio.move_on_after(_LONGEST_BURST):
+            while True:
+                with trio.move_on_after(_QUIET) as quiet:
+                    await trio.lowlevel.wait_readable(events.fileno())
+                if quiet.cancelled_caught:
+                    return
+                self._tell_links(events.read().links)
+
+    def _sees_bridges_otherwise(self) -> bool:
+        """br_netfilter is switched without any news."""
+        try:
+            return kernel.bridge_sysctl() != self._bridge_sysctl
+        except OSError:
+            return False  # no file left: the next look tells
+
+    async def _look_and_repair(self) -> float:
+        """Puts right what is otherwise and due to be; when to look again without news, on trio.current_time()."""
+        failed: Exception | None
         try:
             async with self._lock:
-                began = trio.current_time()
-                kinds = await in_thread(self._look)
-                now = trio.current_time()
-                self._rested = now + min(_REST * (now - began), _LONGEST_REST)
-            if kinds:
-                await trio.sleep(max(self._pause(kind) for kind in kinds))
-                async with self._lock:
-                    await in_thread(self._apply)
+                waiting, failed = await in_thread(self._repair)
         except Exception as error:  # whatever it is, connections that live are worth more than this one look
-            if str(error) != self.trouble:
-                self.trouble = str(error)
-                known = isinstance(error, (TproxydError, OSError))
-                _log.error(
-                    "cannot repair the kernel's state, and will try again: %s",
-                    error if known else f"this is a bug, please report it: {error!r}",
-                    exc_info=None if known else error,
-                )
-            return False
-        self.trouble = ""
-        return True
+            waiting, failed = None, error
+        if failed is None:
+            self.trouble = ""
+        elif str(failed) != self.trouble:
+            self.trouble = str(failed)
+            known = isinstance(failed, (TproxydError, OSError))
+            _log.error(
+                "cannot repair the kernel's state, and will try again: %s",
+                failed if known else f"this is a bug, please report it: {failed!r}",
+                exc_info=None if known else failed,
+            )
+        wait = _LOOK if failed is None else _RETRY
+        return trio.current_time() + (wait if waiting is None else min(wait, waiting))
 
-    def _look(self) -> set[str]:
-        """What kinds of state are otherwise than planned. While lo is down, that is not looked at: what needs lo is mended when it
-        is up again, and that is news, too."""
+    def _repair(self) -> tuple[float | None, TproxydError | None]:
+        """Looks, and puts right what is due. Seconds until the rest of it is (None: nothing is left), and what went wrong.
+
+        While lo is down nothing is looked at: what needs lo is mended when it is up again, and that is news, too.
+        """
+        began = time.monotonic()
+        self._bridge_sysctl = kernel.bridge_sysctl()
         if self._left or not kernel.is_loopback_up():
-            return set()
-        return {change.kind for change in self._compare()}
+            return None, None
+        surroundings = self._look_around()
+        plan = self._wanted(surroundings)
+        different = {change.kind for change in kernel.differences(plan, kernel.observe(self._nft), self._nft)}
+        # What has one cause is one repair.
+        adapts = surroundings.families != self._surroundings.families
+        kinds: set[str] = {"ipv6"} if adapts and different else {*different}
+        now = time.monotonic()
+        self._rested = now + min(_REST * (now - began), _LONGEST_REST)
+        self._due = {kind: self._due.get(kind, now + self._pause(kind)) for kind in kinds}
+        ready = [kind for kind, due in self._due.items() if due <= now]
+        failed = None
+        if ready:
+            changes, failed = kernel.repair(plan, different if adapts else ready, self._nft)
+            before, self._surroundings = self._surroundings, surroundings
+            if changes:
+                self._tell(changes, before)
+            for kind in ready:
+                del self._due[kind]
+        return min((due - now for due in self._due.values()), default=None), failed
 
     def _compare(self) -> list[kernel.Change]:
         plan = self._wanted(self._look_around())
         return kernel.differences(plan, kernel.observe(self._nft), self._nft)
 
-    def _apply(self) -> None:
-        if self._left or not kernel.is_loopback_up():
-            return
-        surroundings = self._look_around()
-        changes = kernel.apply(self._wanted(surroundings), self._nft)
-        before, self._surroundings = self._surroundings, surroundings
-        if changes:
-            self._tell(changes, before)
-
     def _tell(self, changes: list[kernel.Change], before: Surroundings) -> None:
         """One event, in one line of the log."""
         what = "; ".join(change.what for change in changes)
         kinds: list[str] = sorted({change.kind for change in changes})
-        now = time.monotonic()
-        for kind in kinds:
-            self._repaired[kind].append(now)
         if before.families != self._surroundings.families:
             kinds = ["ipv6"]
             on = 6 in self._surroundings.families
             _log.warning("IPv6 %s: %s", "is on again, and captured" if on else "is off, and no more captured", what)
+        elif before.bridge_netfilter != self._surroundings.bridge_netfilter:
+            on = self._surroundings.bridge_netfilter
+            what_of = (
+                "on, so what arrives on bridges is no more captured" if on else "off, and bridges are captured again"
+            )
+            _log.warning("br_netfilter is %s: %s", what_of, what)
         else:
             _log.warning("another program has changed the kernel's state (%s), repaired: %s", ", ".join(kinds), what)
         self.repairs.update(kinds)
+        for kind in kinds:
+            self._repaired[kind].append(time.monotonic())
 
     def _pause(self, kind: str) -> float:
         """Seconds before a repair of this kind."""

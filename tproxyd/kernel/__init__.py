@@ -23,13 +23,21 @@ from tproxyd.kernel.state import (
     make_steps,
     observe,
     planned,
+    repair,
     restore,
     revert,
     revert_steps,
     sections,
     stop_capture,
 )
-from tproxyd.kernel.surroundings import find_ssh_ports, is_bridge, is_forwarding, is_loopback_up, look_around
+from tproxyd.kernel.surroundings import (
+    bridge_sysctl,
+    find_ssh_ports,
+    is_bridge,
+    is_forwarding,
+    is_loopback_up,
+    look_around,
+)
 
 __all__ = [
     "PROBE_INTERFACE",
@@ -49,6 +57,7 @@ __all__ = [
     "ProbeWay",
     "Program",
     "apply",
+    "bridge_sysctl",
     "differences",
     "expected",
     "find_program",
@@ -70,6 +79,7 @@ __all__ = [
     "open_probe_link",
     "planned",
     "preflight",
+    "repair",
     "restore",
     "revert",
     "revert_steps",

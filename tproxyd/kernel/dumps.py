@@ -11,18 +11,33 @@ import socket
 import struct
 from collections.abc import Iterator
 
-__all__ = ["attributes", "dump", "dump_all", "each_attribute"]
+__all__ = ["ask", "attributes", "dump", "dump_all", "each_attribute"]
 
 _HEADER = struct.Struct("=IHHII")  # struct nlmsghdr: length, type, flags, sequence, port
 _ATTRIBUTE = struct.Struct("=HH")  # struct nlattr: length, type
 _ERROR = struct.Struct("=i")
-_REQUEST_DUMP = 0x301  # NLM_F_REQUEST | NLM_F_DUMP, linux/netlink.h
+_REQUEST, _ACK, _DUMP = 1, 4, 0x300  # NLM_F_, linux/netlink.h
 _NLMSG_ERROR, _NLMSG_DONE = 2, 3
 _DUMP_INTERRUPTED = 0x10  # NLM_F_DUMP_INTR: it changed meanwhile, and something may be missing or there twice
 _TRIES = 5
 _SOL_NETLINK, _GET_STRICT_CHK = 270, 12
 _TYPE = 0x3FFF  # NLA_TYPE_MASK: without the flags for nested and for byte order
 _LARGEST = 1 << 18  # bytes; the kernel sends at most 32 KiB at a time
+
+
+def ask(protocol: int, kind: int, body: bytes, flags: int = 0) -> bytes:
+    """Makes one request that is no dump, and gives the body of its answer; of one that is only acknowledged, nothing. Raises OSError
+    with the kernel's error."""
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol) as sock:
+        sock.send(_HEADER.pack(_HEADER.size + len(body), kind, _REQUEST | _ACK | flags, 1, 0) + body)
+        data = sock.recv(_LARGEST)
+    length, answer, _, _, _ = _HEADER.unpack_from(data)
+    if answer != _NLMSG_ERROR:
+        return data[_HEADER.size : length]
+    number = -_ERROR.unpack_from(data, _HEADER.size)[0]
+    if number:
+        raise OSError(number, os.strerror(number))
+    return b""
 
 
 def dump_all(protocol: int, kind: int, body: bytes) -> list[bytes]:
@@ -41,7 +56,7 @@ def dump(protocol: int, kind: int, body: bytes, interrupted: list[bool] | None =
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol) as sock:
         if protocol == socket.NETLINK_ROUTE:
             sock.setsockopt(_SOL_NETLINK, _GET_STRICT_CHK, 1)  # the kernel filters by what the request says
-        sock.send(_HEADER.pack(_HEADER.size + len(body), kind, _REQUEST_DUMP, 1, 0) + body)
+        sock.send(_HEADER.pack(_HEADER.size + len(body), kind, _REQUEST | _DUMP, 1, 0) + body)
         while True:
             data = memoryview(sock.recv(_LARGEST))
             while len(data) >= _HEADER.size:

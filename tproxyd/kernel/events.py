@@ -27,7 +27,7 @@ _HEADER = struct.Struct("=IHHII")  # struct nlmsghdr: length, type, flags, seque
 _INDEX = struct.Struct("=i")  # of an interface, in struct ifinfomsg and struct ifaddrmsg
 _NEWLINK, _DELLINK, _NEWADDR, _DELADDR = 16, 17, 20, 21  # linux/rtnetlink.h
 _NEWROUTE, _DELROUTE, _NEWRULE, _DELRULE = 24, 25, 32, 33
-_IFLA_IFNAME = 3
+_IFLA_IFNAME, _IFLA_LINKINFO, _IFLA_INFO_KIND = 3, 18, 1
 _RT_TABLE_COMPAT = 252  # what the one byte says of a table that does not fit into it
 _LOOPBACK = 1  # the index of lo, in every namespace
 _NFT_TABLE = 1  # NFTA_TABLE_NAME, NFTA_CHAIN_TABLE, NFTA_RULE_TABLE, NFTA_SET_TABLE: the first attribute of each
@@ -95,7 +95,7 @@ class Events:
                 state = state or _INDEX.unpack_from(body, 4)[0] == _LOOPBACK  # ifa_index
             elif kind in (_NEWLINK, _DELLINK):
                 index = _INDEX.unpack_from(body, 4)[0]  # ifi_index
-                state = state or index == _LOOPBACK
+                state = state or index == _LOOPBACK or _is_bridge(body)
                 name = _text(body[16:], _IFLA_IFNAME)
                 # AF_UNSPEC: bridges tell of their ports, too, with a family of their own.
                 if name is not None and body[0] == socket.AF_UNSPEC:
@@ -107,6 +107,11 @@ class Events:
                 table = _text(body[4:], _NFT_TABLE)
                 state = state or (table is not None and table.startswith("tproxyd"))
         return News(state, links)
+
+
+def _is_bridge(body: bytes) -> bool:
+    """Whether news of a link is of a bridge: each has settings of br_netfilter of its own."""
+    return attributes(attributes(body[16:]).get(_IFLA_LINKINFO, b"")).get(_IFLA_INFO_KIND) == b"bridge\0"
 
 
 def _only_our_routes(table: int) -> list[tuple[int, int, int, int]]:

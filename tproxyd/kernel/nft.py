@@ -23,7 +23,7 @@ from functools import cache
 from typing import Protocol
 
 from tproxyd.errors import CapabilityError, KernelError, MissingError, TproxydError
-from tproxyd.kernel.dumps import attributes, dump_all
+from tproxyd.kernel.dumps import ask, attributes, dump_all
 from tproxyd.net.capabilities import missing_capabilities
 from tproxyd.net.namespaces import call_in_namespace, new_namespace
 
@@ -47,7 +47,8 @@ _OURS = re.compile(r"tproxyd(_\w+)?", re.ASCII)  # names that nft itself could g
 _OWNER = re.compile(r"\{ # progname [^\n]*\n")
 _NETLINK_NETFILTER = 12  # linux/netlink.h
 _GETTABLE = 10 << 8 | 1  # NFNL_SUBSYS_NFTABLES, NFT_MSG_GETTABLE
-_NFPROTO_INET, _TABLE_NAME = 1, 1  # linux/netfilter.h; NFTA_TABLE_NAME
+_GETGEN = 10 << 8 | 16  # NFT_MSG_GETGEN
+_NFPROTO_INET, _TABLE_NAME, _GEN_ID = 1, 1, 1  # linux/netfilter.h; NFTA_TABLE_NAME, NFTA_GEN_ID
 _STATELESS = 1 << 2  # NFT_CTX_OUTPUT_STATELESS, nftables/libnftables.h
 # How a rule that needs a kernel module begins to use it. Not bare words: "tproxy" is also the beginning of our tables' names.
 _MODULES = (
@@ -66,9 +67,11 @@ _TIMEOUT = 30.0
 
 class Nft(Protocol):
     """Who speaks to the kernel: `Program` or `Library`. `spellings` is how this machine's nft lists a table, by the table's text as
-    planned: versions differ, and finding out takes time and privileges."""
+    planned: versions differ, and finding out takes time and privileges. `listed` is what our tables were at which generation of the
+    ruleset; only who is of one network namespace has it."""
 
     spellings: dict[str, str]
+    listed: tuple[int, dict[str, str]] | None
 
     def run(self, text: str) -> str:
         """Runs commands as one transaction: all of them or, with an error raised, none. What the listing ones print, without counters."""
@@ -85,6 +88,7 @@ class Program:
 
     def __init__(self) -> None:
         self.spellings: dict[str, str] = {}
+        self.listed: tuple[int, dict[str, str]] | None = None
 
     def run(self, text: str) -> str:
         return run_program("-s", "-f", "-", text=text)
@@ -107,6 +111,7 @@ class Library:
 
     def __init__(self) -> None:
         self.spellings: dict[str, str] = {}
+        self.listed: tuple[int, dict[str, str]] | None = None
         self._lib = _load_library()
         with _close_on_exec():
             self._context = self._lib.nft_ctx_new(0)
@@ -184,8 +189,40 @@ def list_names() -> list[str]:
 
 
 def list_tables(nft: Nft) -> dict[str, str]:
-    """Our tables: name to listing, without counters, handles, the owner's name and what the rules themselves have put into sets."""
-    return {name: _list_table(nft, name) for name in list_names()}
+    """Our tables: name to listing, without counters, handles, the owner's name and what the rules themselves have put into sets.
+
+    The library lists them again only when somebody's ruleset has changed: beside fifty thousand connections to local apps, which all
+    stand in a set, that takes most of a second.
+    """
+    if not isinstance(nft, Library):
+        return _list_tables(nft)
+    generation = _generation()
+    if nft.listed is None or nft.listed[0] != generation:
+        tables = _list_tables(nft)
+        if _generation() != generation:
+            return tables
+        nft.listed = (generation, tables)
+    return dict(nft.listed[1])
+
+
+def _list_tables(nft: Nft) -> dict[str, str]:
+    tables = {}
+    for name in list_names():
+        try:
+            tables[name] = _list_table(nft, name)
+        except KernelError:
+            if name in list_names():
+                raise  # else it has gone meanwhile
+    return tables
+
+
+def _generation() -> int:
+    """The number of the ruleset's last change by anybody, in the namespace of the calling thread."""
+    try:
+        body = ask(_NETLINK_NETFILTER, _GETGEN, bytes(4))  # struct nfgenmsg
+    except OSError as error:
+        raise KernelError(f"cannot ask for the ruleset's generation: {error.strerror}") from error
+    return int.from_bytes(attributes(body[4:])[_GEN_ID], "big")
 
 
 def spelled(ruleset: str, nft: Nft) -> dict[str, str]:

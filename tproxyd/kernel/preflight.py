@@ -93,7 +93,12 @@ def _surrounding_warnings(config: Config, surroundings: Surroundings) -> list[st
         warnings.append(
             "IPv6 is switched off on lo: only IPv4 is captured (net.ipv6.conf.lo.disable_ipv6=0 switches it on)"
         )
-    if surroundings.bridge_netfilter and not config.redirects:  # NAT there is what br_netfilter is for
+    if surroundings.bridge_netfilter and config.redirects:  # NAT there is what br_netfilter is for
+        warnings.append(
+            "br_netfilter is on: what machines of one bridge send to one another is captured, too (capture.exclude_interfaces leaves "
+            "a bridge out)"
+        )
+    elif surroundings.bridge_netfilter:
         warnings.append(
             "br_netfilter is on: what arrives on bridges is not captured (net.bridge.bridge-nf-call-iptables=0 and "
             "-ip6tables=0 switch it off)"

@@ -9,7 +9,7 @@ Who holds a Library and plans an owned steering table gives that Library to ever
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Literal
@@ -34,6 +34,7 @@ __all__ = [
     "make_steps",
     "observe",
     "planned",
+    "repair",
     "restore",
     "revert",
     "revert_steps",
@@ -104,7 +105,8 @@ def sections(state: Observed) -> dict[str, list[str]]:
     """A state as text, to be shown and compared. Rules and routes are sorted: the order in which they were made means nothing."""
     return {
         "local routes": [
-            f"ip -{family} route local default dev lo table {table}" for family, table in sorted(state.routes)
+            f"ip -{key.family} route local default dev {'some other' if key.raw else 'lo'} table {key.table}"
+            for key in sorted(state.routes)
         ],
         "ip rules": [
             f"ip -{key[0]} rule {routing.describe_rule(key).partition(' ')[2]}"
@@ -142,10 +144,35 @@ def apply(plan: Plan, nft: Nft = _PROGRAM) -> list[Change]:
                     f"the kernel does not hold what was just put there ({'; '.join(wrong)}): another program changes the same "
                     "state; find it with `nft monitor` and `ip monitor`"
                 )
-            # Where nothing else can tell, what is listed right after loading it is how it is spelled.
-            for name, text in plan.tables.items():
-                nft.spellings.setdefault(text, observed.tables[name])
+            _learn_spellings(plan, observed, nft)
     return [step.change for step in steps]
+
+
+def repair(plan: Plan, kinds: Collection[str], nft: Nft = _PROGRAM) -> tuple[list[Change], TproxydError | None]:
+    """Puts right what is otherwise than planned, of these kinds. One step that cannot be taken does not keep the others from it.
+
+    What was changed, and the first error. Raises like `observe`, with nothing changed.
+    """
+    done: list[Change] = []
+    failed: TproxydError | None = None
+    for step in make_steps(plan, observe(nft), nft):
+        if step.change.kind in kinds:
+            try:
+                step.do()
+            except TproxydError as error:
+                failed = failed or error
+            else:
+                done.append(step.change)
+    if any(change.kind == "ruleset" for change in done):
+        _learn_spellings(plan, observe(nft), nft)
+    return done, failed
+
+
+def _learn_spellings(plan: Plan, observed: Observed, nft: Nft) -> None:
+    """Where nothing else can tell, what is listed right after loading it is how it is spelled."""
+    for name, text in plan.tables.items():
+        if name in observed.tables:
+            nft.spellings.setdefault(text, observed.tables[name])
 
 
 def restore(before: Observed) -> None:
@@ -158,10 +185,13 @@ def restore(before: Observed) -> None:
 def revert(nft: Nft = _PROGRAM) -> list[Change]:
     """Removes all that is ours in this namespace, whatever config put it there, and gives what was removed.
 
-    Looks first, and raises with nothing changed if it cannot. Then a step that fails does not keep the others from being taken;
+    Looks first, and raises with nothing changed if it cannot, or if a table is owned by somebody who lives: then all of it is. Then a step that fails does not keep the others from being taken;
     the first error is raised at the end.
     """
     steps = revert_steps(observe(nft), nft)
+    for step in steps:
+        if step.check is not None:
+            step.check()
     errors: list[TproxydError] = []
     for step in steps:
         try:
@@ -200,7 +230,7 @@ def _steps(wanted: Observed, observed: Observed, changed: list[str], nft: Nft) -
         undo = remove_tables(new) + "\n".join(old.values())
         change = Change("ruleset", ", ".join(what))
         steps.append(Step(change, partial(nft.run, load), partial(nft.run, undo), partial(nft.check, load)))
-    steps += [_delete_rule(key) for key in observed.rules if key not in wanted.rules]
+    steps += [_delete_rule(key) for key in sorted(observed.rules, key=_when_deleted) if key not in wanted.rules]
     steps += [_delete_route(key) for key in observed.routes if key not in wanted.routes]
     return steps
 
@@ -232,6 +262,12 @@ def _changed_tables(plan: Plan, observed: Observed, nft: Nft, *, unsure: bool) -
     return [name for name in changed if name not in doubtful or name in unlike]
 
 
+def _when_deleted(key: RuleKey) -> int:
+    """The rule that steers goes before the one that keeps the look-up of the way back from it: with src_valid_mark on, packets
+    would be dropped in between."""
+    return 0 if key.iif is None and key.goto is None else 1 if key.goto is not None else 2
+
+
 def _unlike(wanted: dict[str, str], observed: dict[str, str]) -> list[str]:
     # Where nft breaks lines is left to nft.
     return [name for name, text in wanted.items() if text.split() != observed.get(name, "").split()]
@@ -242,11 +278,13 @@ def revert_steps(observed: Observed, nft: Nft = _PROGRAM) -> list[Step]:
 
     def delete(name: str) -> Step:
         text = remove_tables({name: observed.tables[name]})
-        return Step(Change("ruleset", f"delete table inet {name}"), partial(nft.run, text))
+        return Step(
+            Change("ruleset", f"delete table inet {name}"), partial(nft.run, text), check=partial(nft.check, text)
+        )
 
     guards = [name for name in observed.tables if name.endswith("_guard")]
     steps = [delete(name) for name in observed.tables if name not in guards]
-    steps += [_delete_rule(key) for key in observed.rules]
+    steps += [_delete_rule(key) for key in sorted(observed.rules, key=_when_deleted)]
     steps += [_delete_route(key) for key in observed.routes]
     return steps + [delete(name) for name in guards]
 
@@ -281,7 +319,7 @@ def _delete_rule(key: RuleKey) -> Step:
 
 def _add_route(key: RouteKey) -> Step:
     return Step(
-        Change("route", f"add local route of IPv{key[0]} to table {key[1]}"),
+        Change("route", f"add local route of IPv{key.family} to table {key.table}"),
         partial(routing.add_route, key),
         partial(routing.delete_route, key),
     )
@@ -289,7 +327,7 @@ def _add_route(key: RouteKey) -> Step:
 
 def _delete_route(key: RouteKey) -> Step:
     return Step(
-        Change("route", f"delete local route of IPv{key[0]} from table {key[1]}"),
+        Change("route", f"delete local route of IPv{key.family} from table {key.table}"),
         partial(routing.delete_route, key),
         partial(routing.add_route, key),
     )

@@ -10,14 +10,19 @@ import struct
 from collections.abc import Iterable
 from pathlib import Path
 
+from tproxyd.kernel.dumps import attributes, dump_all
 from tproxyd.net.proc_net import listening_ports
 from tproxyd.plan import Family, Surroundings
 
-__all__ = ["find_ssh_ports", "is_bridge", "is_forwarding", "is_loopback_up", "look_around"]
+__all__ = ["bridge_sysctl", "find_ssh_ports", "is_bridge", "is_forwarding", "is_loopback_up", "look_around"]
 
 _SIOCGIFFLAGS, _IFF_UP = 0x8913, 1  # linux/sockios.h, linux/if.h
 _SIOCETHTOOL, _ETHTOOL_GDRVINFO = 0x8946, 3  # linux/sockios.h, linux/ethtool.h
 _SSH_PORT, _SSH_SERVERS = 22, ("sshd", "dropbear")
+# linux/rtnetlink.h, linux/if_link.h: RTM_, IFLA_, IFLA_INFO_, IFLA_BR_
+_GETLINK, _LINKINFO = 18, 18
+_INFO_KIND, _INFO_DATA = 1, 2
+_NF_CALL_IPTABLES, _NF_CALL_IP6TABLES = 36, 37
 _BRIDGE = Path("/proc/sys/net/bridge")
 
 
@@ -28,16 +33,37 @@ def look_around(*, ssh_ports: Iterable[int] = (), taken_marks: int = 0) -> Surro
     would look like somebody's doing. Who else uses marks is asked once, by `preflight`. Raises OSError where there is no file left to
     look with: that must not pass for IPv6 switched off.
     """
-    bridged = any(_read(_BRIDGE / name) == "1" for name in ("bridge-nf-call-iptables", "bridge-nf-call-ip6tables"))
     sockets = _socket_families()
     off = 6 not in sockets or _read(Path("/proc/sys/net/ipv6/conf/lo/disable_ipv6")) != "0"
     return Surroundings(
         families=(4,) if off else (4, 6),
         sockets=sockets,
-        bridge_netfilter=bridged,
+        bridge_netfilter=_is_bridge_netfilter_on(),
         ssh_ports=tuple(sorted(ssh_ports)),
         taken_marks=taken_marks,
     )
+
+
+def bridge_sysctl() -> tuple[str, ...]:
+    """The settings of br_netfilter for all bridges, empty where it is not loaded. Raises OSError where there is no file left."""
+    return tuple(_read(_BRIDGE / f"bridge-nf-call-{name}") for name in ("iptables", "ip6tables"))
+
+
+def _is_bridge_netfilter_on() -> bool:
+    """For all bridges, or for one of them: each has settings of its own, which only netlink tells in every namespace."""
+    settings = bridge_sysctl()
+    if "1" in settings or not any(settings):
+        return "1" in settings
+    # struct ifinfomsg, and IFLA_LINKINFO with IFLA_INFO_KIND: bridges only.
+    kind = struct.pack("=HH8s", 11, _INFO_KIND, b"bridge\0")
+    links = dump_all(socket.NETLINK_ROUTE, _GETLINK, bytes(16) + struct.pack("=HH", 4 + len(kind), _LINKINFO) + kind)
+    for link in links:
+        info = attributes(attributes(link[16:]).get(_LINKINFO, b""))
+        if info.get(_INFO_KIND) == b"bridge\0":
+            bridge = attributes(info.get(_INFO_DATA, b""))
+            if b"\1" in (bridge.get(_NF_CALL_IPTABLES), bridge.get(_NF_CALL_IP6TABLES)):
+                return True
+    return False
 
 
 def find_ssh_ports() -> set[int]:

@@ -28,6 +28,7 @@ from collections.abc import Mapping, Sequence
 from tproxyd.config import Config, Mark
 from tproxyd.plan.model import Family, Marks, Surroundings
 from tproxyd.plan.selectors import (
+    BRIDGE,
     CAPTURE_CHAIN,
     GUARD_TAKE,
     LOOPBACK,
@@ -40,7 +41,7 @@ from tproxyd.plan.selectors import (
     of_family,
     special_rules,
 )
-from tproxyd.plan.sets import NamedSet, capture_sets, relayed_sets, special_sets
+from tproxyd.plan.sets import NamedSet, capture_sets, has_all_ports, relayed_sets, special_sets
 
 __all__ = [
     "CAPTURE_CHAIN",
@@ -123,6 +124,8 @@ def steering_table(
     """The table that captures, delivers and keeps conntrack away. Not `capturing`, it does the last two."""
     families = surroundings.families
     set_mark = f"meta mark set {_set_mark(marks.steering)}"
+    # First the cheapest question, because it is asked of every packet that passes by.
+    to_captured = "" if has_all_ports(config.capture.ports) else "tcp dport @ports "
     ours = [
         'socket transparent 1 notrack accept comment "sent by a socket of ours: no conntrack entry"',
         f"{match_mark(marks.upstream)} notrack accept"
@@ -147,7 +150,7 @@ def steering_table(
             "type filter hook prerouting priority dstnat + 5; policy accept;",
             LOOPBACK,
             f'{match_mark(marks.steering)} accept comment "belongs to a connection of ours"',
-            f"{_ACK_ONLY} fib daddr type local goto {CAPTURE_CHAIN}"
+            f"{_ACK_ONLY} {to_captured}fib daddr type local goto {CAPTURE_CHAIN}"
             ' comment "may answer a SYN cookie of our listener; established connections of others pass tproxy"',
         ),
         _capture_chain(config, surroundings) if capturing else _chain(CAPTURE_CHAIN, None),
@@ -231,16 +234,37 @@ def guard_table(config: Config, marks: Marks, surroundings: Surroundings) -> str
 
 
 def _refusing_chains(config: Config, marks: Marks, surroundings: Surroundings) -> list[str]:
+    bridged = surroundings.bridge_netfilter and not config.redirects
     return [
         _chain(
             "guard",
             "type filter hook prerouting priority raw + 1; policy accept;",
             LOOPBACK,
+            *([BRIDGE._replace(why="below, when it is known whether it stays on the bridge")] if bridged else []),
             f'{match_mark(marks.steering)} accept comment "the daemon has taken it"',
             OPENS._replace(why="connections that exist go on"),
         ),
+        *(_guard_of_bridges() if bridged else []),
         _capture_chain(config, surroundings),
         _chain("take", None, GUARD_TAKE),
+    ]
+
+
+def _guard_of_bridges() -> list[str]:
+    """While br_netfilter is on, what arrives on bridges cannot be captured. It is refused all the same, but for what other machines of a
+    bridge send to one another: that is not for this host."""
+    arrives = f'{BRIDGE.match} {OPENS.match} {OPENS.verdict} comment "{{}}"'
+    return [
+        _chain(
+            "guard_local",
+            "type filter hook input priority raw; policy accept;",
+            arrives.format("arrives on a bridge for this host, and cannot be captured"),
+        ),
+        _chain(
+            "guard_routed",
+            "type filter hook forward priority raw; policy accept;",
+            f'meta oifkind != "bridge" {arrives.format("arrives on a bridge, is routed elsewhere, and cannot be captured")}',
+        ),
     ]
 
 

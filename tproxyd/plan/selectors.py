@@ -26,6 +26,7 @@ from tproxyd.plan.sets import (
 from tproxyd.plan.ssh import SPARED, nft_ports, spared_ports
 
 __all__ = [
+    "BRIDGE",
     "CAPTURE_CHAIN",
     "GUARD_TAKE",
     "LOOPBACK",
@@ -118,7 +119,7 @@ GUARD_TAKE = Selector(
     lambda packet: Finding(packet.protocol == "tcp", "selected, and nobody has taken it"),
 )
 
-_BRIDGE = Selector(
+BRIDGE = Selector(
     'meta iifkind "bridge"',
     "accept",
     "br_netfilter shows this too early and then loses the socket: not captured while net.bridge.bridge-nf-call-* is 1",
@@ -141,7 +142,7 @@ def arrival_rules(config: Config, surroundings: Surroundings) -> list[Selector]:
     if config.redirects:
         # Nothing but what opens a connection: conntrack knows the rest. And NAT on bridges is what br_netfilter is for.
         return [LOOPBACK, OPENS._replace(why="opens a connection: those that exist go on")]
-    bridge = [_BRIDGE] if surroundings.bridge_netfilter else []
+    bridge = [BRIDGE] if surroundings.bridge_netfilter else []
     return [LOOPBACK, *bridge, _UDP, *foreign_ports(config), OPENS]
 
 

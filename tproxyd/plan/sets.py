@@ -36,7 +36,10 @@ class NamedSet(NamedTuple):
 
     def __str__(self) -> str:
         listed = ",\n\t\t\t     ".join(map(_spelled, self.elements))
-        return f"\tset {self.name} {{\n\t\ttype {self.kind}\n\t\tflags interval\n\t\telements = {{ {listed} }}\n\t}}\n"
+        # A look-up among single ports costs a fraction of one among intervals, and every packet that passes by makes one.
+        singles = all(isinstance(element, PortRange) and element.first == element.last for element in self.elements)
+        flags = "" if singles else "\t\tflags interval\n"
+        return f"\tset {self.name} {{\n\t\ttype {self.kind}\n{flags}\t\telements = {{ {listed} }}\n\t}}\n"
 
 
 def element_of(elements: Iterable[Element], value: int | Address | str) -> str | None:

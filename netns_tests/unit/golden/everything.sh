@@ -43,7 +43,6 @@ table inet tproxyd {
 
 	set exclude_ports {
 		type inet_service
-		flags interval
 		elements = { 22,
 			     9005 }
 	}
@@ -182,7 +181,7 @@ table inet tproxyd {
 		type filter hook prerouting priority dstnat + 5; policy accept;
 		iif "lo" accept comment "what this host sends to itself is never captured"
 		meta mark & 0x00000030 == 0x00000010 accept comment "belongs to a connection of ours"
-		tcp flags ack / fin,syn,rst,ack fib daddr type local goto capture comment "may answer a SYN cookie of our listener; established connections of others pass tproxy"
+		tcp flags ack / fin,syn,rst,ack tcp dport @ports fib daddr type local goto capture comment "may answer a SYN cookie of our listener; established connections of others pass tproxy"
 	}
 
 	chain capture {
@@ -249,7 +248,6 @@ table inet tproxyd_guard {
 
 	set exclude_ports {
 		type inet_service
-		flags interval
 		elements = { 22,
 			     9005 }
 	}

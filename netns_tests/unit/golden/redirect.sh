@@ -27,13 +27,11 @@ delete table inet tproxyd_state
 table inet tproxyd {
 	set ports {
 		type inet_service
-		flags interval
 		elements = { 8080 }
 	}
 
 	set exclude_ports {
 		type inet_service
-		flags interval
 		elements = { 22 }
 	}
 

@@ -34,13 +34,11 @@ delete table inet tproxyd_state
 table inet tproxyd {
 	set ports {
 		type inet_service
-		flags interval
 		elements = { 8080 }
 	}
 
 	set exclude_ports {
 		type inet_service
-		flags interval
 		elements = { 22 }
 	}
 
@@ -102,7 +100,7 @@ table inet tproxyd {
 		type filter hook prerouting priority dstnat + 5; policy accept;
 		iif "lo" accept comment "what this host sends to itself is never captured"
 		meta mark & 0x03000000 == 0x01000000 accept comment "belongs to a connection of ours"
-		tcp flags ack / fin,syn,rst,ack fib daddr type local goto capture comment "may answer a SYN cookie of our listener; established connections of others pass tproxy"
+		tcp flags ack / fin,syn,rst,ack tcp dport @ports fib daddr type local goto capture comment "may answer a SYN cookie of our listener; established connections of others pass tproxy"
 	}
 
 	chain capture {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from tproxyd.daemon.doctor.model import Check, Evidence, Finding
-from tproxyd.kernel.routing import describe_rule, route_key, rule_key
+from tproxyd.kernel.routing import RuleKey, describe_rule, route_key, rule_key
 from tproxyd.net.sock_diag import TcpSocket
 from tproxyd.net.sockets import format_address
 from tproxyd.plan import PROTOCOL, Rule
@@ -261,7 +261,7 @@ def _missing_rules(e: Evidence) -> list[Rule]:
     return [rule for rule in e.plan.rules if rule_key(rule) not in e.observed.rules]
 
 
-def _astray(e: Evidence, rule: Rule) -> list[tuple[int, int, int, int, str | None, int | None, int | None]]:
+def _astray(e: Evidence, rule: Rule) -> list[RuleKey]:
     """Rules of ours in the place of this one that are otherwise."""
     planned = {rule_key(one) for one in e.plan.rules}
     observed = e.observed.rules if e.observed is not None else ()
