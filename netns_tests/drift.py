@@ -54,7 +54,7 @@ async def _load(client: Node, address: str) -> None:
 def events(daemon: LabDaemon) -> list[str]:
     """What the daemon has told of changes by others."""
     return re.findall(
-        r"another program has changed.*|IPv6 is (?:off|on).*|interface .*(?:called|come|gone).*",
+        r"another program has changed.*|(?:IPv6 is (?:off|on)|br_netfilter is (?:off|on),).*|interface .*(?:called|come|gone).*",
         daemon.process.stderr_text,
     )
 
