@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -434,6 +434,24 @@ async def test_a_signal_at_any_moment_leaves_what_was_there_before(way: Way) -> 
             # Before its handlers were there, or after its work was done, the signal ends it.
             assert await process.wait() in (1, -signal.SIGTERM)
             assert "Traceback" not in process.stderr_text
+        assert await way.proxy.dump() == before
+
+
+@pytest.mark.parametrize("way", ["gateway v4"], indirect=True)
+async def test_a_ctrl_c_that_is_held_reaches_no_program_that_takes_the_change_back(way: Way) -> None:
+    """A terminal sends it to the whole process group, nft among it."""
+    await tproxyd(way.proxy, "apply", "-c", str(way.file(OTHER)))
+    before = await way.proxy.dump()
+    command = ("setsid", *TPROXYD, "apply", "-c", str(way.file(CONFIG)), "--confirm", "1")
+    for _ in range(8):
+        async with way.proxy.process(*command, collect=True) as process:
+            await process.wait_for_output("s to confirm the change")
+            for _ in range(20):
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGINT)
+                await trio.sleep(0.006)
+            # After its work is done, the next one ends it.
+            assert await process.wait() in (1, -signal.SIGINT)
         assert await way.proxy.dump() == before
 
 

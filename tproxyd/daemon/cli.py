@@ -29,7 +29,7 @@ _DAY = 24 * 3600
 
 
 def entry() -> NoReturn:
-    """The console script: runs `main` on the command line and ends the process with its code."""
+    """Runs `main` on the command line and ends the process with its code."""
     _open_standard_files()
     sys.exit(main(sys.argv[1:]))
 
@@ -53,8 +53,6 @@ def main(arguments: Sequence[str]) -> int:
         for line in str(error).splitlines():
             print(f"tproxyd: {line}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
-        return 130  # 128 + SIGINT, as a shell reports it
     except BrokenPipeError:
         _forget_output()  # its reader left (`tproxyd plan | head`), which is fine
         return os.EX_OK

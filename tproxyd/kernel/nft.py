@@ -14,6 +14,7 @@ import fcntl
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import threading
@@ -63,6 +64,7 @@ _MODULES = (
 _SYSTEM_PATH = "/usr/sbin:/sbin:/usr/local/sbin:/usr/bin:/bin"
 # A hung nft would hang the daemon's start and stop; its largest transactions take well under a second.
 _TIMEOUT = 30.0
+_FROM_TERMINALS = (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT, signal.SIGHUP)
 
 
 class Nft(Protocol):
@@ -279,6 +281,9 @@ def find_program() -> str:
 def run_program(*arguments: str, text: str = "") -> str:
     """What nft prints, given this text as its standard input. Raises MissingError, CapabilityError, KernelError."""
     nft = find_program()
+    # Whoever starts it answers the signals that a terminal sends to all: nft inherits that they are blocked, and half of a teardown is
+    # worse than none. A session of its own comes too late for the first of them.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _FROM_TERMINALS)
     try:
         done = subprocess.run(
             [nft, *arguments],
@@ -289,7 +294,6 @@ def run_program(*arguments: str, text: str = "") -> str:
             timeout=_TIMEOUT,
             check=False,
             env={"PATH": os.environ.get("PATH", _SYSTEM_PATH), "LC_ALL": "C"},  # its messages are read below
-            # A signal to the terminal's process group is the daemon's to handle; half of a teardown is worse than none.
             start_new_session=True,
         )
     except subprocess.TimeoutExpired as error:
@@ -300,8 +304,12 @@ def run_program(*arguments: str, text: str = "") -> str:
         raise KernelError(
             f"cannot start `nft {' '.join(arguments)}`: {error.strerror}; is the machine out of files, memory or processes?"
         ) from error
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     if done.returncode == 0:
         return done.stdout
+    if done.returncode < 0:
+        raise KernelError(f"`nft {' '.join(arguments)}` was killed by {signal.Signals(-done.returncode).name}")
     raise _translate(f"`nft {' '.join(arguments)}`", done.stderr)
 
 
