@@ -328,6 +328,19 @@ async def test_status_without_a_daemon(way: Way) -> None:
     await status(node, code=69)
 
 
+async def test_what_runs_without_a_file_is_looked_at_without_one(sidecar_lab: Lab) -> None:
+    host = sidecar_lab["host"]
+    port = ("--port", "8080")
+    async with host.process(*TPROXYD, "run", *port, collect=True) as daemon:
+        await daemon.wait_for_output("ready")
+        assert (await tproxyd(host, "plan", "--diff", *port)).stdout == SAME
+        assert "planned      by the command line: the kernel holds it" in (await tproxyd(host, "status", *port)).stdout
+        assert "forwarded: relayed" in (await tproxyd(host, "explain", "192.0.2.2", "192.0.2.1:8080", *port)).stdout
+        assert "no failures" in (await tproxyd(host, "doctor", "--no-probe", *port)).stdout
+    refused = await tproxyd(host, "plan", "--diff", code=78)
+    assert "there is no such file; name another with -c, or capture ports without a file: --port 8080" in refused.stderr
+
+
 # apply --confirm, confirm
 
 

@@ -101,7 +101,7 @@ def _read(path: Path) -> dict[str, Any]:
             os.close(fd)
     except FileNotFoundError:
         raise refuse(
-            "there is no such file; name another with -c, or capture ports without a file: tproxyd run --port 8080"
+            "there is no such file; name another with -c, or capture ports without a file: --port 8080"
         ) from None
     except (OSError, ValueError) as error:
         raise refuse(_unreadable(error)) from None

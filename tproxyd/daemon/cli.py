@@ -119,16 +119,16 @@ def _make_parser() -> argparse.ArgumentParser:
                 metavar="FILE",
                 help="this file alone (default: /etc/tproxyd/tproxyd.toml, then conf.d/*.toml beside it)",
             )
+            verb.add_argument(
+                "--port",
+                action="append",
+                default=[],
+                metavar="N[-M]",
+                help="capture this port or range (without -c: no file is read)",
+            )
         return verb
 
-    run = add("run", "intercept connections until SIGTERM")
-    run.add_argument(
-        "--port",
-        action="append",
-        default=[],
-        metavar="N[-M]",
-        help="capture this port or range (without -c: no file is read)",
-    )
+    add("run", "intercept connections until SIGTERM")
     add("check", "validate the configuration; needs no root")
     plan = add("plan", "print everything that would be applied; needs no root")
     plan.add_argument("--format", choices=("text", "nft", "shell", "json"), help="default: text")
@@ -203,9 +203,10 @@ def _dispatch(options: argparse.Namespace) -> int:
         from tproxyd.daemon.status import status
 
         # Without a file named, what the daemon plans: what the usual file would plan may be another thing.
-        config = load_config(options.config) if options.config is not None else None
-        return status(config, options.config, as_json=options.json)
-    config = load_config(options.config, ports=options.port if options.verb == "run" else ())
+        named = options.config is not None or options.port
+        config = load_config(options.config, ports=options.port) if named else None
+        return status(config, options.config or Path("the command line"), as_json=options.json)
+    config = load_config(options.config, ports=options.port)
     match options.verb:
         case "check":
             from tproxyd.plan import make_plan
