@@ -28,7 +28,7 @@ from tproxyd.interceptor.threads import in_thread
 from tproxyd.net.capabilities import require_capabilities
 from tproxyd.net.proc_net import Connections, closing_connections, half_open_connections, open_file_count, port_holder
 from tproxyd.net.sockets import format_address, open_listener, spread_by_source
-from tproxyd.plan import Marks, Surroundings, make_plan, ssh_remarks
+from tproxyd.plan import Family, Marks, Surroundings, make_plan, ssh_remarks
 from tproxyd.proxy import Policy
 
 __all__ = ["Interceptor", "open_interceptor"]
@@ -69,6 +69,16 @@ class Interceptor:
     def capturing(self) -> bool:
         """Whether new connections are taken: not after `stop_capture`, `drain` or `revert`."""
         return self._keeper.capturing
+
+    @property
+    def others(self) -> trio.Event:
+        """Set when somebody else's nft rules have changed since it was asked for."""
+        return self._keeper.others
+
+    @property
+    def families(self) -> tuple[Family, ...]:
+        """Those that are captured at the moment."""
+        return self._keeper.surroundings.families
 
     @property
     def marks(self) -> Marks:

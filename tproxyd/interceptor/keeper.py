@@ -48,6 +48,7 @@ class Keeper:
     CapabilityError, or KernelError if another program is in the way, and warns of what is half in the way. `put` first, then `watch` as a task, `leave` at the end, and `close`.
 
     `repairs` counts what others have changed and this has put right, by kind (KINDS); `trouble` says what cannot be put right, if anything.
+    `others` is set, and another one takes its place, when somebody else's ruleset has changed.
     `ssh_ports` are known to the caller, besides those that are found here.
     """
 
@@ -71,6 +72,7 @@ class Keeper:
         self._bridge_sysctl = kernel.bridge_sysctl()
         self._links: dict[int, str] = dict(socket.if_nameindex())
         self.trouble = ""
+        self.others = trio.Event()
 
     def close(self) -> None:
         """What this process owns in the kernel goes with it."""
@@ -114,9 +116,7 @@ class Keeper:
             while True:
                 with trio.move_on_at(min(due, trio.current_time() + _GLANCE)):
                     await trio.lowlevel.wait_readable(events.fileno())
-                news = events.read()
-                self._tell_links(news.links)
-                if news.state or trio.current_time() >= due or self._sees_bridges_otherwise():
+                if self._hear(events) or trio.current_time() >= due or self._sees_bridges_otherwise():
                     await self._until_quiet(events)
                     await trio.sleep(max(0.0, self._rested - time.monotonic()))
                     due = await self._look_and_repair()
@@ -159,6 +159,15 @@ class Keeper:
         # The marks stay as they were chosen at the start: connections have them.
         return kernel.look_around(ssh_ports=self._ssh_ports, taken_marks=self._surroundings.taken_marks)
 
+    def _hear(self, events: kernel.Events) -> bool:
+        """Takes in what news there is; whether it may be of what is ours."""
+        news = events.read()
+        self._tell_links(news.links)
+        if news.others:
+            self.others.set()
+            self.others = trio.Event()
+        return news.state
+
     async def _until_quiet(self, events: kernel.Events) -> None:
         """What one command does comes in pieces, and is one event."""
         with trio.move_on_after(_LONGEST_BURST):
@@ -167,7 +176,7 @@ class Keeper:
                     await trio.lowlevel.wait_readable(events.fileno())
                 if quiet.cancelled_caught:
                     return
-                self._tell_links(events.read().links)
+                self._hear(events)
 
     def _sees_bridges_otherwise(self) -> bool:
         """br_netfilter is switched without any news."""

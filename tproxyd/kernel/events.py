@@ -37,9 +37,11 @@ _BUFFER = 1 << 20  # bytes of news that may wait
 
 
 class News(msgspec.Struct, frozen=True):
-    """`state`: something of ours may have changed. `links`: the interfaces that are new, renamed or gone, index to name (None: gone)."""
+    """`state`: something of ours may have changed; `others`: somebody else's ruleset may have. `links`: the interfaces that are new, renamed
+    or gone, index to name (None: gone)."""
 
     state: bool
+    others: bool
     links: dict[int, str | None]
 
 
@@ -84,7 +86,7 @@ class Events:
 
     def read(self) -> News:
         """What has come in; never blocks. News that did not fit into the sockets counts as news of everything."""
-        state = False
+        state = others = False
         links: dict[int, str | None] = {}
         for kind, body in _messages(self._route):
             if kind is None or kind in (_NEWRULE, _DELRULE):
@@ -102,11 +104,14 @@ class Events:
                     links[index] = name if kind == _NEWLINK else None
         for kind, body in _messages(self._nft):
             if kind is None:
-                state = True
+                state = others = True
             elif kind >> 8 == _NFNL_SUBSYS_NFTABLES and kind & 0xFF != _NFT_MSG_NEWGEN:
                 table = _text(body[4:], _NFT_TABLE)
-                state = state or (table is not None and table.startswith("tproxyd"))
-        return News(state, links)
+                if table is not None and table.startswith("tproxyd"):
+                    state = True
+                else:
+                    others = True
+        return News(state, others, links)
 
 
 def _is_bridge(body: bytes) -> bool:
