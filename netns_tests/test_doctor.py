@@ -686,9 +686,12 @@ async def test_ports_and_sockets_that_run_short(sidecar_lab: Lab, tmp_path: Path
 async def test_other_programs_that_meddle(sidecar_lab: Lab, tmp_path: Path) -> None:
     """Programs of these names stand in; their configuration is a tmpfs mounted for the one process that looks."""
     host = sidecar_lab["host"]
-    listen = "import socket, time\ns = socket.socket()\ns.bind(('0.0.0.0', 8080))\ns.listen()"
+    listen = "import os, socket, time\n%ss = socket.socket()\ns.bind(('0.0.0.0', 8080))\ns.listen()"
     async with applied(host, HERE, tmp_path) as patient:
-        async with program(host, tmp_path, "sshd", listen):
+        (tmp_path / "anybody").mkdir()
+        async with program(host, tmp_path / "anybody", "sshd", listen % "os.setuid(65534)\n"):
+            assert await patient.found() == []
+        async with program(host, tmp_path, "sshd", listen % ""):
             report = await patient.report()
             assert names_of(report) == ["ssh-captured"]
             assert 'exclude_ports = ["22", "8080"]' in report.findings[0][1].remedy

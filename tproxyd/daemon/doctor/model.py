@@ -59,7 +59,7 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     sockets: tuple[TcpSocket, ...]
     holders: Mapping[int, tuple[int, ...]]
     processes: Mapping[int, str]
-    ssh_port: int | None
+    ssh_ports: tuple[int, ...]
     legacy_tables: tuple[str, ...]
     networkd_spares_us: bool
     nft_version: str | None
