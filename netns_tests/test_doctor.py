@@ -266,6 +266,20 @@ PROBED = {
 }
 
 
+async def test_an_interface_of_the_probes_name_is_named_and_left_alone(sidecar_lab: Lab, tmp_path: Path) -> None:
+    host = sidecar_lab["host"]
+    patient = Patient(host, HERE, tmp_path)
+    async with open_daemon(host, HERE) as daemon:
+        await patient.sh("ip link add tproxyd-probe type veth peer name other")
+        before = await host.dump()
+        report = await patient.probed()
+        assert [one.result for one in report.probes] == ["impossible", "impossible"]
+        assert all(one.reason.endswith("remove it with `ip link del tproxyd-probe`") for one in report.probes)
+        assert report.findings == ()
+        assert await host.dump() == before
+        assert await daemon.stop() == 0
+
+
 async def test_the_probe_meets_what_clients_would(gateway_lab: Lab, tmp_path: Path) -> None:
     gateway = gateway_lab["gateway"]
     patient = Patient(gateway, THERE, tmp_path)

@@ -39,6 +39,10 @@ _AF = {4: socket.AF_INET, 6: socket.AF_INET6}
 _DEFAULT = {4: "0.0.0.0/0", 6: "::/0"}
 _FR_ACT_GOTO = 2
 _RTN_LOCAL = 2
+_EXISTS = (
+    "somebody else has put an equal one there (see `ip rule` and `ip route show table all`); remove it, or choose another "
+    "routing.table, routing.priority or routing.mark"
+)
 _RT_SCOPE_HOST = 254  # what an IPv4 local route has, on add and on delete; IPv6 has no scopes
 
 
@@ -160,8 +164,9 @@ def describe_rule(key: RuleKey) -> str:
 
 
 @contextmanager
-def open_netlink(step: str, *, gone: bool = False) -> Iterator[Any]:
-    """An open pyroute2 connection for one step; its errors become ours, with the step named. `gone`: absent is fine."""
+def open_netlink(step: str, *, gone: bool = False, exists: str = _EXISTS) -> Iterator[Any]:
+    """An open pyroute2 connection for one step; its errors become ours, with the step named. `gone`: absent is fine. `exists`: what to
+    say where there is an equal one already."""
     from pyroute2 import IPRoute  # 150 ms and 24 MB: only once the kernel is really asked
     from pyroute2.netlink.exceptions import NetlinkError
 
@@ -177,10 +182,7 @@ def open_netlink(step: str, *, gone: bool = False) -> Iterator[Any]:
                 f"cannot {step}: that needs CAP_NET_ADMIN in this network namespace; run as root"
             ) from error
         if error.code == errno.EEXIST:
-            raise KernelError(
-                f"cannot {step}: somebody else has put an equal one there (see `ip rule` and `ip route show table all`); "
-                "remove it, or choose another routing.table, routing.priority or routing.mark"
-            ) from error
+            raise KernelError(f"cannot {step}: {exists}") from error
         raise KernelError(
             f"cannot {step}: the kernel says {error.args[1] if len(error.args) > 1 else error}"
         ) from error
