@@ -16,9 +16,9 @@ _SHOWN = 60  # characters of a value in a message
 _FEW = 10  # of many things of a kind
 
 
-def printable(text: str) -> str:
-    """The whole text, with escapes for what a terminal would obey or not show."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+def printable(text: str, *, keep: str = "") -> str:
+    """The whole text, with escapes for what a terminal would obey or not show, ends of lines among it; but for characters to `keep`."""
+    return "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in text)
 
 
 def few(items: Sequence[str], separator: str = "; ") -> str:

@@ -20,6 +20,7 @@ import h11
 import trio
 
 from tproxyd.config import Endpoint
+from tproxyd.config.wording import printable
 from tproxyd.datapath import CONNECT_SECONDS, Counters, Outcome
 from tproxyd.errors import KernelError
 from tproxyd.interceptor import KINDS
@@ -213,7 +214,11 @@ async def _send(
 
 async def _word(reason: Callable[[], str]) -> tuple[int, str, bytes]:
     why = reason()
-    return (503, "text/plain; charset=utf-8", f"not ready: {why}\n".encode()) if why else (200, "text/plain", b"ok\n")
+    return (
+        (503, "text/plain; charset=utf-8", f"not ready: {printable(why)}\n".encode())
+        if why
+        else (200, "text/plain", b"ok\n")
+    )
 
 
 async def _metrics(

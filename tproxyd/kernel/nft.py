@@ -41,7 +41,7 @@ __all__ = [
 
 # The flags of a set whose elements come and go with the traffic, and those elements.
 _DYNAMIC = re.compile(r"(flags [^\n]*\bdynamic\b[^}]*?\n)\s*elements = \{[^}]*\}\n")
-_OURS = re.compile(r"tproxyd(_.*)?")
+_OURS = re.compile(r"tproxyd(_[a-zA-Z0-9_./-]*)?")  # nothing that nft would take for more than a name
 _OWNER = re.compile(r"\{ # progname [^\n]*\n")
 _NETLINK_NETFILTER = 12  # linux/netlink.h
 _STATELESS = 1 << 2  # NFT_CTX_OUTPUT_STATELESS, nftables/libnftables.h
