@@ -68,10 +68,11 @@ async def open_special_lab(*, router: str) -> AsyncIterator[tuple[Node, Node]]:
             Route("client", "169.254.0.0/16", router),
             Route("client", "100.100.100.200/32", router),
             Route("client", "fd00:ec2::254/128", "2001:db8:1::1"),
+            Route("client", "64:ff9b::/96", "2001:db8:1::1"),
         ),
     )
     async with open_lab(special) as lab:
         yield lab["client"], lab["host"]
 
 
-SPECIAL = ("169.254.169.254", "169.254.1.1", "100.100.100.200", "fd00:ec2::254")
+SPECIAL = ("169.254.169.254", "169.254.1.1", "100.100.100.200", "fd00:ec2::254", "64:ff9b::6464:64c8")

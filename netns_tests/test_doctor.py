@@ -266,6 +266,20 @@ PROBED = {
 }
 
 
+async def test_an_interface_of_the_probes_name_is_named_and_left_alone(sidecar_lab: Lab, tmp_path: Path) -> None:
+    host = sidecar_lab["host"]
+    patient = Patient(host, HERE, tmp_path)
+    async with open_daemon(host, HERE) as daemon:
+        await patient.sh("ip link add tproxyd-probe type veth peer name other")
+        before = await host.dump()
+        report = await patient.probed()
+        assert [one.result for one in report.probes] == ["impossible", "impossible"]
+        assert all(one.reason.endswith("remove it with `ip link del tproxyd-probe`") for one in report.probes)
+        assert report.findings == ()
+        assert await host.dump() == before
+        assert await daemon.stop() == 0
+
+
 async def test_the_probe_meets_what_clients_would(gateway_lab: Lab, tmp_path: Path) -> None:
     gateway = gateway_lab["gateway"]
     patient = Patient(gateway, THERE, tmp_path)
@@ -686,9 +700,12 @@ async def test_ports_and_sockets_that_run_short(sidecar_lab: Lab, tmp_path: Path
 async def test_other_programs_that_meddle(sidecar_lab: Lab, tmp_path: Path) -> None:
     """Programs of these names stand in; their configuration is a tmpfs mounted for the one process that looks."""
     host = sidecar_lab["host"]
-    listen = "import socket, time\ns = socket.socket()\ns.bind(('0.0.0.0', 8080))\ns.listen()"
+    listen = "import os, socket, time\n%ss = socket.socket()\ns.bind(('0.0.0.0', 8080))\ns.listen()"
     async with applied(host, HERE, tmp_path) as patient:
-        async with program(host, tmp_path, "sshd", listen):
+        (tmp_path / "anybody").mkdir()
+        async with program(host, tmp_path / "anybody", "sshd", listen % "os.setuid(65534)\n"):
+            assert await patient.found() == []
+        async with program(host, tmp_path, "sshd", listen % ""):
             report = await patient.report()
             assert names_of(report) == ["ssh-captured"]
             assert 'exclude_ports = ["22", "8080"]' in report.findings[0][1].remedy

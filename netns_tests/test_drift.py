@@ -6,6 +6,7 @@ connections that live go on.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import pytest
@@ -167,6 +168,27 @@ async def test_17_an_interface_renamed_again_and_again(
     assert len(daemon.records()) == captured
     median_ms("renamed", took)
     assert max(took) < 1
+
+
+async def test_many_interfaces_that_come_and_many_strange_rules_make_no_flood_of_words(sidecar_lab: Lab) -> None:
+    """40 pairs of veth, each named by capture; 300 ip rules with our protocol, mended at once and told in a short line."""
+    host = sidecar_lab["host"]
+    pairs = "".join(f"link add veth{n}a type veth peer name veth{n}b\n" for n in range(40))
+    strange = "".join(f"rule add priority {n} fwmark {n} lookup 9 protocol 133\n" for n in range(6000, 6300))
+    config = CONFIG.replace("[admin]", 'exclude_interfaces = ["veth*"]\n[admin]')
+    async with open_daemon(host, config) as daemon:
+        planned = len((await host.dump()).rules)
+        await host.run("ip", "-batch", "-", input=pairs)
+        await host.run("ip", "-batch", "-", input=strange)
+        await until(lambda: "repaired" in daemon.process.stderr_text, within=5)
+        with trio.fail_after(10):
+            while len((await host.dump()).rules) != planned:
+                await trio.sleep(0.1)
+        said = daemon.process.stderr_text.splitlines()
+        assert sum("has come" in line for line in said) == 60
+        assert any(re.search(r"; and \d+ more$", line) for line in said)
+        assert max(map(len, said)) < 1500
+        assert await daemon.stop() == 0
 
 
 async def test_a_program_that_does_it_again_and_again_is_answered_with_pauses(sidecar_lab: Lab) -> None:

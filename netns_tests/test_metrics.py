@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import signal
 from collections import Counter
+from contextlib import AsyncExitStack, suppress
 
 import pytest
 import trio
@@ -167,6 +168,22 @@ async def test_59_slow_clients_and_a_storm_of_scrapes_hurt_nobody(way: Way, nurs
         await daemon.process.wait_for_output("stopping")
         await stream.send_eof()
         assert await daemon.process.wait() == 0
+
+
+@GATEWAY_V4
+async def test_59_who_says_nothing_keeps_nobody_out(way: Way) -> None:
+    """200 clients that say nothing, 200 that say half a word, and 200 that ask and take no answer."""
+    node = way.proxy
+    async with open_daemon(node, CONFIG) as daemon, AsyncExitStack() as stack:
+        for said in (b"", b"GET /metr", b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n" * 1000):
+            for _ in range(200):
+                client = await stack.enter_async_context(await node.connect("127.0.0.1", 9101))
+                with suppress(trio.BrokenResourceError), trio.move_on_after(0.01):
+                    await client.send_all(said)
+            for path in ("/healthz", "/readyz", "/metrics"):
+                assert (await get(node, path, within=2)).status == 200
+        assert await daemon.stop() == 0
+    assert "Traceback" not in daemon.process.stderr_text
 
 
 @GATEWAY_V4

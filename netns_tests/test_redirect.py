@@ -241,7 +241,7 @@ async def test_40_the_listeners_port_at_a_foreign_destination_is_served(
 
 async def test_41_special_destinations() -> None:
     """Refused by the kernel; where they are allowed, they are taken."""
-    allow = '[policy]\nallow_special = ["169.254.0.0/16", "100.100.100.200", "fd00:ec2::254"]\n'
+    allow = '[policy]\nallow_special = ["169.254.0.0/16", "100.100.100.200", "fd00:ec2::254", "64:ff9b::/96"]\n'
     async with open_special_lab(router="192.0.2.1") as (client, host):
         async with open_daemon(host, REDIRECT) as daemon:
             for address in SPECIAL:

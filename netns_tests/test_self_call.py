@@ -96,7 +96,7 @@ async def test_41_special_destinations_are_refused_by_the_kernel() -> None:
 
 
 async def test_41_special_destinations_that_are_allowed_are_taken() -> None:
-    allow = '[policy]\nallow_special = ["169.254.0.0/16", "100.100.100.200", "fd00:ec2::254"]\n'
+    allow = '[policy]\nallow_special = ["169.254.0.0/16", "100.100.100.200", "fd00:ec2::254", "64:ff9b::/96"]\n'
     async with open_special_lab(router="192.0.2.1") as (client, host), open_daemon(host, ONE_PORT + allow) as daemon:
         for address in SPECIAL:
             await attempt(client, address, 8080)

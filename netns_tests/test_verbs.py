@@ -184,13 +184,36 @@ async def test_ssh_of_the_host_is_spared_where_only_a_range_captures_it(way: Way
 
 
 async def test_where_ssh_is_looked_for(sidecar_lab: Lab) -> None:
-    """Port 22 of anybody, an SSH server's own ports, and neither of both on loopback, from where nothing is captured."""
+    """Root's port 22, the ports of root's SSH server, and neither of both on loopback, from where nothing is captured."""
     host = sidecar_lab["host"]
     async with host.listen("127.0.0.1", 22), host.listen("::1", 22), host.listen("0.0.0.0", 2200):
         assert host.call(find_ssh_ports) == set()
         async with host.listen(host.v6, 22), serve_ssh(host):
             assert host.call(find_ssh_ports) == {22, 2222}
     assert host.call(find_ssh_ports) == set()
+
+
+LIAR = """
+import os, socket, time
+open("/proc/self/comm", "w").write("sshd")
+handed = socket.create_server(("0.0.0.0", 2223))
+os.setgid(65534)
+os.setuid(65534)
+own = [socket.create_server(("::", port), family=socket.AF_INET6) for port in (22, 2224)]
+print("listening", flush=True)
+time.sleep(60)
+"""
+
+
+async def test_an_app_that_calls_itself_sshd_is_not_spared(sidecar_lab: Lab) -> None:
+    """Nor one on port 22 where anybody may have it, nor one that has only been handed root's socket."""
+    host = sidecar_lab["host"]
+    host.set_sysctl("net.ipv4.ip_unprivileged_port_start", 0)
+    async with host.process(sys.executable, "-c", LIAR, collect=True) as app:
+        await app.wait_for_output("listening")
+        assert host.call(find_ssh_ports) == set()
+        async with serve_ssh(host):
+            assert host.call(find_ssh_ports) == {2222}
 
 
 @pytest.mark.parametrize("way", ["sidecar v4"], indirect=True)

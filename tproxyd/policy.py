@@ -12,8 +12,8 @@ a mask has a bit a rule, so the memory grows with rules times networks.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Sequence
-from ipaddress import IPv4Network, IPv6Network, ip_network
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from ipaddress import IPv4Network, IPv6Network
 from socket import AF_INET, AF_INET6, inet_pton
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -22,32 +22,61 @@ if TYPE_CHECKING:  # who asks a policy need not be able to read one
 
 __all__ = ["SPECIAL_NETWORKS", "Decide", "Verdict", "compile_policy"]
 
-SPECIAL_NETWORKS: tuple[IPv4Network | IPv6Network, ...] = tuple(
-    ip_network(network)
-    for network in (
-        "0.0.0.0/8",  # "this network" (RFC 1122): Linux connects 0.0.0.0 to itself
-        "127.0.0.0/8",  # loopback: a client must not reach what listens there for this host alone
-        "169.254.0.0/16",  # link-local (RFC 3927), and 169.254.169.254: metadata of most clouds
-        "100.100.100.200/32",  # metadata of Alibaba Cloud
-        "168.63.129.16/32",  # WireServer of Azure
-        "192.0.0.192/32",  # metadata of Oracle Cloud (classic)
-        "224.0.0.0/4",  # multicast
-        "240.0.0.0/4",  # reserved, and limited broadcast
-        "::/128",
-        "::1/128",
-        "::ffff:0:0/96",  # mapped IPv4: would slip past every IPv4 rule
-        "64:ff9b::/104",  # NAT64 (RFC 6052) of 0.0.0.0/8 ...
-        "64:ff9b::7f00:0/104",  # ... of loopback ...
-        "64:ff9b::a9fe:0/112",  # ... and of link-local
-        "fe80::/10",  # link-local
-        "fd00:ec2::/32",  # metadata and credentials of AWS over IPv6
-        "fd20:ce::254/128",  # metadata of Google Cloud over IPv6
-        "fd00:c1::a9fe:a9fe/128",  # metadata of Oracle Cloud over IPv6
-        "fd00:42::42/128",  # metadata of Scaleway over IPv6
-        "ff00::/8",  # multicast
+_SPECIAL_IPV4 = tuple(
+    map(
+        IPv4Network,
+        (
+            "0.0.0.0/8",  # "this network" (RFC 1122): Linux connects 0.0.0.0 to itself
+            "127.0.0.0/8",  # loopback: a client must not reach what listens there for this host alone
+            "169.254.0.0/16",  # link-local (RFC 3927), and 169.254.169.254: metadata of most clouds
+            "100.100.100.200/32",  # metadata of Alibaba Cloud
+            "168.63.129.16/32",  # WireServer of Azure
+            "192.0.0.192/32",  # metadata of Oracle Cloud (classic)
+            "224.0.0.0/4",  # multicast
+            "240.0.0.0/4",  # reserved, and limited broadcast
+        ),
     )
 )
-"""Destinations that are refused by default, because the proxy's own position would be lent to the client."""
+
+_SPECIAL_IPV6 = tuple(
+    map(
+        IPv6Network,
+        (
+            "::/96",  # unspecified, loopback, and IPv4-compatible (RFC 4291), which nobody uses any more
+            "::ffff:0:0/96",  # mapped IPv4: would slip past every IPv4 rule
+            "64:ff9b:1::/48",  # NAT64 of one's own network (RFC 8215): where in it the IPv4 address stands is up to that network
+            "fe80::/10",  # link-local
+            "fd00:ec2::/32",  # metadata and credentials of AWS over IPv6
+            "fd20:ce::254/128",  # metadata of Google Cloud over IPv6
+            "fd00:c1::a9fe:a9fe/128",  # metadata of Oracle Cloud over IPv6
+            "fd00:42::42/128",  # metadata of Scaleway over IPv6
+            "ff00::/8",  # multicast
+        ),
+    )
+)
+
+_EMBEDDING = (IPv6Network("64:ff9b::/96"), IPv6Network("2002::/16"))  # NAT64 (RFC 6052), and 6to4 (RFC 3056)
+
+
+def _embedded(network: IPv4Network) -> Iterator[IPv6Network]:
+    """The IPv6 addresses in which a router may find one of these IPv4 addresses, right behind a prefix."""
+    for prefix in _EMBEDDING:
+        length = prefix.prefixlen + network.prefixlen
+        shift = 128 - prefix.prefixlen - 32
+        yield IPv6Network((int(prefix.network_address) | int(network.network_address) << shift, length))
+
+
+SPECIAL_NETWORKS: tuple[IPv4Network | IPv6Network, ...] = (
+    *_SPECIAL_IPV4,
+    *_SPECIAL_IPV6,
+    *(embedded for network in _SPECIAL_IPV4 for embedded in _embedded(network)),
+)
+"""Destinations that are refused by default, because the proxy's own position would be lent to the client.
+
+Each of IPv4 also where an IPv6 address has it in it. By NAT64 (64:ff9b::/96) and 6to4, which are used to reach public addresses, only
+the special ones are refused; of what has no such use (mapped, IPv4-compatible), or no known form (64:ff9b:1::/48), all. A NAT64 prefix
+that a network has chosen for itself cannot be known here: that is for a policy rule.
+"""
 
 
 class Verdict(NamedTuple):
@@ -65,7 +94,7 @@ _Network = IPv4Network | IPv6Network
 _Interval = tuple[int, int]
 """The first, and the one behind the last."""
 
-_MAPPED = ip_network("::ffff:0:0/96")
+_MAPPED = IPv6Network("::ffff:0:0/96")
 
 
 def compile_policy(policy: Policy) -> Decide:

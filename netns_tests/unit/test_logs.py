@@ -121,3 +121,25 @@ def test_messages_say_who_speaks_and_how_grave_it_is(pipe: tuple[int, int], capl
         writer.close()
         root.handlers[:], root.level = before
     assert read_all(pipe[0]) == b"tproxyd: warning: 3 things\n"
+
+
+def test_a_message_is_one_line_whatever_is_in_it(pipe: tuple[int, int]) -> None:
+    """A name with an end of line in it would forge the next one, "ready" for instance; a traceback has lines of its own."""
+    root = logging.getLogger()
+    before = (root.handlers[:], root.level)
+    writer = LineWriter(pipe[1])
+    try:
+        set_up_logging(Config(), writer)
+        logging.getLogger("tproxyd").warning("interface %s: Grüße", "\x1b[2J\ntproxyd: ready")
+        try:
+            raise ValueError("\x1b[2J")
+        except ValueError:
+            logging.getLogger("tproxyd").exception("failed")
+    finally:
+        writer.close()
+        root.handlers[:], root.level = before
+    first, second, *trace = read_all(pipe[0]).decode().splitlines()
+    assert first == r"tproxyd: warning: interface \x1b[2J\ntproxyd: ready: Grüße"
+    assert second == "tproxyd: error: failed"
+    assert trace[0].startswith("Traceback")
+    assert trace[-1] == r"ValueError: \x1b[2J"

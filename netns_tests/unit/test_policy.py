@@ -44,7 +44,16 @@ SPECIAL = [
     ("mapped, in hexadecimal", "::ffff:c000:201"),
     ("link-local with its scope", "fe80::1%eth0"),
     ("link-local with a number", "febf::1%3"),
+    ("IPv4-compatible", "::192.0.2.1"),
     ("loopback by NAT64", "64:ff9b::127.0.0.1"),
+    ("metadata of Alibaba by NAT64", "64:ff9b::100.100.100.200"),
+    ("metadata of Azure by NAT64", "64:ff9b::168.63.129.16"),
+    ("metadata of Oracle by NAT64", "64:ff9b::192.0.0.192"),
+    ("multicast by NAT64", "64:ff9b::224.0.0.1"),
+    ("broadcast by NAT64", "64:ff9b::255.255.255.255"),
+    ("by NAT64 of one's own network", "64:ff9b:1:a9fe:a9:fe00::"),
+    ("metadata by 6to4", "2002:a9fe:a9fe::1"),
+    ("metadata of Alibaba by 6to4", "2002:6464:64c8:1::1"),
     ("last of all", "ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff"),
 ]
 ORDINARY = [
@@ -54,10 +63,16 @@ ORDINARY = [
     ("after Alibaba's", "100.100.100.201"),
     ("before multicast", "223.255.255.255"),
     ("private", "10.0.0.1"),
-    ("after loopback IPv6", "::2"),
+    ("after IPv4-compatible", "::1:0:0"),
     ("before mapped", "::fffe:ffff:ffff"),
     ("after mapped", "::1:0:0:0"),
     ("NAT64 of a public address", "64:ff9b::203.0.113.9"),
+    ("NAT64 of a private address", "64:ff9b::10.0.0.1"),
+    ("before NAT64 of Alibaba's", "64:ff9b::100.100.100.199"),
+    ("after NAT64 of Alibaba's", "64:ff9b::100.100.100.201"),
+    ("after NAT64 of one's own network", "64:ff9b:2::"),
+    ("6to4 of a public address", "2002:cb00:7109::1"),
+    ("after 6to4 of Alibaba's", "2002:6464:64c9::1"),
     ("before link-local", "fe7f:ffff::1"),
     ("unique local", "fd00::1"),
 ]
@@ -84,6 +99,8 @@ ALLOWED = [
     ("every one of IPv4", ["0.0.0.0/0"], {"0.0.0.0": True, "255.255.255.255": True, "::1": False, "::ffff:127.0.0.1": False}),
     ("two that overlap", ["127.0.0.0/9", "127.0.0.0/30"], {"127.127.0.1": True, "127.128.0.1": False}),
     ("link-local", ["fe80::/64"], {"fe80::1%eth0": True, "fe80:0:0:1::1%eth0": False}),
+    ("the same by NAT64", ["127.0.0.1"], {"127.0.0.1": True, "64:ff9b::127.0.0.1": False}),
+    ("NAT64 of one's own network", ["64:ff9b:1::/48"], {"64:ff9b:1::1": True, "64:ff9b::127.0.0.1": False}),
     ("a part of what is mapped", ["::ffff:192.0.2.0/120"], {"::ffff:192.0.2.1": True, "::ffff:192.0.3.1": False}),
 ]  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""How values, keys and file names stand in a message: on one line, printable, in TOML's words. Takes whatever there is.
+"""How values, keys, file names and what others have named stand in a message: on one line, printable, short. Takes whatever there is.
 
 No value is given to str() that could be endless or nested without end: Python refuses to print integers of more than 4300
 digits, and what is nested a thousand deep.
@@ -6,18 +6,25 @@ digits, and what is nested a thousand deep.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import date, time
 from typing import Any
 
-__all__ = ["printable", "short", "shown", "toml_kind"]
+__all__ = ["few", "printable", "short", "shown", "toml_kind"]
 
 _SHOWN = 60  # characters of a value in a message
+_FEW = 10  # of many things of a kind
 
 
-def printable(text: str) -> str:
-    """The whole text, with escapes for what a terminal would obey or not show."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+def printable(text: str, *, keep: str = "") -> str:
+    """The whole text, with escapes for what a terminal would obey or not show, ends of lines among it; but for characters to `keep`."""
+    return "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in text)
+
+
+def few(items: Sequence[str], separator: str = "; ") -> str:
+    """The first of them, and how many more there are."""
+    more = len(items) - _FEW
+    return separator.join([*items[:_FEW], f"and {more} more"] if more > 0 else items)
 
 
 def short(text: str) -> str:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 from tproxyd import kernel
 from tproxyd.config import Config
+from tproxyd.config.wording import printable
 from tproxyd.daemon.lock import ServedError, namespace_lock, send_order
 from tproxyd.daemon.planned import ssh_ports_here
 from tproxyd.net.capabilities import require_capabilities
@@ -29,7 +30,7 @@ def apply(config: Config, *, seconds: int | None = None) -> int:
             plan = make_plan(config, surroundings=found.surroundings)
             _tell_ssh(config, found.surroundings)
             for warning in found.warnings:
-                print(f"tproxyd: warning: {warning}", file=sys.stderr)
+                print(f"tproxyd: warning: {printable(warning)}", file=sys.stderr)
             if seconds is None:
                 with _uninterrupted():
                     changes = kernel.apply(plan)
@@ -62,7 +63,7 @@ def revert() -> int:
             removed = kernel.revert()
     _tell(removed, nothing="nothing to remove")
     if remark:
-        print(f"tproxyd: warning: {remark}", file=sys.stderr)
+        print(f"tproxyd: warning: {printable(remark)}", file=sys.stderr)
     return os.EX_OK
 
 
@@ -86,4 +87,4 @@ def _tell_ssh(config: Config, surroundings: Surroundings) -> None:
 
 def _tell(changes: Sequence[object], *, nothing: str) -> None:
     for change in changes or [nothing]:
-        print(change)
+        print(printable(str(change)))

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from tproxyd.errors import TproxydError, UsageError
+from tproxyd.errors import ConfigError, TproxydError, UsageError
 
 if TYPE_CHECKING:
     from tproxyd.config import Config
@@ -50,8 +50,8 @@ def main(arguments: Sequence[str]) -> int:
         finally:
             sys.stdout.flush()  # here, where what goes wrong with it can be told
     except TproxydError as error:
-        for line in str(error).splitlines():
-            print(f"tproxyd: {line}", file=sys.stderr)
+        for sentence in error.problems if isinstance(error, ConfigError) else [str(error)]:
+            _complain(sentence)
         return error.exit_code
     except BrokenPipeError:
         _forget_output()  # its reader left (`tproxyd plan | head`), which is fine
@@ -61,10 +61,17 @@ def main(arguments: Sequence[str]) -> int:
         print(f"tproxyd: {error.strerror or error}; is there room for the output, and for a process?", file=sys.stderr)
         return os.EX_IOERR
     except Exception as error:  # a mistake of tproxyd's; a traceback is for who looks for it
-        print(f"tproxyd: this is a bug, please report it: {type(error).__name__}: {error}", file=sys.stderr)
+        _complain(f"this is a bug, please report it: {type(error).__name__}: {error}")
         if logging.getLogger().isEnabledFor(logging.DEBUG):
             raise
         return os.EX_SOFTWARE
+
+
+def _complain(sentence: str) -> None:
+    """On one line: there may be names in it that others have chosen."""
+    from tproxyd.config.wording import printable  # late: it brings msgspec
+
+    print(f"tproxyd: {printable(sentence)}", file=sys.stderr)
 
 
 def _forget_output() -> None:

@@ -19,6 +19,7 @@ from typing import Literal
 import trio
 
 from tproxyd import kernel
+from tproxyd.config.wording import printable
 from tproxyd.daemon.lock import Orders, UnknownOrderError, lock_holder, reverted, send_order, serve_orders
 from tproxyd.daemon.status import tell_waiting
 from tproxyd.errors import KernelError, MissingError, TproxydError
@@ -194,7 +195,7 @@ async def _listen_to_stdin(wait: _Wait) -> None:
 
 
 async def _show(time: trio.CancelScope, changes: Sequence[kernel.Change]) -> None:
-    await _write(sys.stdout.fileno(), "".join(f"{change}\n" for change in changes))
+    await _write(sys.stdout.fileno(), "".join(f"{printable(str(change))}\n" for change in changes))
     how = "type yes, or `tproxyd confirm` elsewhere, or it is taken back"
     if not sys.stderr.isatty():
         left = time.deadline - trio.current_time()

@@ -15,7 +15,7 @@ import msgspec
 
 from tproxyd import kernel
 from tproxyd.config import Config, Endpoint
-from tproxyd.config.wording import shown
+from tproxyd.config.wording import printable, shown
 from tproxyd.daemon.lock import lock_holder
 from tproxyd.errors import TproxydError, UsageError
 from tproxyd.net.capabilities import require_capabilities
@@ -275,7 +275,7 @@ def _text(account: Account) -> str:
     for stage in explanation.stages:
         mark, says = "=>" if stage.decides else "  ", "yes" if stage.matches else "no"
         lines.append(f"{mark} {stage.where:{width}}  {says:3}  {stage.rule}  # {stage.because}")
-    return "\n".join([*lines, "", f"{explanation.outcome}: {explanation.what}", ""])
+    return "\n".join([*map(printable, lines), "", printable(f"{explanation.outcome}: {explanation.what}"), ""])
 
 
 def _json(account: Account) -> str:

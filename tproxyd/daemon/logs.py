@@ -13,10 +13,12 @@ import select
 import stat
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import msgspec
 
 from tproxyd.config import Config
+from tproxyd.config.wording import printable
 from tproxyd.datapath import Record
 
 __all__ = ["LineWriter", "access_format", "encode_line", "set_up_logging"]
@@ -121,8 +123,18 @@ def set_up_logging(config: Config, stderr: LineWriter) -> None:
     for level in (logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR, logging.CRITICAL):
         logging.addLevelName(level, logging.getLevelName(level).lower())
     handler = _Handler(stderr)
-    handler.setFormatter(logging.Formatter("tproxyd: %(levelname)s: %(message)s"))
+    handler.setFormatter(_Formatter("tproxyd: %(levelname)s: %(message)s"))
     logging.basicConfig(handlers=[handler], level=config.log.level.upper(), force=True)
+
+
+class _Formatter(logging.Formatter):
+    """Others' names stand in messages: none makes a line of its own, or does anything to a terminal."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  # the standard library's name
+        return printable(super().formatMessage(record))
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802  # as above
+        return printable(super().formatException(ei), keep="\n")
 
 
 class _Handler(logging.Handler):

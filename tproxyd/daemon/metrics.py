@@ -12,6 +12,7 @@ import logging
 import platform
 import socket
 from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, get_args
 
@@ -19,6 +20,7 @@ import h11
 import trio
 
 from tproxyd.config import Endpoint
+from tproxyd.config.wording import printable
 from tproxyd.datapath import CONNECT_SECONDS, Counters, Outcome
 from tproxyd.errors import KernelError
 from tproxyd.interceptor import KINDS
@@ -32,13 +34,17 @@ __all__ = ["open_metrics_listener", "serve_metrics"]
 
 _log = logging.getLogger(__name__)
 
-_CLIENTS = 64  # at once; those beyond wait in the queue
+_CLIENTS = 64  # at once; one more takes the place of one that does not get on
 _PATIENCE = 10.0  # seconds for a request to come, and for its answer to be taken
 _LONGEST = 60.0  # seconds for all requests of one connection: nobody holds a place for good
+_LOOK = 0.1  # seconds, where all are served and none can be sent away, until one of them may be
 _READ = 8192
 
 Page = Callable[[], Awaitable[tuple[int, str, bytes]]]
 """Gives a status, a content type and a body."""
+
+Waiting = Callable[[], AbstractContextManager[None]]
+"""Makes the block around all that waits for one client: for a whole request, or for taking an answer."""
 
 
 def open_metrics_listener(where: Endpoint) -> trio.SocketListener:
@@ -78,49 +84,101 @@ async def serve_metrics(
         b"/healthz": partial(_word, str),
         b"/readyz": partial(_word, unready),
     }
-    room = trio.CapacityLimiter(_CLIENTS)
+    places = _Places()
     async with listener, trio.open_nursery() as nursery:
         while True:
-            await room.acquire_on_behalf_of(token := object())
+            await trio.lowlevel.wait_readable(listener.socket)
+            token = await places.take()
             try:
                 stream = await listener.accept()
             except OSError:  # no file left: connections that are relayed come first
-                room.release_on_behalf_of(token)
+                places.leave(token)
                 await trio.sleep(0.1)
                 continue
-            nursery.start_soon(_serve_client, stream, pages, room, token)
+            nursery.start_soon(_serve_client, stream, pages, places, token)
 
 
-async def _serve_client(
-    stream: trio.SocketStream, pages: dict[bytes, Page], room: trio.CapacityLimiter, token: object
-) -> None:
+class _Places:
+    """Room for so many clients. When it is full, who comes takes the place of the one that has let us wait longest, for a whole
+    request or for taking its answer: nobody keeps others out by saying nothing."""
+
+    def __init__(self) -> None:
+        self._room = trio.CapacityLimiter(_CLIENTS)
+        self._waited_for: dict[trio.CancelScope, None] = {}  # in the order in which that began
+
+    async def take(self) -> object:
+        """Gives what `leave` is to be called with."""
+        token = object()
+        while True:
+            if not self._room.available_tokens and self._waited_for:
+                slowest = next(iter(self._waited_for))
+                del self._waited_for[slowest]
+                slowest.cancel()
+            with trio.move_on_after(_LOOK):
+                await self._room.acquire_on_behalf_of(token)
+                return token
+
+    def leave(self, token: object) -> None:
+        self._room.release_on_behalf_of(token)
+
+    @contextmanager
+    def waiting_for(self, client: trio.CancelScope) -> Iterator[None]:
+        """The block waits for this client alone, and is cancelled when another one needs its place."""
+        self._waited_for[client] = None
+        try:
+            yield
+        finally:
+            self._waited_for.pop(client, None)
+
+
+async def _serve_client(stream: trio.SocketStream, pages: dict[bytes, Page], places: _Places, token: object) -> None:
     try:
         async with stream:
-            with trio.move_on_after(_LONGEST):
-                await _converse(stream, pages)
+            with trio.move_on_after(_LONGEST) as client:
+                await _converse(stream, pages, partial(places.waiting_for, client))
     except (trio.BrokenResourceError, trio.TooSlowError, h11.LocalProtocolError):
         pass  # gone, or too slow to be waited for
     except Exception:  # a surprise costs this client only, never the daemon
         _log.exception("an answer on the metrics port failed; this is a bug")
     finally:
-        room.release_on_behalf_of(token)
+        places.leave(token)
 
 
-async def _converse(stream: trio.SocketStream, pages: dict[bytes, Page]) -> None:
+async def _converse(stream: trio.SocketStream, pages: dict[bytes, Page], waiting: Waiting) -> None:
     connection = h11.Connection(h11.SERVER)
     try:
         while True:
             with trio.fail_after(_PATIENCE):
-                if not await _answer(stream, connection, pages):
+                if not await _answer(stream, connection, pages, waiting):
                     return
                 connection.start_next_cycle()
     except h11.RemoteProtocolError as error:
-        with trio.fail_after(_PATIENCE):
+        with trio.fail_after(_PATIENCE), waiting():
             await _send(stream, connection, error.error_status_hint, "text/plain", b"bad request\n", close=True)
 
 
-async def _answer(stream: trio.SocketStream, connection: h11.Connection, pages: dict[bytes, Page]) -> bool:
+async def _answer(
+    stream: trio.SocketStream, connection: h11.Connection, pages: dict[bytes, Page], waiting: Waiting
+) -> bool:
     """One request and its answer; whether another one may follow."""
+    with waiting():
+        request = await _receive(stream, connection)
+    if request is None:
+        return False
+    page = pages.get(request.target.partition(b"?")[0])
+    if request.method not in (b"GET", b"HEAD"):
+        status, kind, body = 405, "text/plain", b"only GET\n"
+    elif page is None:
+        status, kind, body = 404, "text/plain", b"/metrics, /healthz, /readyz\n"
+    else:
+        status, kind, body = await page()
+    with waiting():
+        await _send(stream, connection, status, kind, body, close=False, head=request.method == b"HEAD")
+    return connection.our_state is h11.DONE and connection.their_state is h11.DONE
+
+
+async def _receive(stream: trio.SocketStream, connection: h11.Connection) -> h11.Request | None:
+    """A whole request; None if there comes no further one."""
     request: h11.Request | None = None
     while True:
         event = connection.next_event()
@@ -129,19 +187,9 @@ async def _answer(stream: trio.SocketStream, connection: h11.Connection, pages: 
         elif isinstance(event, h11.Request):
             request = event
         elif isinstance(event, h11.ConnectionClosed) or event is h11.PAUSED:
-            return False
+            return None
         elif isinstance(event, h11.EndOfMessage):
-            break
-    assert request is not None
-    page = pages.get(request.target.partition(b"?")[0])
-    if request.method not in (b"GET", b"HEAD"):
-        status, kind, body = 405, "text/plain", b"only GET\n"
-    elif page is None:
-        status, kind, body = 404, "text/plain", b"/metrics, /healthz, /readyz\n"
-    else:
-        status, kind, body = await page()
-    await _send(stream, connection, status, kind, body, close=False, head=request.method == b"HEAD")
-    return connection.our_state is h11.DONE and connection.their_state is h11.DONE
+            return request
 
 
 async def _send(
@@ -166,7 +214,11 @@ async def _send(
 
 async def _word(reason: Callable[[], str]) -> tuple[int, str, bytes]:
     why = reason()
-    return (503, "text/plain; charset=utf-8", f"not ready: {why}\n".encode()) if why else (200, "text/plain", b"ok\n")
+    return (
+        (503, "text/plain; charset=utf-8", f"not ready: {printable(why)}\n".encode())
+        if why
+        else (200, "text/plain", b"ok\n")
+    )
 
 
 async def _metrics(

@@ -12,6 +12,7 @@ import msgspec
 
 from tproxyd import kernel
 from tproxyd.config import Config
+from tproxyd.config.wording import printable
 from tproxyd.errors import MissingError
 from tproxyd.net.capabilities import require_capabilities
 from tproxyd.net.sockets import format_address
@@ -130,7 +131,7 @@ def diff_against(config: Config, other: Config, path: Path) -> int:
 
 
 def _print(diff: str, same: str) -> int:
-    sys.stdout.write(diff or same + "\n")
+    sys.stdout.write(printable(diff or same + "\n", keep="\n\t"))
     return DIFFERENT if diff else os.EX_OK
 
 

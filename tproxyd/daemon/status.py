@@ -16,6 +16,7 @@ import msgspec
 
 from tproxyd import __version__, kernel
 from tproxyd.config import Config
+from tproxyd.config.wording import printable
 from tproxyd.daemon.lock import lock_holder, send_order
 from tproxyd.daemon.planned import DIFFERENT, compare
 from tproxyd.errors import KernelError
@@ -147,7 +148,7 @@ def status(config: Config | None, path: Path | None, *, as_json: bool) -> int:
     else:
         width = max(len(name) for name, _ in _rows(report))
         for name, text in _rows(report):
-            print(f"{name:{width}}  {text}")
+            print(f"{name:{width}}  {printable(text)}")
     if daemon is None and not (observed.rules or observed.routes or observed.tables):
         return os.EX_UNAVAILABLE
     return os.EX_OK if differences == [] else DIFFERENT

@@ -11,7 +11,7 @@ import math
 import socket
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 from functools import partial
 
@@ -19,6 +19,7 @@ import trio
 
 from tproxyd import kernel
 from tproxyd.config import Config
+from tproxyd.config.wording import few
 from tproxyd.errors import MissingError, TproxydError
 from tproxyd.interceptor.threads import in_thread
 from tproxyd.plan import Marks, Plan, Surroundings, make_marks, make_plan
@@ -41,6 +42,7 @@ _RETRY = 1.0  # after a repair that failed
 _MINUTE = 60.0
 _FREE, _STEP, _USUAL_PAUSE = 5, 0.02, 0.4
 _FIGHT, _LONG_PAUSE = 110, 5.0
+_LINES = 60  # about interfaces, in a minute: a host of containers has hundreds come and go
 
 
 class Keeper:
@@ -71,6 +73,7 @@ class Keeper:
         self._due: dict[str, float] = {}
         self._bridge_sysctl = kernel.bridge_sysctl()
         self._links: dict[int, str] = dict(socket.if_nameindex())
+        self._few_lines = FewLines(_LINES, _MINUTE, time.monotonic)
         self.trouble = ""
         self.others = trio.Event()
 
@@ -241,7 +244,7 @@ class Keeper:
 
     def _tell(self, changes: list[kernel.Change], before: Surroundings) -> None:
         """One event, in one line of the log."""
-        what = "; ".join(change.what for change in changes)
+        what = few([change.what for change in changes])
         kinds: list[str] = sorted({change.kind for change in changes})
         if before.families != self._surroundings.families:
             kinds = ["ipv6"]
@@ -270,11 +273,15 @@ class Keeper:
 
     def _tell_links(self, links: dict[int, str | None]) -> None:
         """Capture goes by names: what bears one now is captured, without anything to be changed, but not without a word."""
+        if untold := self._few_lines.left_out():
+            _log.warning("%d more interfaces that capture names have come, gone or been renamed", untold)
         for index, name in links.items():
             before = self._links.pop(index, None)
             if name is not None:
                 self._links[index] = name
             if before != name and any(one is not None and self._is_named(one) for one in (before, name)):
+                if not self._few_lines.admit():
+                    continue
                 if name is None:
                     what = f"interface {before} is gone"
                 elif before is None:
@@ -286,6 +293,36 @@ class Keeper:
     def _is_named(self, name: str) -> bool:
         capture = self._config.capture
         return any(fnmatchcase(name, pattern) for pattern in (*capture.interfaces, *capture.exclude_interfaces))
+
+
+class FewLines:
+    """Lets `most` lines in `seconds` through, and counts the others until there is room for saying so."""
+
+    def __init__(self, most: int, seconds: float, clock: Callable[[], float]) -> None:
+        self._most, self._seconds, self._clock = most, seconds, clock
+        self._told: deque[float] = deque()
+        self._left_out = 0
+
+    def admit(self) -> bool:
+        """Whether a line may be told; else it counts as left out."""
+        if not self._has_room():
+            self._left_out += 1
+            return False
+        self._told.append(self._clock())
+        return True
+
+    def left_out(self) -> int:
+        """How many have been since this was last asked; 0 while there is no room for saying so."""
+        if not self._left_out or not self._has_room():
+            return 0
+        self._told.append(self._clock())
+        count, self._left_out = self._left_out, 0
+        return count
+
+    def _has_room(self) -> bool:
+        while self._told and self._told[0] <= self._clock() - self._seconds:
+            self._told.popleft()
+        return len(self._told) < self._most
 
 
 def _own_tables(config: Config) -> kernel.Nft:

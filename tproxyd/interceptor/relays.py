@@ -269,8 +269,8 @@ class _Relay:
             case report.LOG:
                 said = msgspec.msgpack.decode(content, type=LogLine)
                 _log.log(getattr(logging, said.level.upper()), "%s", said.text)
-                if said.trace:
-                    _log.error("%s", said.trace)
+                for traced in (said.trace or "").splitlines():
+                    _log.error("%s", traced)
             case report.IDLE:
                 if self._idle is not None:
                     self._idle.set()

@@ -25,6 +25,7 @@ __all__ = ["PROBE_INTERFACE", "ProbeWay", "open_probe_link"]
 PROBE_INTERFACE = "tproxyd-probe"
 """This namespace's end of the cable."""
 
+_EXISTS = f"an interface of that name exists: another doctor runs; or, if none does, remove it with `ip link del {PROBE_INTERFACE}`"
 _FAR_END, _FAR_INDEX = "far", 4000
 # The two ends of a cable must not have the same index, or the kernel reports its carrier up to a second late.
 _CARRIER_SECONDS = 2.0
@@ -66,7 +67,7 @@ def open_probe_link(ways: Sequence[ProbeWay]) -> Iterator[tuple[int, dict[int, s
 
 
 def _make(here: int) -> None:
-    with open_netlink(f"make the interface {PROBE_INTERFACE}") as netlink:
+    with open_netlink(f"make the interface {PROBE_INTERFACE}", exists=_EXISTS) as netlink:
         peer = {"ifname": PROBE_INTERFACE, "net_ns_fd": here}
         netlink.link("add", kind="veth", ifname=_FAR_END, index=_FAR_INDEX, peer=peer)
         netlink.link("set", index=_FAR_INDEX, state="up")

@@ -68,6 +68,10 @@ _IIF, _GOTO, _PRIORITY, _MARK, _SUPPRESS, _TABLE, _MASK, _PROTOCOL = 3, 4, 6, 10
 _INVERT = 2  # FIB_RULE_INVERT
 _NEWROUTE, _DELROUTE, _NEWRULE, _DELRULE = 24, 25, 32, 33
 _CREATE = 0x600  # NLM_F_CREATE | NLM_F_EXCL
+_EXISTS = (
+    "somebody else has put an equal one there (see `ip rule` and `ip route show table all`); remove it, or choose another "
+    "routing.table, routing.priority or routing.mark"
+)
 _RT_SCOPE_HOST = 254  # what an IPv4 local route has, on add and on delete; IPv6 has no scopes
 
 
@@ -218,8 +222,9 @@ def describe_rule(key: RuleKey) -> str:
 
 
 @contextmanager
-def open_netlink(step: str, *, gone: bool = False) -> Iterator[Any]:
-    """An open pyroute2 connection for one step; its errors become ours, with the step named. `gone`: absent is fine."""
+def open_netlink(step: str, *, gone: bool = False, exists: str = _EXISTS) -> Iterator[Any]:
+    """An open pyroute2 connection for one step; its errors become ours, with the step named. `gone`: absent is fine. `exists`: what to
+    say where there is an equal one already."""
     from pyroute2 import IPRoute  # 150 ms and 24 MB: only once the kernel is really asked
     from pyroute2.netlink.exceptions import NetlinkError
 
@@ -234,10 +239,7 @@ def open_netlink(step: str, *, gone: bool = False) -> Iterator[Any]:
                 f"cannot {step}: that needs CAP_NET_ADMIN in this network namespace; run as root"
             ) from error
         if error.code == errno.EEXIST:
-            raise KernelError(
-                f"cannot {step}: somebody else has put an equal one there (see `ip rule` and `ip route show table all`); "
-                "remove it, or choose another routing.table, routing.priority or routing.mark"
-            ) from error
+            raise KernelError(f"cannot {step}: {exists}") from error
         raise KernelError(
             f"cannot {step}: the kernel says {error.args[1] if len(error.args) > 1 else error}"
         ) from error

@@ -16,6 +16,7 @@ from typing import Literal
 
 import msgspec
 
+from tproxyd.config.wording import few
 from tproxyd.errors import KernelError, TproxydError
 from tproxyd.kernel import routing
 from tproxyd.kernel.nft import Nft, Program, list_names, list_tables, spelled
@@ -141,7 +142,7 @@ def apply(plan: Plan, nft: Nft = _PROGRAM) -> list[Change]:
             wrong = [step.change.what for step in make_steps(plan, observed, nft, unsure=False)]
             if wrong:
                 raise KernelError(
-                    f"the kernel does not hold what was just put there ({'; '.join(wrong)}): another program changes the same "
+                    f"the kernel does not hold what was just put there ({few(wrong)}): another program changes the same "
                     "state; find it with `nft monitor` and `ip monitor`"
                 )
             _learn_spellings(plan, observed, nft)
@@ -228,7 +229,7 @@ def _steps(wanted: Observed, observed: Observed, changed: list[str], nft: Nft) -
         new = {name: wanted.tables.get(name, "") for name in old}
         load = remove_tables(old) + "\n".join(new.values())
         undo = remove_tables(new) + "\n".join(old.values())
-        change = Change("ruleset", ", ".join(what))
+        change = Change("ruleset", few(what, ", "))
         steps.append(Step(change, partial(nft.run, load), partial(nft.run, undo), partial(nft.check, load)))
     steps += [_delete_rule(key) for key in sorted(observed.rules, key=_when_deleted) if key not in wanted.rules]
     steps += [_delete_route(key) for key in observed.routes if key not in wanted.routes]

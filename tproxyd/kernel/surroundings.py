@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from tproxyd.kernel.dumps import attributes, dump_all
-from tproxyd.net.proc_net import listening_ports
+from tproxyd.net.proc_net import root_ports
 from tproxyd.plan import Family, Surroundings
 
 __all__ = ["bridge_sysctl", "find_ssh_ports", "is_bridge", "is_forwarding", "is_loopback_up", "look_around"]
@@ -67,8 +67,9 @@ def _is_bridge_netfilter_on() -> bool:
 
 
 def find_ssh_ports() -> set[int]:
-    """Where SSH of this namespace is served: port 22 if something listens there, and where an SSH server does whose files may be seen."""
-    return listening_ports(_SSH_SERVERS) | (listening_ports() & {_SSH_PORT})
+    """Where SSH of this namespace is served by root: port 22 if root's socket listens there, also one that systemd holds for a server that
+    does not run yet, and where an SSH server does whose files may be seen. Else any app could have itself spared."""
+    return root_ports(_SSH_SERVERS) | (root_ports() & {_SSH_PORT})
 
 
 def is_forwarding() -> bool:

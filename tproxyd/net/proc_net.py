@@ -7,6 +7,7 @@ The first is for messages that name a culprit, never for decisions.
 from __future__ import annotations
 
 import os
+import re
 import socket
 import struct
 import sys
@@ -18,9 +19,9 @@ __all__ = [
     "closing_connections",
     "half_open_connections",
     "is_listening",
-    "listening_ports",
     "open_file_count",
     "port_holder",
+    "root_ports",
     "unix_name_holder",
 ]
 
@@ -56,21 +57,25 @@ def unix_name_holder(name: str) -> str | None:
     return _process_with(row[6] for row in _rows("unix") if row[7:] == [f"@{name}"])
 
 
-def listening_ports(programs: Collection[str] | None = None) -> set[int]:
-    """TCP ports at which something listens on an address other than loopback; of these programs alone if they are given, as far as
-    their files can be seen."""
+def root_ports(programs: Collection[str] | None = None) -> set[int]:
+    """TCP ports at which a socket of uid 0 listens on an address other than loopback; of these programs alone if they are given, which
+    run as uid 0 themselves, as far as their files can be seen. Uids are those of our own user namespace.
+
+    Anybody may call a process as he likes, and who has been handed a socket of root's may be anybody.
+    """
     ports = {
         row[9]: _port(row[1])
         for table in ("tcp", "tcp6")
         for row in _rows(table)
-        if row[3] == _LISTEN and not _is_loopback(row[1])
+        if row[3] == _LISTEN and row[7] == "0" and not _is_loopback(row[1])
     }
     if programs is None:
         return set(ports.values())
     found = set()
     for directory in _processes() if ports else ():
         try:
-            if (directory / "comm").read_text(encoding="utf-8", errors="replace").rstrip("\n") in programs:
+            name = (directory / "comm").read_text(encoding="utf-8", errors="replace").rstrip("\n")
+            if name in programs and _is_root(directory):
                 links = [os.readlink(fd) for fd in (directory / "fd").iterdir()]
                 found |= {ports[inode] for inode in (link[8:-1] for link in links) if inode in ports}
         except OSError:
@@ -124,6 +129,12 @@ def _rows(table: str) -> list[list[str]]:
 
 def _processes() -> Iterator[Path]:
     return (directory for directory in Path("/proc").iterdir() if directory.name.isdecimal())
+
+
+def _is_root(directory: Path) -> bool:
+    """Whether a process runs as uid 0. Not to be seen by who owns its directory: that is root's where a process may not be dumped."""
+    status = (directory / "status").read_text(encoding="utf-8", errors="replace")
+    return re.search(r"^Uid:\t0\t0\t", status, re.M) is not None
 
 
 def _process_with(inodes: Iterable[str]) -> str | None:

@@ -23,6 +23,7 @@ In redirect mode `take` only marks a SYN; then comes conntrack, NAT (`divert`) a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
 from tproxyd.config import Config, Mark
@@ -81,6 +82,7 @@ _IP: dict[Family, str] = {4: "ip", 6: "ip6"}
 """nft's word for a family's header."""
 
 _OWNED = "\tflags owner\n"
+_OWNED_HEADER = re.compile(rf"\A(table [^\n]*\n){_OWNED}")  # further down it may stand in a comment
 _ACK_ONLY = "tcp flags ack / fin,syn,rst,ack"
 
 
@@ -110,12 +112,12 @@ def remove_tables(tables: Mapping[str, str]) -> str:
 
 def is_owned(listing: str) -> bool:
     """Whether this table lives as long as its owner, and nobody else can change it."""
-    return _OWNED in listing
+    return _OWNED_HEADER.match(listing) is not None
 
 
 def unowned(listing: str) -> str:
     """The table as it is listed when nobody owns it."""
-    return listing.replace(_OWNED, "", 1)
+    return _OWNED_HEADER.sub(r"\1", listing, count=1)
 
 
 def steering_table(

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import msgspec
 
 from tproxyd.config import Config
+from tproxyd.config.wording import printable
 from tproxyd.daemon.doctor import checks_host, checks_others, checks_programs, checks_state
 from tproxyd.daemon.doctor.evidence import gather
 from tproxyd.daemon.doctor.model import Check, Evidence, Finding
@@ -72,18 +73,19 @@ def examine(evidence: Evidence, probes: Sequence[Probe]) -> Report:
 def _text(report: Report) -> str:
     blocks = []
     for name, finding in report.findings:
-        remedy = "\n".join(f"          {line}" for line in finding.remedy.splitlines()).strip()
+        remedy = "\n".join(f"          {printable(line)}" for line in finding.remedy.split("\n")).strip()
         kind = "warning" if finding.warning else "FAILURE"
-        blocks.append(f"{kind} {name}: {finding.seen}\n    why:  {finding.why}\n    mend: {remedy}\n")
+        seen, why = printable(finding.seen), printable(finding.why)
+        blocks.append(f"{kind} {name}: {seen}\n    why:  {why}\n    mend: {remedy}\n")
     notes = []
     for one in report.probes:
         if one.result == "impossible":
-            notes.append(f"IPv{one.family} not probed: {one.reason}\n")
+            notes.append(f"IPv{one.family} not probed: {printable(one.reason)}\n")
         elif one.result == "captured":
             notes.append(
                 f"IPv{one.family} probed: a connection from {one.source} to {one.destination} port {one.port} was captured\n"
             )
-    notes += [f"not looked at: {what}\n" for what in report.unseen]
+    notes += [f"not looked at: {printable(what)}\n" for what in report.unseen]
     failures = sum(not finding.warning for _, finding in report.findings)
     warnings = len(report.findings) - failures
     return "\n".join(

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 
-from tproxyd.daemon.doctor.model import Check, Evidence, Finding, setting
+from tproxyd.daemon.doctor.model import Check, Evidence, Finding, quoted, setting
 from tproxyd.net.sock_diag import LISTEN, TIME_WAIT
 
 __all__ = ["CHECKS"]
@@ -42,7 +42,7 @@ def small_mtu(e: Evidence) -> Iterator[Finding]:
             yield Finding(
                 seen=f"the MTU of {link.name} is {link.mtu}",
                 why="below 1280 Linux switches IPv6 off on the interface, and every packet is small",
-                remedy=f"ip link set dev {link.name} mtu {65536 if link.name == 'lo' else 1500}",
+                remedy=f"ip link set dev {quoted(link.name)} mtu {65536 if link.name == 'lo' else 1500}",
                 warning=True,
             )
 
@@ -242,7 +242,7 @@ def interface_down(e: Evidence) -> Iterator[Finding]:
             yield Finding(
                 seen=f"the interface {link.name} is down",
                 why="it is one of capture.interfaces, and nothing arrives there",
-                remedy=f"ip link set {link.name} up",
+                remedy=f"ip link set dev {quoted(link.name)} up",
             )
 
 
@@ -252,7 +252,7 @@ def vrf(e: Evidence) -> Iterator[Finding]:
             yield Finding(
                 seen=f"{link.name} belongs to the VRF {link.master}",
                 why="a VRF's rule comes before ours, so steered packets are not delivered: connections through it hang",
-                remedy=f"ip link set {link.name} nomaster",
+                remedy=f"ip link set dev {quoted(link.name)} nomaster",
             )
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 
 import msgspec
 
+from tproxyd.config.wording import printable
 from tproxyd.daemon.doctor.model import Check, Evidence, Finding
 from tproxyd.daemon.doctor.walk import Packet, Walk, marks_of, walk_hook
 from tproxyd.kernel import ChainRule, ForeignChain
@@ -14,6 +16,9 @@ __all__ = ["CHECKS"]
 
 _RAW = -300  # the priority of our chains, NF_IP_PRI_RAW
 _MAIN = (253, 254, 255)
+_NAME = re.compile(
+    r"[a-zA-Z][a-zA-Z0-9_./-]*"
+)  # what nft's scanner takes for one; nothing in it means anything to a shell
 
 
 def rule_before_ours(e: Evidence) -> Iterator[Finding]:
@@ -220,7 +225,7 @@ def _rule(chain: ForeignChain, rule: ChainRule) -> str:
 
 
 def _delete(chain: ForeignChain, rule: ChainRule) -> str:
-    return f"nft delete rule {chain} handle {rule.handle}"
+    return _nft("delete", chain, f"handle {rule.handle}")
 
 
 def _insert(chain: ForeignChain, nft: str, iptables: str) -> str:
@@ -232,7 +237,14 @@ def _insert(chain: ForeignChain, nft: str, iptables: str) -> str:
     ):
         program = "iptables" if chain.family == "ip" else "ip6tables"
         return f"{program} -t {chain.table} -I {chain.name} {iptables} -j ACCEPT"
-    return f"nft insert rule {chain} '{nft} accept'"
+    return _nft("insert", chain, f"'{nft} accept'")
+
+
+def _nft(verb: str, chain: ForeignChain, rest: str) -> str:
+    """nft reads its arguments as one text: a name that is more than a name there, as netlink takes any, must not come into it."""
+    if all(_NAME.fullmatch(name) for name in (chain.table, chain.name)):
+        return f"nft {verb} rule {chain} {rest}"
+    return f"# nft takes no such name: {printable(str(chain))}\nnft -a list ruleset"
 
 
 CHECKS: tuple[Check, ...] = (

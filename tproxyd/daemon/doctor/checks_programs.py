@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 
 from tproxyd.daemon.doctor.model import Check, Evidence, Finding
+from tproxyd.plan.ssh import spared_ports
 
 __all__ = ["CHECKS"]
 
@@ -88,10 +89,8 @@ def iptables_legacy(e: Evidence) -> Iterator[Finding]:
 
 
 def ssh_captured(e: Evidence) -> Iterator[Finding]:
-    servers = {pid for pid, name in e.processes.items() if name == "sshd"}
-    ports = {sock.local_port for sock in e.listeners if servers & set(e.holders.get(sock.inode, ()))}
-    ports |= {e.ssh_port} if e.ssh_port else set()
-    captured = sorted(port for port in ports if e.config.capture.takes_port(port))
+    spared = spared_ports(e.config, e.surroundings)
+    captured = [port for port in e.ssh_ports if e.config.capture.takes_port(port) and port not in spared]
     if captured and e.config.captures:
         excluded = sorted({*map(str, e.config.capture.exclude_ports), *map(str, captured)})
         yield Finding(

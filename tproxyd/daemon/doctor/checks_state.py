@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tproxyd.daemon.doctor.model import Check, Evidence, Finding
+from tproxyd.daemon.doctor.model import Check, Evidence, Finding, quoted
 from tproxyd.kernel.routing import RuleKey, describe_rule, route_key, rule_key
 from tproxyd.net.sock_diag import TcpSocket
 from tproxyd.net.sockets import format_address
@@ -138,7 +138,7 @@ def wrong_table(e: Evidence) -> Iterator[Finding]:
                 seen=f"the ip rule at priority {rule.priority} of IPv{rule.family} is `{describe_rule(key)}`, not `{rule.selector()}`",
                 why=rule.why + "; as it is, packets go somewhere else",
                 remedy=f"ip -{rule.family} rule add {rule.selector()} protocol {PROTOCOL}\n"
-                f"ip -{rule.family} rule del {describe_rule(key).removeprefix(f'-{rule.family} ')} protocol {PROTOCOL}",
+                f"ip -{rule.family} rule del {quoted(describe_rule(key).removeprefix(f'-{rule.family} '))} protocol {PROTOCOL}",
             )
 
 
@@ -161,7 +161,7 @@ def foreign_route(e: Evidence) -> Iterator[Finding]:
         yield Finding(
             seen=f"a route of another program is in our table: IPv{route.family} `{route.line}`",
             why="steered packets to there follow it and are not captured",
-            remedy=f"ip -{route.family} route del {route.line}",
+            remedy=f"ip -{route.family} route del {quoted(route.line)}",
         )
 
 
@@ -196,7 +196,7 @@ def table_left_over(e: Evidence) -> Iterator[Finding]:
                 why='it refuses clients after the daemon\'s death, although when_down is "bypass"'
                 if name == _GUARD
                 else "it captures by another configuration",
-                remedy=f"nft delete table inet {name}",
+                remedy=f"nft delete table inet {quoted(name)}",
             )
 
 

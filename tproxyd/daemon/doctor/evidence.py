@@ -66,6 +66,7 @@ def gather(config: Config, file: str | None) -> Evidence:
             return default
 
     surroundings = surroundings_here(config)
+    ssh_ports = surroundings.ssh_ports
     no_links: tuple[kernel.Link, ...] = ()
     links = look("interfaces", kernel.list_links, no_links)
     sysctls = _read_sysctls([link.name for link in links])
@@ -118,7 +119,7 @@ def gather(config: Config, file: str | None) -> Evidence:
         sockets=tuple(sockets),
         holders={inode: tuple(pids) for inode, pids in holders.items()},
         processes=processes_here(),
-        ssh_port=_ssh_port(),
+        ssh_ports=ssh_ports,
         legacy_tables=_legacy_tables(),
         networkd_spares_us=_networkd_spares_us(),
         nft_version=look("nft's version", kernel.nft_version, None),
@@ -226,12 +227,6 @@ def _children(process: Process) -> tuple[Process, ...]:
         except OSError:
             continue
     return tuple(child for pid in sorted(pids) if (child := read_process(pid)) and "worker.py" in child.command)
-
-
-def _ssh_port() -> int | None:
-    """The port of the session in which this runs."""
-    words = os.environ.get("SSH_CONNECTION", "").split()
-    return int(words[3]) if len(words) == 4 and words[3].isdecimal() else None
 
 
 def _legacy_tables() -> tuple[str, ...]:

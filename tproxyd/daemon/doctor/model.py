@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
 
 import msgspec
 
 from tproxyd.config import Config
+from tproxyd.config.wording import printable
 from tproxyd.kernel import ForeignChain, ForeignRoute, ForeignRule, Link, Observed
 from tproxyd.net.processes import Process
 from tproxyd.net.sock_diag import LISTEN, TcpSocket
 from tproxyd.plan import Family, Plan, Surroundings
 
-__all__ = ["Check", "Evidence", "Finding", "setting"]
+__all__ = ["Check", "Evidence", "Finding", "quoted", "setting"]
 
 
 class Finding(msgspec.Struct, frozen=True, kw_only=True):
-    """Something that is wrong: what was seen, why it hurts, the command that mends it. `warning`: a risk, not a failure."""
+    """Something that is wrong: what was seen, why it hurts, the command that mends it. `warning`: a risk, not a failure.
+
+    The remedy is pasted into a root's shell: in it, what others have named is `quoted`.
+    """
 
     seen: str
     why: str
@@ -59,7 +64,7 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     sockets: tuple[TcpSocket, ...]
     holders: Mapping[int, tuple[int, ...]]
     processes: Mapping[int, str]
-    ssh_port: int | None
+    ssh_ports: tuple[int, ...]
     legacy_tables: tuple[str, ...]
     networkd_spares_us: bool
     nft_version: str | None
@@ -119,19 +124,25 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def option(self) -> str:
-        return f" -c {self.file}" if self.file else ""
+        return f" -c {quoted(self.file)}" if self.file else ""
 
     @property
     def configuration(self) -> str:
-        return self.file or "/etc/tproxyd/tproxyd.toml"
+        return printable(self.file or "/etc/tproxyd/tproxyd.toml")
 
 
 Check = Callable[[Evidence], Iterable[Finding]]
 """Looks at the evidence for one cause. Its name, with hyphens, is the name of the check."""
 
 
+def quoted(words: str) -> str:
+    """Words that others have chosen, parted by spaces, as a shell takes each as it is. With an escape in it a word names nothing any
+    more, and the command fails."""
+    return " ".join(shlex.quote(printable(word)) for word in words.split(" "))
+
+
 def setting(path: str, value: str | int) -> str:
     """The command that sets a sysctl."""
     # sysctl takes slashes, too, where an interface's own name has a dot.
     name = path if "." in path else path.replace("/", ".")
-    return f"sysctl -w {name}={value}" if " " not in str(value) else f'sysctl -w {name}="{value}"'
+    return f"sysctl -w {shlex.quote(printable(f'{name}={value}'))}"
