@@ -131,14 +131,15 @@ def names_of(report: Report) -> list[str]:
 
 @asynccontextmanager
 async def applied(node: Node, config: str, directory: Path, *, backlog: int = 128) -> AsyncIterator[Patient]:
-    """A healthy node without a daemon: `tproxyd apply`, and somebody's transparent listeners."""
+    """A healthy node without a daemon: `tproxyd apply`, and somebody's listeners (transparent, but for redirect mode)."""
     patient = Patient(node, config, directory)
-    plan = node.call(lambda: make_plan(load_config(patient.file), surroundings=kernel.look_around()))
+    config_read = load_config(patient.file)
+    plan = node.call(lambda: make_plan(config_read, surroundings=kernel.look_around()))
     await node.call_async(kernel.apply, plan)
     with ExitStack() as stack:
-        for address in ("127.0.0.1", "::1"):
-            listener = node.call(partial(open_listener, address, 15006, backlog=backlog))
-            stack.enter_context(listener)
+        make = partial(open_listener, backlog=backlog, transparent=not config_read.redirects)
+        for address, port in plan.listen:
+            stack.enter_context(node.call(make, address, port))
         assert (await patient.report()).findings == ()
         yield patient
 

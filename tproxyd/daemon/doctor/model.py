@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
+from functools import wraps
 
 import msgspec
 
@@ -13,7 +14,7 @@ from tproxyd.net.processes import Process
 from tproxyd.net.sock_diag import LISTEN, TcpSocket
 from tproxyd.plan import Family, Plan, Surroundings
 
-__all__ = ["Check", "Evidence", "Finding", "setting"]
+__all__ = ["Check", "Evidence", "Finding", "of_tproxy_mode", "setting"]
 
 
 class Finding(msgspec.Struct, frozen=True, kw_only=True):
@@ -128,6 +129,16 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
 
 Check = Callable[[Evidence], Iterable[Finding]]
 """Looks at the evidence for one cause. Its name, with hyphens, is the name of the check."""
+
+
+def of_tproxy_mode(check: Check) -> Check:
+    """A check for what hurts packets that are steered and untracked; those of redirect mode are neither."""
+
+    @wraps(check)
+    def asked(e: Evidence) -> Iterable[Finding]:
+        return () if e.config.redirects else check(e)
+
+    return asked
 
 
 def setting(path: str, value: str | int) -> str:

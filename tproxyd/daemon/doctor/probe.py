@@ -90,7 +90,7 @@ def probe(e: Evidence) -> list[Probe]:
                 done += [Probe(family=number, result="impossible", reason=why) for number, why in obstacles.items()]
                 free = [way for way in ways if way.family not in obstacles]
                 with ThreadPoolExecutor() as both:  # what hangs for one family often hangs for the other, too
-                    done += both.map(lambda way: _connect(far, way, e.captured_ports[0]), free)
+                    done += both.map(lambda way: _connect(e, far, way), free)
     except (TproxydError, OSError) as error:
         tried = {one.family for one in done}
         done += [
@@ -141,17 +141,21 @@ def _choose_way(config: Config, family: int, locality: Locality) -> ProbeWay | s
     networks = [one for one in capture.destinations if one != "local" and one.version == family]
     excluded = [one for one in capture.exclude_destinations if one != "local"]
     # To a foreign address wherever one is captured: that needs the ip rule and the route, too.
-    destination, local = None, False
+    destination, near, local = None, None, False
     if networks or not capture.destinations:
         destination = choose_address(family, networks, excluded, {source}, is_local=locality)
     if destination is None and "local" in capture.destinations and "local" not in capture.exclude_destinations:
         destination, local = choose_address(family, [], excluded, {source}, is_local=locality), True
     if destination is None:
         return f"capture.destinations and exclude_destinations leave no IPv{family} documentation address"
-    return ProbeWay(family, source, destination, local)
+    if config.redirects:
+        # What NAT makes the destination: the only address of the cable's end here.
+        near = destination if local else choose_address(family, [], [], {source, destination}, is_local=locality)
+    return ProbeWay(family, source, destination, local, near)
 
 
-def _connect(far: int, way: ProbeWay, port: int) -> Probe:
+def _connect(e: Evidence, far: int, way: ProbeWay) -> Probe:
+    port = e.captured_ports[0]
     family = socket.AF_INET6 if way.family == 6 else socket.AF_INET
     client = call_in_namespace(far, socket.socket, family, socket.SOCK_STREAM)
     result: Result = "captured"
@@ -167,21 +171,24 @@ def _connect(far: int, way: ProbeWay, port: int) -> Probe:
         except OSError:
             result = "silent"
         else:
-            result = _who_answered(client, way, port)
+            result = _who_answered(client, way, port, e.config.listen.port)
     finally:
         with contextlib.suppress(OSError):
             abort(client)
     return Probe(family=way.family, result=result, source=way.source, destination=way.destination, port=port)
 
 
-def _who_answered(client: socket.socket, way: ProbeWay, port: int) -> Result:
+def _who_answered(client: socket.socket, way: ProbeWay, port: int, listen_port: int) -> Result:
     """An answer is not a connection yet: with SYN cookies there is none here before the client's ACK, which may go elsewhere. And for
-    a local address an app may have answered, whose socket is not transparent."""
+    a local address an app may have answered, whose socket is not transparent; where NAT captures, it is the one at its own port."""
     client.setblocking(False)
+    remote = (way.source, client.getsockname()[1])
     for _ in range(_LOOKS):
-        other = find_connection((way.destination, port), (way.source, client.getsockname()[1]))
+        if way.near is not None and find_connection((way.near, listen_port), remote) is not None:
+            return "captured"
+        other = find_connection((way.destination, port), remote)
         if other is not None:
-            return "bypassed" if other.transparent is False else "captured"
+            return "bypassed" if other.transparent is False or way.near is not None else "captured"
         try:
             client.recv(1)
         except BlockingIOError:
