@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import struct
 import sys
 from contextlib import ExitStack
@@ -101,6 +102,22 @@ async def test_the_probe_knows_who_answered(sidecar_lab: Lab, tmp_path: Path, nu
         assert await daemon.stop() == 0
 
 
+async def test_the_probe_knows_a_connection_that_the_nat_of_others_has_taken(
+    sidecar_lab: Lab, tmp_path: Path, nursery: trio.Nursery
+) -> None:
+    host = sidecar_lab["host"]
+    await nursery.start(serve_echo, host, 9999)
+    patient = Patient(host, HERE, tmp_path)
+    async with open_daemon(host, HERE) as daemon:
+        await patient.sh(prerouting("dstnat - 10", "tcp dport 8080 redirect to :9999", kind="nat"))
+        report = await patient.probed()
+        assert names_of(report) == ["foreign-nat", "probe", "probe"]
+        assert [one.result for one in report.probes] == ["bypassed", "bypassed"]
+        await patient.mend(report, "foreign-nat")
+        assert (await patient.probed()).findings == ()
+        assert await daemon.stop() == 0
+
+
 # What hurts steered packets alone
 
 HARMLESS_HERE = [
@@ -168,7 +185,8 @@ FAULTS = [
     Fault("prerouting-drops", prerouting("-400", "tcp dport 8080 drop"), GONE),
     Fault("prerouting-drops", prerouting("raw + 10", "tcp dport 8000-8100 drop"), GONE),
     Fault("prerouting-drops", prerouting("mangle", "ct state new tcp dport 8080 drop"), GONE),
-    Fault("prerouting-drops", prerouting("dstnat", "tcp dport 15006 drop"), GONE),
+    Fault("prerouting-drops", prerouting("dstnat - 3", "tcp dport 8080 drop"), GONE),
+    Fault("prerouting-drops", prerouting("dstnat + 1", "tcp dport 15006 drop"), GONE),
     Fault("prerouting-drops", prerouting("filter", "meta mark 0 tcp dport 15006 drop"), GONE),
     Fault("input-drops", table(INPUT, 'iifname "lo" accept', "ct state established accept", MARK), GONE),
     Fault("input-drops", table(INPUT, 'iifname "lo" accept', "tcp dport 8080 accept"), GONE),
@@ -178,6 +196,7 @@ FAULTS = [
     Fault("loopback-drops", table(INPUT, ADMIT), GONE),
     Fault("loopback-drops", table(INPUT, ADMIT, "ct state new accept"), GONE),
     Fault("foreign-tproxy", table(MANGLE, "meta nfproto ipv4 tcp dport 8080 tproxy ip to :9999"), GONE),
+    Fault("foreign-notrack", prerouting("raw - 10", "tcp dport 8080 notrack"), GONE),
     Fault("foreign-nat", prerouting("dstnat - 10", "tcp dport 8080 redirect to :9999", kind="nat"), GONE),
     Fault("foreign-nat", prerouting("dstnat", "tcp dport 8080 redirect to :9999", kind="nat"), GONE),
     Fault("address-missing", "ip link add one type veth peer name two; ip link set one up; ip link set two up"),
@@ -359,6 +378,11 @@ async def test_listeners(sidecar_lab: Lab, tmp_path: Path) -> None:
         drop = ("setpriv", "--bounding-set", "-all", "--inh-caps", "-all")
         done = await host.run(*drop, *TPROXYD, "doctor", "-c", str(patient.file), check=False)
         assert (done.returncode, done.stderr) == (0, "")
+    with host.open_socket(socket.AF_INET6) as both:
+        both.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        both.bind(("::", 15006))
+        both.listen()
+        assert await patient.found() == []
 
 
 async def test_another_program_at_the_listeners_port(sidecar_lab: Lab, tmp_path: Path) -> None:

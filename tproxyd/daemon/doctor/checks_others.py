@@ -16,7 +16,8 @@ __all__ = ["CHECKS"]
 
 _RAW = -300  # the priority of our chains, NF_IP_PRI_RAW
 _CONNTRACK = -200  # NF_IP_PRI_CONNTRACK
-_DIVERT, _UNMARK = -105, -98  # redirect mode's: dstnat - 5, dstnat + 2
+_NAT = -100  # NF_IP_PRI_NAT_DST: where all nat chains run; their own priorities are an order among them
+_DIVERT, _UNMARK = -105, -98  # redirect mode's: dstnat - 5 among nat chains, dstnat + 2
 _MAIN = (253, 254, 255)
 
 
@@ -160,6 +161,17 @@ def foreign_nat(e: Evidence) -> Iterator[Finding]:
         )
 
 
+def foreign_notrack(e: Evidence) -> Iterator[Finding]:
+    for chain, rule in _met(e, ("filter",), ("notrack",)) if e.config.redirects else ():
+        if chain.priority < _CONNTRACK:
+            yield Finding(
+                seen=f"a rule of another program keeps connections to captured ports out of conntrack: {_rule(chain, rule)}",
+                why="there is no NAT without it: such connections are "
+                + ("reset" if e.config.capture.when_down == "refuse" else "not captured"),
+                remedy=_delete(chain, rule),
+            )
+
+
 @of_tproxy_mode
 def masquerade(e: Evidence) -> Iterator[Finding]:
     local_only = set(e.config.capture.destinations) == {"local"}
@@ -198,8 +210,8 @@ def _stages(e: Evidence, packet: Packet) -> list[_Stage]:
     return [
         fresh,
         _Stage(_RAW, _CONNTRACK, altered(states=None)),
-        _Stage(_CONNTRACK, _DIVERT, altered(states=new)),
-        _Stage(_DIVERT, _UNMARK, altered(states=new, port=port, status=dnat)),
+        _Stage(_CONNTRACK, _NAT, altered(states=new)),
+        _Stage(_NAT, _UNMARK, altered(states=new, port=port, status=dnat)),
         _Stage(_UNMARK, inf, altered(states=new, port=port, status=dnat, mark=0)),
     ]
 
@@ -289,7 +301,7 @@ def _met(e: Evidence, kinds: Sequence[str], asked: Sequence[str]) -> list[tuple[
         fresh = msgspec.structs.replace(packet, mark=0, states=None)
         for stage in _stages(e, packet) if e.config.redirects else [_Stage(-inf, inf, fresh)]:
             # NAT that comes after ours: it would meet the packet as it was.
-            walked = fresh if "nat" in kinds and stage.first >= _DIVERT else stage.packet
+            walked = fresh if "nat" in kinds and stage.first >= _NAT else stage.packet
             chains = _between(e.chains or (), stage)
             for chain, rule in walk_hook(chains, "prerouting", walked, kinds=kinds, asked=asked).met:
                 met[str(chain), rule.handle] = (chain, rule)
@@ -337,5 +349,6 @@ CHECKS: tuple[Check, ...] = (
     loopback_drops,
     foreign_tproxy,
     foreign_nat,
+    foreign_notrack,
     masquerade,
 )

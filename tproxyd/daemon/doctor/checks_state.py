@@ -284,7 +284,12 @@ def _astray(e: Evidence, rule: Rule) -> list[tuple[int, int, int, int, str | Non
 
 
 def _listening(e: Evidence, address: str, port: int) -> list[TcpSocket]:
-    return [sock for sock in e.listeners if sock.local == address and sock.local_port == port]
+    everywhere = {"0.0.0.0", "::"}  # noqa: S104
+    return [
+        sock
+        for sock in e.listeners
+        if sock.local_port == port and (sock.local == address or (sock.both_families and address in everywhere))
+    ]
 
 
 def _planned_listeners(e: Evidence) -> Iterator[tuple[str, int, TcpSocket]]:

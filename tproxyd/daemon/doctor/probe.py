@@ -25,7 +25,7 @@ from tproxyd.kernel import PROBE_INTERFACE, ProbeWay
 from tproxyd.net.capabilities import missing_capabilities
 from tproxyd.net.locality import Locality
 from tproxyd.net.namespaces import call_in_namespace
-from tproxyd.net.sock_diag import find_connection
+from tproxyd.net.sock_diag import find_connection, tcp_sockets
 from tproxyd.net.sockets import abort, format_address
 
 __all__ = ["Probe", "choose_address", "findings_of", "probe", "why_not"]
@@ -180,15 +180,16 @@ def _connect(e: Evidence, far: int, way: ProbeWay) -> Probe:
 
 def _who_answered(client: socket.socket, way: ProbeWay, port: int, listen_port: int) -> Result:
     """An answer is not a connection yet: with SYN cookies there is none here before the client's ACK, which may go elsewhere. And for
-    a local address an app may have answered, whose socket is not transparent; where NAT captures, it is the one at its own port."""
+    a local address an app may have answered, whose socket is not transparent; where NAT captures, one at another port than the listener's."""
     client.setblocking(False)
     remote = (way.source, client.getsockname()[1])
     for _ in range(_LOOKS):
-        if way.near is not None and find_connection((way.near, listen_port), remote) is not None:
-            return "captured"
-        other = find_connection((way.destination, port), remote)
-        if other is not None:
-            return "bypassed" if other.transparent is False or way.near is not None else "captured"
+        if way.near is not None:
+            here = _local_port(way.near, listen_port, remote)
+            if here is not None:
+                return "captured" if here == listen_port else "bypassed"
+        elif (other := find_connection((way.destination, port), remote)) is not None:
+            return "bypassed" if other.transparent is False else "captured"
         try:
             client.recv(1)
         except BlockingIOError:
@@ -198,6 +199,15 @@ def _who_answered(client: socket.socket, way: ProbeWay, port: int, listen_port: 
         else:
             return "captured"  # and ended
     return "unmade"
+
+
+def _local_port(near: str, listen_port: int, remote: tuple[str, int]) -> int | None:
+    """Where the connection with this remote end has been brought to."""
+    if find_connection((near, listen_port), remote) is not None:
+        return listen_port
+    # NAT of others may bring it anywhere.
+    found = [one.local_port for one in tcp_sockets() if (one.remote, one.remote_port) == remote]
+    return found[0] if found else None
 
 
 def _finding(e: Evidence, one: Probe) -> Finding | None:
