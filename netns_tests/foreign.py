@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import socket
+import struct
+
 from tproxyd.testing import KernelState, Node
 
-__all__ = ["among_foreign", "plant_foreign", "plant_in_the_way"]
+__all__ = ["add_extension_rule", "among_foreign", "plant_foreign", "plant_in_the_way"]
 
 FOREIGN_TABLES = """
 table inet foreign {
@@ -82,3 +85,25 @@ async def among_foreign(node: Node) -> KernelState:
 async def plant_in_the_way(node: Node) -> None:
     for command in IN_THE_WAY:
         await node.run("ip", *command.split())
+
+
+def add_extension_rule(kind: str, name: str, revision: int, info: bytes) -> None:
+    """A rule in `ip mangle PREROUTING` as iptables-nft makes it, of one extension alone: the program need not be there."""
+
+    def attribute(number: int, content: bytes, *, nested: bool = False) -> bytes:
+        padded = content + bytes(-len(content) % 4)
+        return struct.pack("=HH", 4 + len(content), number | (0x8000 if nested else 0)) + padded
+
+    def message(kind: int, flags: int, family: int, resource: int, attributes: bytes = b"") -> bytes:
+        body = struct.pack(">BBH", family, 0, resource) + attributes
+        return struct.pack("=IHHII", 16 + len(body), kind, flags, 1, 0) + body
+
+    data = attribute(1, name.encode() + b"\0") + attribute(2, struct.pack(">I", revision)) + attribute(3, info)
+    expression = attribute(1, kind.encode() + b"\0") + attribute(2, data, nested=True)
+    rule = attribute(1, b"mangle\0") + attribute(2, b"PREROUTING\0")
+    rule += attribute(4, attribute(1, expression, nested=True), nested=True)
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 12) as sock:
+        # NFNL_MSG_BATCH_BEGIN, NFT_MSG_NEWRULE (request, acknowledge, create, append), NFNL_MSG_BATCH_END.
+        sock.send(message(16, 1, 0, 10) + message(10 << 8 | 6, 0xC05, 2, 0, rule) + message(17, 1, 0, 10))
+        sock.settimeout(3)
+        assert struct.unpack_from("=i", sock.recv(4096), 16)[0] == 0

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import trio
 
+from netns_tests.foreign import add_extension_rule
 from netns_tests.way import Way, open_way
 from tproxyd import kernel
 from tproxyd.config import load_config
@@ -299,28 +300,6 @@ async def test_of_many_rules_of_a_kind_some_are_told(way: Way) -> None:
     *told, rest = preflight(way, CONFIG).warnings
     assert len(told) == 3
     assert "17 more rules" in rest
-
-
-def add_extension_rule(kind: str, name: str, revision: int, info: bytes) -> None:
-    """A rule in `ip mangle PREROUTING` as iptables-nft makes it, of one extension alone: the program need not be there."""
-
-    def attribute(number: int, content: bytes, *, nested: bool = False) -> bytes:
-        padded = content + bytes(-len(content) % 4)
-        return struct.pack("=HH", 4 + len(content), number | (0x8000 if nested else 0)) + padded
-
-    def message(kind: int, flags: int, family: int, resource: int, attributes: bytes = b"") -> bytes:
-        body = struct.pack(">BBH", family, 0, resource) + attributes
-        return struct.pack("=IHHII", 16 + len(body), kind, flags, 1, 0) + body
-
-    data = attribute(1, name.encode() + b"\0") + attribute(2, struct.pack(">I", revision)) + attribute(3, info)
-    expression = attribute(1, kind.encode() + b"\0") + attribute(2, data, nested=True)
-    rule = attribute(1, b"mangle\0") + attribute(2, b"PREROUTING\0")
-    rule += attribute(4, attribute(1, expression, nested=True), nested=True)
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 12) as sock:
-        # NFNL_MSG_BATCH_BEGIN, NFT_MSG_NEWRULE (request, acknowledge, create, append), NFNL_MSG_BATCH_END.
-        sock.send(message(16, 1, 0, 10) + message(10 << 8 | 6, 0xC05, 2, 0, rule) + message(17, 1, 0, 10))
-        sock.settimeout(3)
-        assert struct.unpack_from("=i", sock.recv(4096), 16)[0] == 0
 
 
 def words(*values: int) -> bytes:

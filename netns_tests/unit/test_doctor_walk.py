@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,7 +12,12 @@ from hypothesis import strategies as st
 from tproxyd.daemon.doctor.walk import Packet, marks_of, walk_hook
 from tproxyd.kernel import ChainRule, ForeignChain
 
+REDIRECTED = Packet(
+    family=4, interface="eth0", port=15006, mark=0, states=frozenset({"new"}), status=frozenset({"dnat"})
+)
+"""At the input hook in redirect mode."""
 PACKET = Packet(family=4, interface="eth0", port=8080, mark=0x1000000)
+"""In tproxy mode."""
 MARK = {"meta": {"key": "mark"}}
 DPORT = {"payload": {"protocol": "tcp", "field": "dport"}}
 
@@ -89,6 +95,46 @@ def test_a_rule_that_accepts(name: str, matches: list[dict[str, Any]], admitted:
     assert (walk.verdict == "accept", walk.perhaps) == (admitted is True, admitted is None)
 
 
+CT_MARK = {"ct": {"key": "mark"}}
+ADMITTED_REDIRECTED = [
+    ("what NAT has changed", [match({"ct": {"key": "status"}}, "dnat", "in")], True),
+    ("what has been changed either way", [match({"ct": {"key": "status"}}, ["snat", "dnat"], "in")], True),
+    ("what NAT has changed at its other end", [match({"ct": {"key": "status"}}, "snat", "in")], False),
+    ("the status as a whole", [match({"ct": {"key": "status"}}, "dnat", "==")], None),
+    ("not that status as a whole", [match({"ct": {"key": "status"}}, "dnat", "!=")], None),
+    ("DNAT of iptables", [state("dnat")], True),
+    ("DNAT of iptables, turned round", [match({"ct": {"key": "state"}}, ["dnat"], "!=")], False),
+    ("new", [state("new")], True),
+    ("established", [state("established", "related")], False),
+    ("untracked", [state("untracked")], False),
+    ("the listener's port", [match(DPORT, 15006)], True),
+    ("the original port", [match(DPORT, 8080)], False),
+    ("our mark", [match({"&": [MARK, 0x3000000]}, 0x1000000)], False),
+    ("a connection's mark", [match(CT_MARK, 5)], False),
+    ("none of its bits", [match({"&": [CT_MARK, 0xFF]}, 0)], True),
+    ("a direction", [match({"ct": {"key": "direction"}}, "original")], None),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "matches", "admitted"), ADMITTED_REDIRECTED, ids=[name for name, _, _ in ADMITTED_REDIRECTED]
+)
+def test_a_rule_that_accepts_in_redirect_mode(name: str, matches: list[dict[str, Any]], admitted: bool | None) -> None:
+    walk = walk_hook([chain([*matches, ACCEPT])], "input", REDIRECTED)
+    assert (walk.verdict == "accept", walk.perhaps) == (admitted is True, admitted is None)
+
+
+@pytest.mark.parametrize(
+    ("matches", "admitted"),
+    [([match({"ct": {"key": "status"}}, "dnat", "in")], False), ([match({"&": [CT_MARK, 0xFF]}, 0)], False)],
+)
+def test_an_untracked_packet_has_no_status_and_no_mark_of_conntrack(
+    matches: list[dict[str, Any]], admitted: bool
+) -> None:
+    walk = walk_hook([chain([*matches, ACCEPT])], "input", PACKET)
+    assert (walk.verdict == "accept", walk.perhaps) == (admitted, False)
+
+
 def test_jumps_returns_and_maps() -> None:
     inner = chain([match(DPORT, 80), ACCEPT], [match(DPORT, 8080), {"return": None}], [ACCEPT], name="inner", hook=None)
     jump = {"jump": {"target": "inner"}}
@@ -108,6 +154,8 @@ def test_marks() -> None:
     assert walk.mark == 0x1040000
     walk = walk_hook([chain([set_mark({"ct": {"key": "mark"}})], policy="accept")], "input", PACKET)
     assert walk.mark == PACKET.mark  # an untracked packet has none: the rule breaks off
+    marked = msgspec.structs.replace(REDIRECTED, mark=0x1000000)
+    assert walk_hook([chain([set_mark(CT_MARK)], policy="accept")], "input", marked).mark == 0  # a new one has none yet
     assert list(marks_of(ChainRule([set_mark(7)], "", 1))) == [7]
 
 

@@ -24,6 +24,7 @@ from tproxyd.plan import (
     Surroundings,
     is_owned,
     make_plan,
+    match_mark,
     spared_in,
     unified_diff,
 )
@@ -72,8 +73,10 @@ def surroundings_here(config: Config) -> Surroundings:
 def with_held_marks(config: Config, observed: kernel.Observed) -> Config:
     """The config in which `auto` means the marks that are in use: who else uses which by now is a question for the next start."""
     held = {(value, mask) for _, _, value, mask, *_ in observed.rules}
+    text = "" if held else observed.tables.get(STEERING, "")  # redirect mode has no ip rules
     for steering, upstream in SUPPORTED_MARKS:
-        if {(steering.value, steering.mask), (upstream.value, upstream.mask)} <= held:
+        both = {(steering.value, steering.mask), (upstream.value, upstream.mask)}
+        if both <= held or match_mark(steering) in text:
             routing = msgspec.structs.replace(
                 config.routing,
                 mark=steering if config.routing.mark == "auto" else config.routing.mark,

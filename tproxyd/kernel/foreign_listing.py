@@ -7,14 +7,23 @@ from __future__ import annotations
 
 import json
 import re
+import struct
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
 from tproxyd.errors import KernelError
+from tproxyd.kernel.dumps import attributes, dump_all, each_attribute
 from tproxyd.kernel.nft import is_ours, run_program
 
-__all__ = ["Key", "list_foreign", "rule_lines"]
+__all__ = ["Key", "list_extensions", "list_foreign", "rule_lines"]
+
+_NETLINK_NETFILTER = 12  # linux/netlink.h
+_GETRULE = 10 << 8 | 7  # NFNL_SUBSYS_NFTABLES, NFT_MSG_GETRULE
+_RULE_TABLE, _RULE_CHAIN, _RULE_HANDLE, _RULE_EXPRESSIONS = 1, 2, 3, 4  # NFTA_RULE_
+_EXPR_NAME, _EXPR_DATA = 1, 2  # NFTA_EXPR_
+_XT_NAME, _XT_INFO = 1, 3  # NFTA_TARGET_, NFTA_MATCH_
+_FAMILIES = {1: "inet", 2: "ip", 3: "arp", 5: "netdev", 7: "bridge", 10: "ip6"}  # NFPROTO_
 
 _TABLE_LINE = re.compile(r"table (\S+) (\S+) \{")
 _FLAGS_LINE = re.compile(r"\tflags (.+)")
@@ -116,3 +125,27 @@ def rule_lines(text: str) -> dict[Key, str]:
         elif match := _CHAIN_LINE.match(line):
             chain = match[1]
     return lines
+
+
+def list_extensions() -> dict[Key, list[tuple[str, bytes]]]:
+    """Name and data of the iptables extensions in each rule that has any, of which nft's JSON has the name alone. Raises KernelError."""
+    found: dict[Key, list[tuple[str, bytes]]] = {}
+    try:
+        for body in dump_all(_NETLINK_NETFILTER, _GETRULE, bytes(4)):  # struct nfgenmsg: every family
+            has = attributes(body[4:])
+            extensions = list(_extensions(has.get(_RULE_EXPRESSIONS, b"")))
+            if extensions:
+                table, chain = (has[kind].rstrip(b"\0").decode(errors="replace") for kind in (_RULE_TABLE, _RULE_CHAIN))
+                key = (_FAMILIES.get(body[0], ""), table, chain, struct.unpack(">Q", has[_RULE_HANDLE])[0])
+                found[key] = extensions
+    except OSError as error:
+        raise KernelError(f"cannot list the rules of iptables: {error.strerror}") from error
+    return found
+
+
+def _extensions(expressions: bytes) -> Iterator[tuple[str, bytes]]:
+    for _, element in each_attribute(expressions):
+        expression = attributes(element)
+        if expression.get(_EXPR_NAME, b"").rstrip(b"\0") in (b"target", b"match"):
+            data = attributes(expression.get(_EXPR_DATA, b""))
+            yield data.get(_XT_NAME, b"").rstrip(b"\0").decode(errors="replace"), data.get(_XT_INFO, b"")

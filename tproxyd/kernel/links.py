@@ -8,11 +8,11 @@ from tproxyd.kernel.routing import open_netlink
 
 __all__ = ["Link", "list_links"]
 
-_IFF_UP = 1  # linux/if.h
+_IFF_UP, _IFF_LOWER_UP = 0x1, 0x10000  # linux/if.h
 
 
 class Link(msgspec.Struct, frozen=True):
-    """A network interface. `kind` is "" for hardware and lo; `master` is the name of the bridge, VRF or bond that has it."""
+    """A network interface. `carrier`: it is up, and so is what is at its other end; `kind` is "" for hardware and lo; `master` is the name of the bridge, VRF or bond that has it."""
 
     name: str
     kind: str
@@ -21,6 +21,7 @@ class Link(msgspec.Struct, frozen=True):
     master: str | None
     master_kind: str
     addresses: tuple[str, ...] = ()
+    carrier: bool = False
 
 
 def list_links() -> tuple[Link, ...]:
@@ -43,6 +44,7 @@ def list_links() -> tuple[Link, ...]:
             names.get(message.get_attr("IFLA_MASTER")),
             kinds.get(message.get_attr("IFLA_MASTER"), ""),
             tuple(addresses.get(message["index"], ())),
+            bool(message["flags"] & _IFF_UP and message["flags"] & _IFF_LOWER_UP),
         )
         for message in messages
     )

@@ -103,7 +103,7 @@ def _surrounding_warnings(config: Config, surroundings: Surroundings) -> list[st
             "br_netfilter is on: what arrives on bridges is not captured (net.bridge.bridge-nf-call-iptables=0 and "
             "-ip6tables=0 switch it off)"
         )
-    if _always_cookies():
+    if _always_cookies() and not config.redirects:  # NAT needs no socket to know a connection by
         warnings.append(
             "every connection is made by a SYN cookie (net.ipv4.tcp_syncookies=2): those to other hosts' addresses are reset when they "
             "are captured (net.ipv4.tcp_syncookies=1 mends it)"

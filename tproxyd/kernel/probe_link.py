@@ -38,12 +38,13 @@ _LENGTH = {4: 32, 6: 128}
 
 class ProbeWay(msgspec.Struct, frozen=True):
     """Who connects to what over the cable. `local`: the destination becomes an address of this namespace, on the cable; else it is one
-    that only the cable leads to, so that nothing leaves the machine."""
+    that only the cable leads to, so that nothing leaves the machine. `near` is the address of this namespace's end, where it needs one."""
 
     family: int
     source: str
     destination: str
     local: bool
+    near: str | None = None
 
 
 @contextmanager
@@ -131,6 +132,8 @@ def _wait_for_carrier(index: int) -> str:
 def _add_near(netlink: Any, index: int, way: ProbeWay, far_address: str) -> None:
     _add_route(netlink, index, way.family, way.source)
     _add_neighbour(netlink, index, way.source, far_address)
+    if way.near is not None and way.near != way.destination:
+        _add_address(netlink, index, way.family, way.near)
     if way.local:
         _add_address(netlink, index, way.family, way.destination)
     else:

@@ -19,7 +19,10 @@ _NETLINK_SOCK_DIAG = 4  # linux/netlink.h
 _SOCK_DIAG_BY_FAMILY = 20  # linux/sock_diag.h
 _NLM_F_REQUEST, _NLM_F_DUMP = 0x1, 0x300
 _NLMSG_ERROR, _NLMSG_DONE = 2, 3
-_INET_DIAG_SOCKOPT = 22  # linux/inet_diag.h; sent since 5.10 without being asked for
+_INET_DIAG_SKV6ONLY, _INET_DIAG_SOCKOPT = (
+    11,
+    22,
+)  # linux/inet_diag.h; sent without being asked for, the second since 5.10
 # struct inet_diag_sockopt: the sixth bit field of the first byte.
 _TRANSPARENT = 1 << 5 if sys.byteorder == "little" else 1 << 2
 _HEADER = struct.Struct("=IHHII")  # struct nlmsghdr
@@ -36,7 +39,7 @@ _ALL_STATES = 0xFFFFFFFF
 class TcpSocket(NamedTuple):
     """One socket. `received` is what waits to be read, or, of a listener, accepted; `room` of a listener is its backlog.
 
-    `transparent` None: this kernel does not tell. `inode` 0: no process has it.
+    `transparent` None: this kernel does not tell. `inode` 0: no process has it. `both_families`: a listener on :: that takes IPv4, too.
     """
 
     state: int
@@ -49,6 +52,7 @@ class TcpSocket(NamedTuple):
     uid: int
     inode: int
     transparent: bool | None
+    both_families: bool = False
 
 
 def tcp_sockets(*states: int) -> list[TcpSocket]:
@@ -102,6 +106,7 @@ def _read(message: bytes) -> TcpSocket:
     local_port, remote_port, local, remote = _ID.unpack_from(identity)
     size = 16 if family == socket.AF_INET6 else 4
     transparent: bool | None = None
+    both_families = False
     attributes = message[_BODY.size :]
     while len(attributes) >= 4:
         length, kind = struct.unpack_from("=HH", attributes)
@@ -109,6 +114,8 @@ def _read(message: bytes) -> TcpSocket:
             break
         if kind == _INET_DIAG_SOCKOPT:
             transparent = bool(attributes[4] & _TRANSPARENT)
+        elif kind == _INET_DIAG_SKV6ONLY:
+            both_families = not attributes[4] and not any(local)
         attributes = attributes[(length + 3) & ~3 :]
     return TcpSocket(
         state,
@@ -121,4 +128,5 @@ def _read(message: bytes) -> TcpSocket:
         uid,
         inode,
         transparent,
+        both_families,
     )

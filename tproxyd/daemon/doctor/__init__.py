@@ -30,12 +30,14 @@ PROBE_CHECK = "probe"
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
-    """What an examination has come to. `findings` are (name of the check, finding); `probes` empty: not asked for."""
+    """What an examination has come to. `findings` are (name of the check, finding); `probes` empty: not asked for. `losses` is what the
+    mode of capture lacks: nothing is wrong with that."""
 
     checks: int
     findings: tuple[tuple[str, Finding], ...]
     probes: tuple[Probe, ...]
     unseen: tuple[str, ...]
+    losses: tuple[str, ...] = ()
 
     @property
     def healthy(self) -> bool:
@@ -67,6 +69,7 @@ def examine(evidence: Evidence, probes: Sequence[Probe]) -> Report:
         findings=tuple(sorted(findings, key=lambda one: one[1].warning)),
         probes=tuple(probes),
         unseen=evidence.unseen,
+        losses=evidence.plan.losses,
     )
 
 
@@ -86,6 +89,7 @@ def _text(report: Report) -> str:
                 f"IPv{one.family} probed: a connection from {one.source} to {one.destination} port {one.port} was captured\n"
             )
     notes += [f"not looked at: {printable(what)}\n" for what in report.unseen]
+    notes += [f"redirect mode loses: {what}\n" for what in report.losses]
     failures = sum(not finding.warning for _, finding in report.findings)
     warnings = len(report.findings) - failures
     return "\n".join(
@@ -117,5 +121,6 @@ def _json(report: Report) -> str:
         ],
         "probes": report.probes,
         "not_looked_at": report.unseen,
+        "losses": report.losses,
     }
     return msgspec.json.format(msgspec.json.encode(content), indent=2).decode() + "\n"

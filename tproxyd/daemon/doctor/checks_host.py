@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
+from ipaddress import ip_address
 
-from tproxyd.daemon.doctor.model import Check, Evidence, Finding, quoted, setting
+from tproxyd.daemon.doctor.model import Check, Evidence, Finding, of_tproxy_mode, quoted, setting
 from tproxyd.net.sock_diag import LISTEN, TIME_WAIT
 
 __all__ = ["CHECKS"]
 
 _NEARLY = 0.9  # of a limit
 _PORTS_NEARLY = 0.8  # of the ephemeral ports: the kernel's search for a free one gets slow before they are gone
+_DUMMY = "192.0.0.8"  # RFC 7600: for a host that has no address
 _SMALLEST_MTU = 1280  # what IPv6 needs (RFC 8200); below it Linux switches IPv6 off on the interface
 
 
@@ -20,7 +22,9 @@ def loopback_down(e: Evidence) -> Iterator[Finding]:
     if not e.loopback_up:
         yield Finding(
             seen="the interface lo is down",
-            why="steered packets are delivered through lo: every captured connection hangs",
+            why="apps of this host are not reached, and no daemon starts"
+            if e.config.redirects
+            else "steered packets are delivered through lo: every captured connection hangs",
             remedy="ip link set lo up",
         )
 
@@ -31,7 +35,8 @@ def ipv6_off(e: Evidence) -> Iterator[Finding]:
     if off and others:
         yield Finding(
             seen=f"net.ipv6.conf.lo.disable_ipv6 = 1, while {_names(others)} has IPv6",
-            why="IPv6 connections cannot be delivered to the listener: they get what `when_down` says",
+            why=f"IPv6 connections {'are not captured' if e.config.redirects else 'cannot be delivered to the listener'}: they get what "
+            "`when_down` says",
             remedy=setting("net/ipv6/conf/lo/disable_ipv6", 0),
         )
 
@@ -47,6 +52,7 @@ def small_mtu(e: Evidence) -> Iterator[Finding]:
             )
 
 
+@of_tproxy_mode
 def src_valid_mark(e: Evidence) -> Iterator[Finding]:
     where = _where(e, "src_valid_mark", "1")
     if not where:
@@ -79,6 +85,7 @@ def rp_filter(e: Evidence) -> Iterator[Finding]:
     )
 
 
+@of_tproxy_mode
 def route_localnet(e: Evidence) -> Iterator[Finding]:
     where = _where(e, "route_localnet", "1")
     if where:
@@ -99,6 +106,7 @@ def route_localnet(e: Evidence) -> Iterator[Finding]:
         )
 
 
+@of_tproxy_mode
 def br_netfilter(e: Evidence) -> Iterator[Finding]:
     bridges = [link.name for link in e.captured_links if link.kind == "bridge"]
     if e.surroundings.bridge_netfilter and bridges:
@@ -139,6 +147,7 @@ def forwarding_captures_all(e: Evidence) -> Iterator[Finding]:
         )
 
 
+@of_tproxy_mode
 def syn_cookies_always(e: Evidence) -> Iterator[Finding]:
     if e.sysctls.get("net/ipv4/tcp_syncookies") == "2":
         yield Finding(
@@ -176,9 +185,11 @@ def conntrack_full(e: Evidence) -> Iterator[Finding]:
     if most and count >= most * _NEARLY:
         yield Finding(
             seen=f"{count} of {most} conntrack entries are in use",
-            why="captured connections need none, but everything else on this host is dropped when they are used up",
+            why="captured connections need two each, and new ones are dropped when they are used up, as is everything else on this host"
+            if e.config.redirects
+            else "captured connections need none, but everything else on this host is dropped when they are used up",
             remedy=setting("net/netfilter/nf_conntrack_max", 2 * most),
-            warning=True,
+            warning=not e.config.redirects or count < most,
         )
 
 
@@ -246,12 +257,39 @@ def interface_down(e: Evidence) -> Iterator[Finding]:
             )
 
 
+def address_missing(e: Evidence) -> Iterator[Finding]:
+    """NAT's `redirect` gives a connection an address of the interface that it came in on, whichever."""
+    if not e.config.redirects or not e.config.captures:
+        return
+    # What arrives on a port of a bridge or a bond arrives on that.
+    links = [link for link in e.captured_links if link.carrier and (link.master is None or link.master_kind == "vrf")]
+    for family in e.families:
+        without = [
+            link.name
+            for link in links
+            if not any((":" in address) == (family == 6) for address in link.addresses)
+            and (family == 4 or e.sysctls.get(f"net/ipv6/conf/{link.name}/disable_ipv6") == "0")
+        ]
+        if without:
+            yield Finding(
+                seen=f"{_names(without)} {'has' if len(without) == 1 else 'have'} no IPv{family} address",
+                why=f"IPv{family} connections that arrive there and are captured are dropped: NAT has no address to give them",
+                remedy="# any will do, one that another interface has, too\n"
+                + "\n".join(f"ip -{family} address add {_spare(e, family)} dev {name}" for name in without),
+                # Perhaps none of that family arrives there, or nothing at all, as on the interface below a VLAN.
+                warning=not any(name in e.config.capture.interfaces for name in without),
+            )
+
+
 def vrf(e: Evidence) -> Iterator[Finding]:
     for link in e.captured_links:
         if link.master_kind == "vrf":
             yield Finding(
                 seen=f"{link.name} belongs to the VRF {link.master}",
-                why="a VRF's rule comes before ours, so steered packets are not delivered: connections through it hang",
+                why="the listener is in no VRF, and the kernel gives it no connections of one (net.ipv4.tcp_l3mdev_accept = 0): they are "
+                "refused; tproxyd does not support VRFs"
+                if e.config.redirects
+                else "a VRF's rule comes before ours, so steered packets are not delivered: connections through it hang",
                 remedy=f"ip link set dev {quoted(link.name)} nomaster",
             )
 
@@ -261,6 +299,15 @@ def _where(e: Evidence, name: str, value: str) -> str:
     links = ["all", *(link.name for link in e.captured_links)]
     found = [f"net.ipv4.conf.{link}.{name}" for link in links if e.sysctls.get(f"net/ipv4/conf/{link}/{name}") == value]
     return f"{_names(found)} = {value}" if found else ""
+
+
+def _spare(e: Evidence, family: int) -> str:
+    """An address of this host that an interface may have besides another, or one that everybody may give himself."""
+    for link in e.links:
+        for address in link.addresses:
+            if link.name != "lo" and (":" in address) == (family == 6) and not ip_address(address).is_link_local:
+                return f"{address}/{ip_address(address).max_prefixlen}" + (" nodad" if family == 6 else "")
+    return "fe80::8/64 nodad" if family == 6 else f"{_DUMMY}/32"
 
 
 def _rp_filter(e: Evidence, link: str) -> int:
@@ -302,5 +349,6 @@ CHECKS: tuple[Check, ...] = (
     time_wait_full,
     interface_missing,
     interface_down,
+    address_missing,
     vrf,
 )

@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from math import inf
+from typing import NamedTuple
 
 import msgspec
 
 from tproxyd.config.wording import printable
-from tproxyd.daemon.doctor.model import Check, Evidence, Finding
+from tproxyd.daemon.doctor.model import Check, Evidence, Finding, of_tproxy_mode
 from tproxyd.daemon.doctor.walk import Packet, Walk, marks_of, walk_hook
 from tproxyd.kernel import ChainRule, ForeignChain
 
 __all__ = ["CHECKS"]
 
 _RAW = -300  # the priority of our chains, NF_IP_PRI_RAW
+_CONNTRACK = -200  # NF_IP_PRI_CONNTRACK
+_NAT = -100  # NF_IP_PRI_NAT_DST: where all nat chains run; their own priorities are an order among them
+_DIVERT, _UNMARK = -105, -98  # redirect mode's: dstnat - 5 among nat chains, dstnat + 2
 _MAIN = (253, 254, 255)
 _NAME = re.compile(
     r"[a-zA-Z][a-zA-Z0-9_./-]*"
 )  # what nft's scanner takes for one; nothing in it means anything to a shell
 
 
+@of_tproxy_mode
 def rule_before_ours(e: Evidence) -> Iterator[Finding]:
     steering, own = e.plan.marks.steering, e.config.routing
     for rule in e.rules:
@@ -47,47 +53,53 @@ def rule_before_ours(e: Evidence) -> Iterator[Finding]:
 def mark_in_use(e: Evidence) -> Iterator[Finding]:
     marks = e.plan.marks
     for chain in e.chains or ():
+        if e.config.redirects and chain.hook is not None and (chain.hook != "prerouting" or chain.priority >= _UNMARK):
+            continue  # NAT, which alone asks for it, comes before
         for rule in chain.rules:
             for value in marks_of(rule):
                 if any(value & mark.mask == mark.value for mark in (marks.steering, marks.upstream)):
                     yield Finding(
                         seen=f"a rule of another program sets our mark: {_rule(chain, rule)}",
-                        why="packets that bear it are delivered to this host, wherever they were going",
+                        why="new connections that bear it are brought to the listener, wherever they were going"
+                        if e.config.redirects
+                        else "packets that bear it are delivered to this host, wherever they were going",
                         remedy=_delete(chain, rule)
                         + f"\n# or choose another routing.mark in {e.configuration}, e.g. one outside {value:#x}",
                     )
 
 
 def mark_overwritten(e: Evidence) -> Iterator[Finding]:
+    steering = e.plan.marks.steering
     for packet in _captured(e):
-        walk = walk_hook(_after(e.chains or (), _RAW), "prerouting", packet)
-        steering = e.plan.marks.steering
-        if walk.marker is not None and walk.mark & steering.mask != steering.value:
-            yield Finding(
-                seen=f"a rule of another program overwrites our mark on {packet.interface}: {_rule(*walk.marker)}",
-                why="the packet is then no longer steered: captured connections to foreign addresses hang",
-                remedy=f"# keep the bits {steering.mask:#x}: meta mark set meta mark & {0xFFFFFFFF ^ steering.mask:#x} | ...\n"
-                + _delete(*walk.marker),
-            )
-            return
+        for stage, walk in _prerouting(e, packet):
+            taken = stage.packet.mark & steering.mask == steering.value and not stage.packet.status
+            if taken and walk.marker is not None and walk.mark & steering.mask != steering.value:
+                yield Finding(
+                    seen=f"a rule of another program overwrites our mark on {packet.interface}: {_rule(*walk.marker)}",
+                    why="NAT then does not know the packet any more: connections are not captured, whatever `when_down` says"
+                    if e.config.redirects
+                    else "the packet is then no longer steered: captured connections to foreign addresses hang",
+                    remedy=f"# keep the bits {steering.mask:#x}: meta mark set meta mark & {0xFFFFFFFF ^ steering.mask:#x} | ...\n"
+                    + _delete(*walk.marker),
+                )
+                return
 
 
 def prerouting_drops(e: Evidence) -> Iterator[Finding]:
-    chains = e.chains or ()
-
-    def walk(packet: Packet) -> Walk:
-        fresh = msgspec.structs.replace(packet, mark=0, states=None)
-        first = walk_hook([c for c in chains if c.hook is None or c.priority < _RAW], "prerouting", fresh)
-        return first if first.verdict == "drop" else walk_hook(_after(chains, _RAW), "prerouting", packet)
-
-    yield from _dropped(e, [(packet, walk(packet)) for packet in _captured(e)], "before they reach the listener")
+    walks = []
+    for packet in _captured(e):
+        *_, (stage, walk) = _prerouting(e, packet)
+        walks.append((stage.packet, walk))
+    yield from _dropped(e, walks, "before they reach the listener")
 
 
 def input_drops(e: Evidence) -> Iterator[Finding]:
-    walks = [(packet, walk_hook(e.chains or (), "input", packet)) for packet in _captured(e)]
+    packets = [_stages(e, packet)[-1].packet for packet in _captured(e)]
+    walks = [(packet, walk_hook(e.chains or (), "input", packet)) for packet in packets]
     yield from _dropped(e, walks, "although the listener waits for them")
 
 
+@of_tproxy_mode
 def answers_dropped(e: Evidence) -> Iterator[Finding]:
     """What a remote server answers to a socket that bears the client's address. Its port is the client's: any."""
     local_only = set(e.config.capture.destinations) == {"local"}
@@ -108,6 +120,9 @@ def loopback_drops(e: Evidence) -> Iterator[Finding]:
     for packet in _captured(e)[:1]:
         own = msgspec.structs.replace(packet, interface="lo", mark=0)
         answer = msgspec.structs.replace(own, port=None, flags=frozenset({"syn", "ack"}))
+        if e.config.redirects:
+            own = msgspec.structs.replace(own, states=frozenset({"new"}))
+            answer = msgspec.structs.replace(answer, states=frozenset({"established"}))
         walks = [walk_hook(e.chains or (), "input", one) for one in (own, answer)]
         walk = next((one for one in walks if one.verdict == "drop" and not one.perhaps), None)
         if walk is not None and walk.chain is not None:
@@ -124,21 +139,45 @@ def foreign_tproxy(e: Evidence) -> Iterator[Finding]:
     for chain, rule in _met(e, ("filter",), ("tproxy",)):
         yield Finding(
             seen=f"another transparent proxy takes connections to captured ports: {_rule(chain, rule)}",
-            why="the last tproxy statement wins: such connections go there and not here, or to nobody",
+            why="where NAT brings a connection does not matter once a tproxy statement has given it to a socket: while somebody listens there, "
+            "such connections do not come here, or are reset"
+            if e.config.redirects
+            else "the last tproxy statement wins: such connections go there and not here, or to nobody",
             remedy=_delete(chain, rule),
         )
 
 
 def foreign_nat(e: Evidence) -> Iterator[Finding]:
     for chain, rule in _met(e, ("nat",), ("redirect", "dnat")):
+        first = e.config.redirects and chain.priority < _DIVERT
         yield Finding(
             seen=f"a NAT rule of another program is for captured ports: {_rule(chain, rule)}",
-            why="captured connections are taken before it and without conntrack, so it does not apply to them any more",
+            why=(
+                "it comes before ours, and a connection is given a destination once: such connections are reset"
+                if e.config.capture.when_down == "refuse"
+                else "it comes before ours, and a connection is given a destination once: such connections go where it says"
+            )
+            if first
+            else "captured connections are taken before it"
+            + ("" if e.config.redirects else " and without conntrack")
+            + ", so it does not apply to them any more",
             remedy=f"{_delete(chain, rule)}\n# or exclude its ports in {e.configuration}: capture.exclude_ports",
-            warning=True,
+            warning=not first,
         )
 
 
+def foreign_notrack(e: Evidence) -> Iterator[Finding]:
+    for chain, rule in _met(e, ("filter",), ("notrack",)) if e.config.redirects else ():
+        if chain.priority < _CONNTRACK:
+            yield Finding(
+                seen=f"a rule of another program keeps connections to captured ports out of conntrack: {_rule(chain, rule)}",
+                why="there is no NAT without it: such connections are "
+                + ("reset" if e.config.capture.when_down == "refuse" else "not captured"),
+                remedy=_delete(chain, rule),
+            )
+
+
+@of_tproxy_mode
 def masquerade(e: Evidence) -> Iterator[Finding]:
     local_only = set(e.config.capture.destinations) == {"local"}
     if e.config.upstream.source != "auto" or not e.forwards or local_only or not e.config.captures:
@@ -155,8 +194,48 @@ def masquerade(e: Evidence) -> Iterator[Finding]:
                 )
 
 
+class _Stage(NamedTuple):
+    """What a captured packet is to chains of the prerouting hook from one priority on, before the next stage's."""
+
+    first: float
+    end: float
+    packet: Packet
+
+
+def _stages(e: Evidence, packet: Packet) -> list[_Stage]:
+    """The last one is what it is at the input hook, too."""
+
+    def altered(**fields: object) -> Packet:
+        return msgspec.structs.replace(packet, **fields)
+
+    fresh = _Stage(-inf, _RAW, altered(mark=0, states=None))
+    if not e.config.redirects:
+        return [fresh, _Stage(_RAW, inf, packet)]
+    new, dnat, port = frozenset({"new"}), frozenset({"dnat"}), e.config.listen.port
+    return [
+        fresh,
+        _Stage(_RAW, _CONNTRACK, altered(states=None)),
+        _Stage(_CONNTRACK, _NAT, altered(states=new)),
+        _Stage(_NAT, _UNMARK, altered(states=new, port=port, status=dnat)),
+        _Stage(_UNMARK, inf, altered(states=new, port=port, status=dnat, mark=0)),
+    ]
+
+
+def _prerouting(e: Evidence, packet: Packet) -> Iterator[tuple[_Stage, Walk]]:
+    """Through the prerouting hook, stage by stage, to its end or to where the packet is dropped."""
+    others = 0  # bits of the mark
+    for stage in _stages(e, packet):
+        walked = msgspec.structs.replace(stage.packet, mark=stage.packet.mark | others)
+        walk = walk_hook(_between(e.chains or (), stage), "prerouting", walked)
+        yield stage, walk
+        if walk.verdict == "drop":
+            return
+        others = walk.mark & ~e.plan.marks.steering.mask
+
+
 def _captured(e: Evidence) -> list[Packet]:
-    """A SYN of each family, captured interface and captured range, as it is once it has been taken."""
+    """A SYN of each family, captured interface and captured range, as it is once it has been taken; in redirect mode `_stages` knows the
+    rest."""
     if not e.config.captures or e.chains is None:
         return []
     return [
@@ -178,25 +257,46 @@ def _dropped(e: Evidence, walks: Sequence[tuple[Packet, Walk]], which: str) -> I
     everywhere = {packet.interface for packet, _ in walks}
     for (_, _, perhaps), those in found.items():
         concerned = {packet.interface for packet, _ in those}
-        walk = those[0][1]
+        first, walk = those[0]
         assert walk.chain is not None
-        steering = e.plan.marks.steering
+        name, words, what = _admission(e, first)
         ports = sorted({packet.port for packet, _ in those if packet.port is not None})
         port = f" to port {', '.join(map(str, ports))}" if ports else ""
         families = sorted({packet.family for packet, _ in those})
-        family = f"IPv{families[0]}" if len(families) == 1 else "steered"
+        family = f"IPv{families[0]}" if len(families) == 1 else name
         yield Finding(
             seen=f"{family} packets{port} from {', '.join(sorted(concerned))} are {'perhaps ' if perhaps else ''}dropped, {which}: "
             + _where(walk),
-            why="clients get no answer: captured packets bear our mark, are untracked, and still have their original port"
+            why=f"clients get no answer: captured packets {what}"
             + (" (a rule before it may admit some of them; which, cannot be told)" if perhaps else ""),
-            remedy=_insert(
-                walk.chain,
-                f"meta mark and {steering.mask:#x} == {steering.value:#x}",
-                f"-m mark --mark {steering}",
-            ),
+            remedy=_insert(walk.chain, *words),
             warning=perhaps or concerned != everywhere,
         )
+
+
+def _admission(e: Evidence, packet: Packet) -> tuple[str, tuple[str, str], str]:
+    """What such packets are called, what admits them and no others, for nft and for iptables, and why that is so."""
+    steering, port = e.plan.marks.steering, e.config.listen.port
+    if packet.mark & steering.mask == steering.value:
+        words = f"meta mark and {steering.mask:#x} == {steering.value:#x}", f"-m mark --mark {steering}"
+        if packet.status:
+            return "captured", words, f"bear our mark, and NAT has brought them to port {port}"
+        if e.config.redirects:
+            return "captured", words, "bear our mark, and still have their original port"
+        return "steered", words, "bear our mark, are untracked, and still have their original port"
+    if packet.status:
+        words = f"ct status dnat tcp dport {port}", f"-p tcp --dport {port} -m conntrack --ctstate DNAT"
+        return (
+            "captured",
+            words,
+            f"have been brought to port {port} by NAT, which tells them from those of who dials it",
+        )
+    ports = [str(one) for one in e.config.capture.ports]
+    words = (
+        f"tcp dport {{ {', '.join(ports)} }}",
+        f"-p tcp -m multiport --dports {','.join(ports).replace('-', ':')}",
+    )
+    return "captured", words, "come there before they are marked"
 
 
 def _met(e: Evidence, kinds: Sequence[str], asked: Sequence[str]) -> list[tuple[ForeignChain, ChainRule]]:
@@ -204,13 +304,17 @@ def _met(e: Evidence, kinds: Sequence[str], asked: Sequence[str]) -> list[tuple[
     met: dict[tuple[str, int], tuple[ForeignChain, ChainRule]] = {}
     for packet in _captured(e):
         fresh = msgspec.structs.replace(packet, mark=0, states=None)
-        for chain, rule in walk_hook(e.chains or (), "prerouting", fresh, kinds=kinds, asked=asked).met:
-            met[str(chain), rule.handle] = (chain, rule)
+        for stage in _stages(e, packet) if e.config.redirects else [_Stage(-inf, inf, fresh)]:
+            # NAT that comes after ours: it would meet the packet as it was.
+            walked = fresh if "nat" in kinds and stage.first >= _NAT else stage.packet
+            chains = _between(e.chains or (), stage)
+            for chain, rule in walk_hook(chains, "prerouting", walked, kinds=kinds, asked=asked).met:
+                met[str(chain), rule.handle] = (chain, rule)
     return list(met.values())
 
 
-def _after(chains: Sequence[ForeignChain], priority: int) -> list[ForeignChain]:
-    return [chain for chain in chains if chain.hook is None or chain.priority >= priority]
+def _between(chains: Sequence[ForeignChain], stage: _Stage) -> list[ForeignChain]:
+    return [chain for chain in chains if chain.hook is None or stage.first <= chain.priority < stage.end]
 
 
 def _where(walk: Walk) -> str:
@@ -257,5 +361,6 @@ CHECKS: tuple[Check, ...] = (
     loopback_drops,
     foreign_tproxy,
     foreign_nat,
+    foreign_notrack,
     masquerade,
 )

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import Any
 
 from tproxyd.daemon.doctor.model import Check, Evidence, Finding
+from tproxyd.kernel import ChainRule
 from tproxyd.plan.ssh import spared_ports
 
 __all__ = ["CHECKS"]
 
 _OLDEST_NFT = (1, 0)
+_MODULES = {"tproxy": "nft_tproxy nft_socket", "redirect": "nft_chain_nat nft_redir nft_ct"}
 
 
 def nft_missing(e: Evidence) -> Iterator[Finding]:
@@ -47,7 +50,7 @@ def kernel_refuses_ruleset(e: Evidence) -> Iterator[Finding]:
         yield Finding(
             seen=e.refused_ruleset,
             why="the kernel does not take the ruleset, so nothing can be captured",
-            remedy="modprobe -a nft_tproxy nft_socket nft_fib_inet nft_reject_inet",
+            remedy=f"modprobe -a {_MODULES['redirect' if e.config.redirects else 'tproxy']} nft_fib_inet nft_reject_inet",
         )
 
 
@@ -65,14 +68,18 @@ def networkd(e: Evidence) -> Iterator[Finding]:
 
 def firewalld(e: Evidence) -> Iterator[Finding]:
     if "firewalld" in e.processes.values() and e.chains is not None and not _admits(e):
-        steering = e.plan.marks.steering
+        port, redirects = e.config.listen.port, e.config.redirects
+        words = (
+            f"-p tcp --dport {port} -m conntrack --ctstate DNAT"
+            if redirects
+            else f"-m mark --mark {e.plan.marks.steering}"
+        )
         yield Finding(
-            seen="firewalld runs, and none of its rules admits what is steered here",
-            why="its INPUT rules see captured connections with their original port and reject what they do not know; a reload of it may "
-            "remove rules that were put there by hand",
-            remedy="firewall-cmd --permanent --direct --add-rule ipv4 filter INPUT 0 -m mark --mark "
-            f"{steering} -j ACCEPT\nfirewall-cmd --permanent --direct --add-rule ipv6 filter INPUT 0 -m mark --mark {steering} "
-            "-j ACCEPT\nfirewall-cmd --reload",
+            seen=f"firewalld runs, and none of its rules admits what is {'brought' if redirects else 'steered'} here",
+            why=f"its INPUT rules see captured connections with {f'the port {port}' if redirects else 'their original port'} and reject "
+            "what they do not know; a reload of it may remove rules that were put there by hand",
+            remedy=f"firewall-cmd --permanent --direct --add-rule ipv4 filter INPUT 0 {words} -j ACCEPT\n"
+            f"firewall-cmd --permanent --direct --add-rule ipv6 filter INPUT 0 {words} -j ACCEPT\nfirewall-cmd --reload",
             warning=True,
         )
 
@@ -104,13 +111,27 @@ def ssh_captured(e: Evidence) -> Iterator[Finding]:
 
 def _admits(e: Evidence) -> bool:
     steering = e.plan.marks.steering
-    words = (f"{steering.value:#010x}", f"{steering.value:#x}")
+    marks = (f"{steering.value:#010x}", f"{steering.value:#x}")
+
+    def admits(rule: ChainRule) -> bool:
+        if e.config.redirects:  # as its own rules do
+            return any("dnat" in _words_of(one, "ct") for one in rule.statements)
+        return "mark" in rule.text and any(word in rule.text for word in marks)
+
     return any(
         chain.hook == "input" or "INPUT" in chain.name
         for chain in e.chains or ()
         for rule in chain.rules
-        if "mark" in rule.text and any(word in rule.text for word in words)
+        if admits(rule)
     )
+
+
+def _words_of(statement: dict[str, Any], kind: str) -> list[Any]:
+    """What a match of this kind is compared with."""
+    match statement:
+        case {"match": {"left": dict() as left, "right": right}} if kind in left:
+            return right if isinstance(right, list) else [right]
+    return []
 
 
 CHECKS: tuple[Check, ...] = (

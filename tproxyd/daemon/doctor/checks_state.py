@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tproxyd.daemon.doctor.model import Check, Evidence, Finding, quoted
+from tproxyd.daemon.doctor.model import Check, Evidence, Finding, of_tproxy_mode, quoted
 from tproxyd.kernel.routing import RuleKey, describe_rule, route_key, rule_key
 from tproxyd.net.sock_diag import TcpSocket
 from tproxyd.net.sockets import format_address
-from tproxyd.plan import PROTOCOL, Rule
+from tproxyd.plan import PROTOCOL, STEERING, Rule
 
 __all__ = ["CHECKS"]
 
@@ -29,7 +29,9 @@ def nothing_captured(e: Evidence) -> Iterator[Finding]:
 
 
 def not_serving(e: Evidence) -> Iterator[Finding]:
-    if e.config.captures and not e.is_meant_to_capture and not e.has_own_rules and not _left(e) and e.holder is None:
+    # Without privileges what is applied shows itself by its ip rules; in redirect mode, which has none, by its listener.
+    applied = e.has_own_rules or (e.observed is None and e.config.redirects and any(_planned_listeners(e)))
+    if e.config.captures and not e.is_meant_to_capture and not applied and not _left(e) and e.holder is None:
         yield Finding(
             seen="no daemon serves this network namespace, and nothing is applied",
             why="nothing is captured: clients reach the destination directly",
@@ -39,12 +41,14 @@ def not_serving(e: Evidence) -> Iterator[Finding]:
 
 def left_by_the_dead(e: Evidence) -> Iterator[Finding]:
     if not e.is_meant_to_capture and _left(e):
-        refuses = e.observed is not None and _GUARD in e.observed.tables
+        tables = e.observed.tables if e.observed is not None else {}
+        # In redirect mode there is a guard's table in any case, and NAT does not look for a listener.
+        refuses = "reject" in tables.get(_GUARD, "") or "redirect to" in tables.get(STEERING, "")
         yield Finding(
             seen=f"no daemon serves this network namespace, but its state is here: {', '.join(_left(e))}",
             why='a daemon has died: new connections are refused (when_down = "refuse")'
             if refuses
-            else "a daemon has died; new connections pass it by, live ones hang",
+            else "a daemon has died; new connections pass it by" + ("" if e.config.redirects else ", live ones hang"),
             remedy="tproxyd revert",
         )
 
@@ -154,6 +158,7 @@ def route_missing(e: Evidence) -> Iterator[Finding]:
             )
 
 
+@of_tproxy_mode
 def foreign_route(e: Evidence) -> Iterator[Finding]:
     for route in e.routes:
         if route.delivers:
@@ -172,7 +177,7 @@ def table_missing(e: Evidence) -> Iterator[Finding]:
         if name not in e.observed.tables:
             yield Finding(
                 seen=f"the nft table inet {name} is missing",
-                why="after the daemon's death clients are not refused" if name == _GUARD else "nothing is captured",
+                why=_without_guard(e) if name == _GUARD else "nothing is captured",
                 remedy=e.restart(),
             )
 
@@ -208,11 +213,14 @@ def listener_missing(e: Evidence) -> Iterator[Finding]:
         if family in e.families and not _listening(e, address, port):
             yield Finding(
                 seen=f"nobody listens on {format_address((address, port))}",
-                why="new connections are not captured: they get what `when_down` says",
+                why="new connections are refused: NAT does not look whether anybody listens"
+                if e.config.redirects
+                else "new connections are not captured: they get what `when_down` says",
                 remedy="systemctl restart tproxyd",
             )
 
 
+@of_tproxy_mode
 def listener_not_transparent(e: Evidence) -> Iterator[Finding]:
     for address, port, sock in _planned_listeners(e):
         if sock.transparent is False:
@@ -227,7 +235,8 @@ def listener_of_another(e: Evidence) -> Iterator[Finding]:
     for address, port, sock in _planned_listeners(e):
         pids = e.holders.get(sock.inode, ())
         # To an applied state anybody may listen; a listener that is not transparent has been told already.
-        told = not pids or sock.transparent is False or e.is_applied or e.observed is None
+        is_plain = sock.transparent is False and not e.config.redirects
+        told = not pids or is_plain or e.is_applied or e.observed is None
         if not told and not (e.serves and (e.holder is None or e.holder.pid in pids)):
             yield Finding(
                 seen=f"the listener on {format_address((address, port))} is not the daemon's, but of {_holder_of(e, sock)}",
@@ -255,6 +264,12 @@ def _left(e: Evidence) -> list[str]:
     return left + ([f"{len(e.observed.routes)} routes"] if e.observed.routes else [])
 
 
+def _without_guard(e: Evidence) -> str:
+    if e.config.capture.when_down == "refuse":
+        return "after the daemon's death clients are not refused"
+    return "after the daemon's death NAT does not carry the last words of its sockets: live clients wait"
+
+
 def _missing_rules(e: Evidence) -> list[Rule]:
     if e.observed is None or not e.is_meant_to_capture:
         return []
@@ -269,7 +284,12 @@ def _astray(e: Evidence, rule: Rule) -> list[RuleKey]:
 
 
 def _listening(e: Evidence, address: str, port: int) -> list[TcpSocket]:
-    return [sock for sock in e.listeners if sock.local == address and sock.local_port == port]
+    everywhere = {"0.0.0.0", "::"}  # noqa: S104
+    return [
+        sock
+        for sock in e.listeners
+        if sock.local_port == port and (sock.local == address or (sock.both_families and address in everywhere))
+    ]
 
 
 def _planned_listeners(e: Evidence) -> Iterator[tuple[str, int, TcpSocket]]:

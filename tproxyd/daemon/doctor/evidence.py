@@ -136,7 +136,8 @@ def _is_embedded(config: Config, observed: kernel.Observed | None, sockets: list
     if steering is None or (observed is not None and "tproxyd_state" in observed.tables):
         return False
     listening = any(
-        sock.state == LISTEN and sock.transparent and sock.local_port == config.listen.port for sock in sockets
+        sock.state == LISTEN and (sock.transparent or config.redirects) and sock.local_port == config.listen.port
+        for sock in sockets
     )
     return is_owned(steering) or listening
 

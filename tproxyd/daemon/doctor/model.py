@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
+from functools import wraps
 
 import msgspec
 
@@ -15,7 +16,7 @@ from tproxyd.net.processes import Process
 from tproxyd.net.sock_diag import LISTEN, TcpSocket
 from tproxyd.plan import Family, Plan, Surroundings
 
-__all__ = ["Check", "Evidence", "Finding", "quoted", "setting"]
+__all__ = ["Check", "Evidence", "Finding", "of_tproxy_mode", "quoted", "setting"]
 
 
 class Finding(msgspec.Struct, frozen=True, kw_only=True):
@@ -139,6 +140,16 @@ def quoted(words: str) -> str:
     """Words that others have chosen, parted by spaces, as a shell takes each as it is. With an escape in it a word names nothing any
     more, and the command fails."""
     return " ".join(shlex.quote(printable(word)) for word in words.split(" "))
+
+
+def of_tproxy_mode(check: Check) -> Check:
+    """A check for what hurts packets that are steered and untracked; those of redirect mode are neither."""
+
+    @wraps(check)
+    def asked(e: Evidence) -> Iterable[Finding]:
+        return () if e.config.redirects else check(e)
+
+    return asked
 
 
 def setting(path: str, value: str | int) -> str:

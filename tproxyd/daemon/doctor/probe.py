@@ -25,7 +25,7 @@ from tproxyd.kernel import PROBE_INTERFACE, ProbeWay
 from tproxyd.net.capabilities import missing_capabilities
 from tproxyd.net.locality import Locality
 from tproxyd.net.namespaces import call_in_namespace
-from tproxyd.net.sock_diag import find_connection
+from tproxyd.net.sock_diag import find_connection, tcp_sockets
 from tproxyd.net.sockets import abort, format_address
 
 __all__ = ["Probe", "choose_address", "findings_of", "probe", "why_not"]
@@ -90,7 +90,7 @@ def probe(e: Evidence) -> list[Probe]:
                 done += [Probe(family=number, result="impossible", reason=why) for number, why in obstacles.items()]
                 free = [way for way in ways if way.family not in obstacles]
                 with ThreadPoolExecutor() as both:  # what hangs for one family often hangs for the other, too
-                    done += both.map(lambda way: _connect(far, way, e.captured_ports[0]), free)
+                    done += both.map(lambda way: _connect(e, far, way), free)
     except (TproxydError, OSError) as error:
         tried = {one.family for one in done}
         done += [
@@ -141,17 +141,21 @@ def _choose_way(config: Config, family: int, locality: Locality) -> ProbeWay | s
     networks = [one for one in capture.destinations if one != "local" and one.version == family]
     excluded = [one for one in capture.exclude_destinations if one != "local"]
     # To a foreign address wherever one is captured: that needs the ip rule and the route, too.
-    destination, local = None, False
+    destination, near, local = None, None, False
     if networks or not capture.destinations:
         destination = choose_address(family, networks, excluded, {source}, is_local=locality)
     if destination is None and "local" in capture.destinations and "local" not in capture.exclude_destinations:
         destination, local = choose_address(family, [], excluded, {source}, is_local=locality), True
     if destination is None:
         return f"capture.destinations and exclude_destinations leave no IPv{family} documentation address"
-    return ProbeWay(family, source, destination, local)
+    if config.redirects:
+        # What NAT makes the destination: the only address of the cable's end here.
+        near = destination if local else choose_address(family, [], [], {source, destination}, is_local=locality)
+    return ProbeWay(family, source, destination, local, near)
 
 
-def _connect(far: int, way: ProbeWay, port: int) -> Probe:
+def _connect(e: Evidence, far: int, way: ProbeWay) -> Probe:
+    port = e.captured_ports[0]
     family = socket.AF_INET6 if way.family == 6 else socket.AF_INET
     client = call_in_namespace(far, socket.socket, family, socket.SOCK_STREAM)
     result: Result = "captured"
@@ -167,20 +171,24 @@ def _connect(far: int, way: ProbeWay, port: int) -> Probe:
         except OSError:
             result = "silent"
         else:
-            result = _who_answered(client, way, port)
+            result = _who_answered(client, way, port, e.config.listen.port)
     finally:
         with contextlib.suppress(OSError):
             abort(client)
     return Probe(family=way.family, result=result, source=way.source, destination=way.destination, port=port)
 
 
-def _who_answered(client: socket.socket, way: ProbeWay, port: int) -> Result:
+def _who_answered(client: socket.socket, way: ProbeWay, port: int, listen_port: int) -> Result:
     """An answer is not a connection yet: with SYN cookies there is none here before the client's ACK, which may go elsewhere. And for
-    a local address an app may have answered, whose socket is not transparent."""
+    a local address an app may have answered, whose socket is not transparent; where NAT captures, one at another port than the listener's."""
     client.setblocking(False)
+    remote = (way.source, client.getsockname()[1])
     for _ in range(_LOOKS):
-        other = find_connection((way.destination, port), (way.source, client.getsockname()[1]))
-        if other is not None:
+        if way.near is not None:
+            here = _local_port(way.near, listen_port, remote)
+            if here is not None:
+                return "captured" if here == listen_port else "bypassed"
+        elif (other := find_connection((way.destination, port), remote)) is not None:
             return "bypassed" if other.transparent is False else "captured"
         try:
             client.recv(1)
@@ -191,6 +199,15 @@ def _who_answered(client: socket.socket, way: ProbeWay, port: int) -> Result:
         else:
             return "captured"  # and ended
     return "unmade"
+
+
+def _local_port(near: str, listen_port: int, remote: tuple[str, int]) -> int | None:
+    """Where the connection with this remote end has been brought to."""
+    if find_connection((near, listen_port), remote) is not None:
+        return listen_port
+    # NAT of others may bring it anywhere.
+    found = [one.local_port for one in tcp_sockets() if (one.remote, one.remote_port) == remote]
+    return found[0] if found else None
 
 
 def _finding(e: Evidence, one: Probe) -> Finding | None:

@@ -2,7 +2,8 @@
 
 A rule that depends on what is not known here (the client's address, an element of a named set) is not taken for decided: who
 asks gets to know that it may decide otherwise. Two facts make most firewalls decidable: a captured packet bears our mark, and it is
-untracked, so `ct state new` and `ct state established` do not match it, and every other `ct` look-up breaks off its rule.
+untracked, so `ct state new` and `ct state established` do not match it, and every other `ct` look-up breaks off its rule. In redirect mode
+it is new to conntrack, and its destination has been changed.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ from tproxyd.kernel import ChainRule, ForeignChain
 __all__ = ["Packet", "Walk", "marks_of", "walk_hook"]
 
 _Statement = dict[str, Any]
+_MARK, _CONNECTION_MARK = {"meta": {"key": "mark"}}, {"ct": {"key": "mark"}}
 _DEEPEST = 16  # jumps; the kernel's own limit (NFT_JUMP_STACK_SIZE)
 
 
 class Packet(msgspec.Struct, frozen=True, kw_only=True):
-    """What is known of a TCP packet. `port` None: any. `states` are its conntrack states, None: not known yet."""
+    """What is known of a TCP packet. `port` None: any. `states` are its conntrack states, None: not known yet; `status` is what conntrack has
+    done with its connection."""
 
     family: int
     interface: str
@@ -29,6 +32,7 @@ class Packet(msgspec.Struct, frozen=True, kw_only=True):
     mark: int
     flags: frozenset[str] = frozenset({"syn"})
     states: frozenset[str] | None = frozenset({"untracked"})
+    status: frozenset[str] = frozenset()
 
 
 class Walk(msgspec.Struct):
@@ -97,7 +101,7 @@ def _walk_chain(
             ):  # of iptables, without words for it; or it depends on the rate
                 answer = None
             elif kind == "mangle":
-                _mangle(content, walk, chain, rule)
+                _mangle(content, walk, packet, chain, rule)
             elif kind in asked:
                 walk.met.append((chain, rule))
                 answer = kind not in ("redirect", "dnat")  # with it the rule has done its work
@@ -153,9 +157,9 @@ def _verdicts(kind: str, content: Any, packet: Packet) -> Iterator[tuple[str, st
                     yield name, target, answer is True
 
 
-def _mangle(content: _Statement, walk: Walk, chain: ForeignChain, rule: ChainRule) -> None:
-    if content.get("key") == {"meta": {"key": "mark"}}:
-        value = _value(content.get("value"), walk.mark)
+def _mangle(content: _Statement, walk: Walk, packet: Packet, chain: ForeignChain, rule: ChainRule) -> None:
+    if content.get("key") == _MARK:
+        value = _value(content.get("value"), walk.mark, connection_mark=_connection_mark(packet))
         if value is not None and value != walk.mark:
             walk.mark, walk.marker = value, (chain, rule)
 
@@ -164,22 +168,29 @@ def marks_of(rule: ChainRule) -> Iterator[int]:
     """What the rule makes of the mark of a packet that has none."""
     for statement in rule.statements:
         content = statement.get("mangle")
-        if content and content.get("key") == {"meta": {"key": "mark"}}:
+        if content and content.get("key") == _MARK:
             value = _value(content.get("value"), 0)
             if value is not None:
                 yield value
 
 
-def _value(expression: Any, mark: int) -> int | None:
+def _connection_mark(packet: Packet) -> int | None:
+    """A new connection has none yet, an untracked packet no place for one; of others it is not known."""
+    return 0 if packet.states == frozenset({"new"}) else None
+
+
+def _value(expression: Any, mark: int, *, connection_mark: int | None = None) -> int | None:
     """A mark's new value. An untracked packet's ct mark is none: the rule breaks off, so its mark stays."""
     if isinstance(expression, int):
         return expression
     if isinstance(expression, dict):
-        if expression == {"meta": {"key": "mark"}}:
+        if expression == _MARK:
             return mark
+        if expression == _CONNECTION_MARK:
+            return connection_mark
         for operator, operands in expression.items():
             if operator in ("&", "|", "^") and isinstance(operands, list) and len(operands) == 2:
-                left, right = (_value(one, mark) for one in operands)
+                left, right = (_value(one, mark, connection_mark=connection_mark) for one in operands)
                 if left is None or right is None:
                     return None
                 return left & right if operator == "&" else left | right if operator == "|" else left ^ right
@@ -188,6 +199,8 @@ def _value(expression: Any, mark: int) -> int | None:
 
 def _matches(content: _Statement, packet: Packet) -> bool | None:
     operator, left, right = content.get("op"), content.get("left"), content.get("right")
+    if operator != "in" and left == {"ct": {"key": "status"}}:
+        return None  # compared as a whole, with bits that have no name
     answer = _compare(left, right, packet)
     if answer is None or operator not in ("==", "in", "!="):
         return _order(operator, left, right, packet)
@@ -214,10 +227,12 @@ def _compare(left: Any, right: Any, packet: Packet) -> int | None:
     if (
         kind == "&"
         and isinstance(content, list)
-        and content[:1] == [{"meta": {"key": "mark"}}]
+        and content[:1] in ([_MARK], [_CONNECTION_MARK])
         and isinstance(content[-1], int)
     ):
-        return _among(right, packet.mark & content[-1])
+        if content[0] == _MARK:
+            return _among(right, packet.mark & content[-1])
+        return _conntrack("mark", right, packet)
     if not isinstance(content, dict):
         return None
     key = content.get("key")
@@ -232,16 +247,25 @@ def _compare(left: Any, right: Any, packet: Packet) -> int | None:
         }
         return _among(right, known[key]) if key in known else None
     if kind == "ct":
-        if packet.states is None:
-            return None
-        if key != "state":
-            return _NEVER if packet.states == {"untracked"} else None
-        return _any_of(right, packet.states)
+        return _conntrack(key, right, packet)
     if kind == "socket" and key in ("transparent", "wildcard"):
         return _among(right, int(key == "transparent"))
     if kind == "payload":
         return _payload(content, right, packet)
     return None
+
+
+def _conntrack(key: Any, right: Any, packet: Packet) -> int | None:
+    if packet.states is None:
+        return None
+    if key == "state":
+        return _any_of(right, packet.states | packet.status)  # DNAT and SNAT are words there only for iptables
+    if packet.states == {"untracked"}:
+        return _NEVER
+    if key == "status":
+        return _any_of(right, packet.status)
+    mark = _connection_mark(packet)
+    return _among(right, mark) if key == "mark" and mark is not None else None
 
 
 def _payload(content: _Statement, right: Any, packet: Packet) -> int | None:
