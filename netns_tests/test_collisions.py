@@ -5,6 +5,7 @@ marks, or told. And what else is looked at before anything is changed.
 from __future__ import annotations
 
 import ctypes
+import json
 import re
 import signal
 import socket
@@ -175,6 +176,11 @@ async def test_13_the_marks_of_a_daemon_stay_when_others_come_and_it_repairs(way
     await nursery.start(serve_identity, way.app, 8080)
     async with open_daemon(way.proxy, CONFIG) as daemon:
         await plant(way.proxy, "-4 rule add priority 7 fwmark 0x1000000/0x3000000 lookup 100")
+        file = str(way.file(CONFIG))
+        await way.proxy.run(*TPROXYD, "plan", "--diff", "-c", file)
+        explained = await way.proxy.run(*TPROXYD, "explain", "-c", file, "192.0.2.2", f"{way.address}:8080", "--json")
+        assert json.loads(explained.stdout)["kernel"] == "as planned"
+        assert json.loads(explained.stdout)["outcome"] == "forwarded"
         await way.proxy.run("ip", "rule", "del", "priority", "5234")
         await daemon.process.wait_for_output("repaired: add ip rule")
         assert await steering_mark(way.proxy) == FIRST
@@ -444,7 +450,7 @@ os.execv(sys.argv[1], sys.argv[1:])
 
 @ONE
 async def test_54_a_kernel_without_nf_tables_is_named_with_the_module(way: Way) -> None:
-    sentence = await missing(way, sys.executable, "-c", WITHOUT_NF_TABLES)
+    sentence = await missing(way, sys.executable, "-c", WITHOUT_NF_TABLES, verbs=["apply", "run", "status"])
     assert "no nf_tables (Protocol not supported)" in sentence
     assert "modprobe nf_tables" in sentence
 

@@ -217,12 +217,6 @@ SIDECAR_ROWS = [
 ]
 
 
-def test_the_table_is_long_enough() -> None:
-    tables = [rows for _, _, rows in RUNNING] + [SIDECAR_ROWS, DEAD_OPEN, DEAD_CLOSED]
-    print("packets:", sum(map(len, tables)))
-    assert sum(map(len, tables)) >= 100
-
-
 @pytest.mark.parametrize(("name", "config", "rows"), RUNNING, ids=[name for name, _, _ in RUNNING])
 async def test_explain_agrees_with_a_gateway(
     gateway_lab: Lab, nursery: trio.Nursery, tmp_path: Path, name: str, config: str, rows: list[Row]
@@ -314,6 +308,24 @@ async def test_explain_agrees_where_routing_drops(gateway_lab: Lab, nursery: tri
     await gateway.run(*TPROXYD, "revert")
 
 
+async def test_ssh_that_comes_after_the_daemon_is_captured(
+    gateway_lab: Lab, nursery: trio.Nursery, tmp_path: Path
+) -> None:
+    """A daemon spares what it saw at its start. Without one, the port of the session counts in which the user types."""
+    gateway, config = gateway_lab["gateway"], '[capture]\nports = "all"\nexclude_ports = []\n'
+    await serve(nursery, gateway_lab)
+    explain = explainer(tmp_path, config)
+    spared = [*both("192.0.2.1", "2001:db8:1::1", 9100, "bypassed")]
+    async with open_daemon(gateway, config) as daemon:
+        await nursery.start(serve_identity, gateway, 22)
+        assert explain(gateway, spared[0], 30000).kernel == "as planned"
+        await compare(gateway_lab, "gateway", explain, both("192.0.2.1", "2001:db8:1::1", 22, "forwarded"), daemon)
+    with pytest.MonkeyPatch.context() as session:
+        session.setenv("SSH_CONNECTION", "192.0.2.2 4000 192.0.2.1 9100")
+        await compare(gateway_lab, "gateway", explain, spared)
+        assert "port 9100 is where SSH is served" in str(explain(gateway, spared[0], 30000).explanation.stages)
+
+
 async def test_the_command(gateway_lab: Lab, tmp_path: Path) -> None:
     """For people, for programs, without a privilege, with a mistake; and nothing is changed by asking."""
     gateway = gateway_lab["gateway"]
@@ -363,7 +375,7 @@ async def test_the_command(gateway_lab: Lab, tmp_path: Path) -> None:
         "no daemon serves here",
         "the kernel differs from the plan, which this explains; to make it so:",
     ]
-    assert "    load table inet tproxyd" in text
+    assert "    load table inet tproxyd, load table inet tproxyd_state" in text
     assert text[-1].startswith("bypassed: ")
 
 

@@ -10,7 +10,7 @@ from tproxyd.kernel.foreign_routing import ForeignRoute, ForeignRule, list_forei
 from tproxyd.kernel.links import Link, list_links
 from tproxyd.kernel.neighbours import Neighbour, look_at_neighbours
 from tproxyd.kernel.nft import Library, Nft, Program, find_program, nft_version
-from tproxyd.kernel.preflight import Preflight, look_ahead, preflight
+from tproxyd.kernel.preflight import Preflight, look_ahead, preflight, require_nf_tables
 from tproxyd.kernel.probe_link import PROBE_INTERFACE, ProbeWay, open_probe_link
 from tproxyd.kernel.state import (
     Change,
@@ -70,6 +70,7 @@ __all__ = [
     "open_probe_link",
     "planned",
     "preflight",
+    "require_nf_tables",
     "restore",
     "revert",
     "revert_steps",

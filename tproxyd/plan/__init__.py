@@ -10,7 +10,7 @@ from tproxyd.plan.diff import Sections, unified_diff
 from tproxyd.plan.model import Family, LocalRoute, Marks, Plan, Rule, Surroundings
 from tproxyd.plan.plan import PROTOCOL, SUPPORTED_MARKS, UNOWNED_BYPASS, make_marks, make_plan
 from tproxyd.plan.render import FORMATS, render
-from tproxyd.plan.ruleset import STATE, STEERING, is_owned, remove_tables, unowned
+from tproxyd.plan.ruleset import STATE, STEERING, is_owned, remove_tables
 from tproxyd.plan.ssh import spared_in, ssh_remarks
 
 __all__ = [
@@ -35,5 +35,4 @@ __all__ = [
     "spared_in",
     "ssh_remarks",
     "unified_diff",
-    "unowned",
 ]

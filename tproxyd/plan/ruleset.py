@@ -57,7 +57,6 @@ __all__ = [
     "steering_table",
     "take_rules",
     "transaction",
-    "unowned",
 ]
 
 STEERING = "tproxyd"
@@ -110,11 +109,6 @@ def remove_tables(tables: Mapping[str, str]) -> str:
 def is_owned(listing: str) -> bool:
     """Whether this table lives as long as its owner, and nobody else can change it."""
     return _OWNED in listing
-
-
-def unowned(listing: str) -> str:
-    """The table as it is listed when nobody owns it."""
-    return listing.replace(_OWNED, "", 1)
 
 
 def steering_table(
