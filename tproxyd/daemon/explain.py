@@ -21,7 +21,7 @@ from tproxyd.daemon.comparison import kernel_view, open_nft, surroundings_here
 from tproxyd.daemon.lock import lock_holder
 from tproxyd.errors import TproxydError, UsageError
 from tproxyd.net.capabilities import require_capabilities
-from tproxyd.net.locality import Locality, Lookup
+from tproxyd.net.locality import Locality, Lookup, type_of_ipv4
 from tproxyd.net.proc_net import is_listening
 from tproxyd.plan import Surroundings
 from tproxyd.plan.explain import Explanation, Machine, Route, explain
@@ -114,11 +114,21 @@ def explain_connection(config: Config, request: Request) -> Account:
         listening = is_listening(listen_addresses(config)[packet.family], config.listen.port)
 
         def arrives(mark: int) -> Route:
-            found = locality.look_up(str(packet.destination), source=str(packet.source), interface=index, mark=mark)
+            found = locality.look_up(
+                str(packet.destination),
+                source=str(packet.source),
+                interface=index,
+                mark=mark,
+                protocol=socket.IPPROTO_UDP if packet.protocol == "udp" else socket.IPPROTO_TCP,
+                source_port=packet.source_port or 0,
+                port=packet.port,
+            )
             return _arriving(packet, found)
 
-        def leaves(host: str) -> Route:
-            found = locality.look_up(host)
+        def leaves(host: str, port: int) -> Route:
+            found = locality.look_up(host, protocol=socket.IPPROTO_TCP if port else 0, port=port)
+            if found.kind == "local":
+                return _delivered(host)
             return Route(found.kind, _name(found.interface), "" if found.kind else _no_way(host, found))
 
         machine = Machine(arrives, leaves, listening, held.kernel != "draining", held.tables)
@@ -184,26 +194,33 @@ def _name(index: int) -> str:
 
 
 def _type_of(destination: IPv4Address | IPv6Address, found: Lookup) -> AddressType:
-    """As nft's `fib daddr type` has it, which knows these without a route."""
+    """As nft's `fib daddr type` has it, which knows some without a route."""
     if destination.is_multicast:
         return "multicast"
     if destination.version == 4 and int(destination) in (0, 0xFFFFFFFF):
         return "broadcast"
     known: dict[str, AddressType] = {"local": "local", "broadcast": "broadcast", "anycast": "anycast"}
-    return known.get(found.kind, "unicast")
+    return known.get(type_of_ipv4(str(destination)) if destination.version == 4 else found.kind, "unicast")
 
 
 def _arriving(packet: Packet, found: Lookup) -> Route:
     if found.kind == "local":
-        return Route("local")
+        return _delivered(str(packet.destination))
     switch = "net.ipv4.ip_forward" if packet.family == 4 else "net.ipv6.conf.all.forwarding"
     # The kernel says this itself only of IPv4, and not that this is why.
     if (found.kind or found.error == errno.EHOSTUNREACH) and _sysctl(switch) == "0":
         return Route("", error=f"forwarding is off: {switch} is 0")
     if found.error in _MARTIAN:
-        why = f"{packet.source} to {packet.destination} cannot come in on {packet.interface}: martian, or rp_filter"
+        why = f"{packet.source} to {packet.destination} cannot come in on {packet.interface}: martian, rp_filter, or a blackhole"
         return Route("", error=why)
     return Route(found.kind, _name(found.interface), "" if found.kind else _no_way(str(packet.destination), found))
+
+
+def _delivered(host: str) -> Route:
+    if ":" in host or type_of_ipv4(host) == "local":
+        return Route("local")
+    # A socket without IP_TRANSPARENT: seen as no answer to the SYN.
+    return Route("local", error=f"no app can answer from {host}: its route is `local`, but not in the table `local`")
 
 
 def _no_way(host: str, found: Lookup) -> str:
