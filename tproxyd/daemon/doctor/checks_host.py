@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from fnmatch import fnmatchcase
 
+from tproxyd.config import is_interface
 from tproxyd.daemon.doctor.model import Check, Evidence, Finding, setting
 from tproxyd.net.sock_diag import LISTEN, TIME_WAIT
 
@@ -218,7 +218,7 @@ def interface_missing(e: Evidence) -> Iterator[Finding]:
     names, capture = [link.name for link in e.links], e.config.capture
 
     def absent(patterns: Sequence[str]) -> list[str]:
-        return [one for one in patterns if not any(fnmatchcase(name, one) for name in names)]
+        return [one for one in patterns if not any(is_interface(name, one) for name in names)]
 
     wanted = absent(capture.interfaces)
     # An excluded pattern may be for what is to come; an exact name may be a slip.

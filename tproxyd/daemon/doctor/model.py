@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from fnmatch import fnmatchcase
 
 import msgspec
 
-from tproxyd.config import Config
+from tproxyd.config import Config, is_interface
 from tproxyd.kernel import ForeignChain, ForeignRoute, ForeignRule, Link, Observed
 from tproxyd.net.processes import Process
 from tproxyd.net.sock_diag import LISTEN, TcpSocket
@@ -90,8 +89,8 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
             link
             for link in self.links
             if link.name != "lo"
-            and (not capture.interfaces or any(fnmatchcase(link.name, one) for one in capture.interfaces))
-            and not any(fnmatchcase(link.name, one) for one in capture.exclude_interfaces)
+            and (not capture.interfaces or any(is_interface(link.name, one) for one in capture.interfaces))
+            and not any(is_interface(link.name, one) for one in capture.exclude_interfaces)
         )
 
     @property
