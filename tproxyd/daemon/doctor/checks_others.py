@@ -13,7 +13,6 @@ from tproxyd.kernel import ChainRule, ForeignChain
 __all__ = ["CHECKS"]
 
 _RAW = -300  # the priority of our chains, NF_IP_PRI_RAW
-_MAIN = (253, 254, 255)
 
 
 def rule_before_ours(e: Evidence) -> Iterator[Finding]:

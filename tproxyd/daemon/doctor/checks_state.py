@@ -8,13 +8,12 @@ from tproxyd.daemon.doctor.model import Check, Evidence, Finding
 from tproxyd.kernel.routing import describe_rule, route_key, rule_key
 from tproxyd.net.sock_diag import TcpSocket
 from tproxyd.net.sockets import format_address
-from tproxyd.plan import PROTOCOL, Rule
+from tproxyd.plan import GUARD, PROTOCOL, Rule
 
 __all__ = ["CHECKS"]
 
 _FEW_FILES = 4096  # two thousand connections at most
 _NEARLY = 0.9
-_GUARD = "tproxyd_guard"
 
 
 def nothing_captured(e: Evidence) -> Iterator[Finding]:
@@ -39,7 +38,7 @@ def not_serving(e: Evidence) -> Iterator[Finding]:
 
 def left_by_the_dead(e: Evidence) -> Iterator[Finding]:
     if not e.is_meant_to_capture and _left(e):
-        refuses = e.observed is not None and _GUARD in e.observed.tables
+        refuses = e.observed is not None and GUARD in e.observed.tables
         yield Finding(
             seen=f"no daemon serves this network namespace, but its state is here: {', '.join(_left(e))}",
             why='a daemon has died: new connections are refused (when_down = "refuse")'
@@ -172,7 +171,7 @@ def table_missing(e: Evidence) -> Iterator[Finding]:
         if name not in e.observed.tables:
             yield Finding(
                 seen=f"the nft table inet {name} is missing",
-                why="after the daemon's death clients are not refused" if name == _GUARD else "nothing is captured",
+                why="after the daemon's death clients are not refused" if name == GUARD else "nothing is captured",
                 remedy=e.restart(),
             )
 
@@ -194,7 +193,7 @@ def table_left_over(e: Evidence) -> Iterator[Finding]:
             yield Finding(
                 seen=f"the nft table inet {name} is in the kernel, but not planned",
                 why='it refuses clients after the daemon\'s death, although when_down is "bypass"'
-                if name == _GUARD
+                if name == GUARD
                 else "it captures by another configuration",
                 remedy=f"nft delete table inet {name}",
             )

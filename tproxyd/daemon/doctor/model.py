@@ -10,7 +10,7 @@ from tproxyd.config import Config, is_interface
 from tproxyd.kernel import ForeignChain, ForeignRoute, ForeignRule, Link, Observed
 from tproxyd.net.processes import Process
 from tproxyd.net.sock_diag import LISTEN, TcpSocket
-from tproxyd.plan import Family, Plan, Surroundings
+from tproxyd.plan import STATE, Family, Plan, Surroundings
 
 __all__ = ["Check", "Evidence", "Finding", "setting"]
 
@@ -70,7 +70,7 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def is_applied(self) -> bool:
         """Whether `tproxyd apply` was here."""
-        return self.observed is not None and "tproxyd_state" in self.observed.tables
+        return self.observed is not None and STATE in self.observed.tables
 
     @property
     def is_meant_to_capture(self) -> bool:
