@@ -24,7 +24,7 @@ from tproxyd.kernel.surroundings import is_loopback_up, look_around
 from tproxyd.net.capabilities import missing_capabilities
 from tproxyd.plan import Surroundings, make_marks
 
-__all__ = ["Preflight", "look_ahead", "preflight", "require_nf_tables"]
+__all__ = ["Preflight", "is_too_old", "look_ahead", "preflight", "require_nf_tables"]
 
 _NETLINK_NETFILTER = 12  # linux/netlink.h
 _OLDEST_NFT = (1, 0, 0)  # 0.9.8 knows neither `flags owner` nor `tcp flags syn / fin,syn,rst,ack`
@@ -77,13 +77,18 @@ def require_nf_tables() -> None:
         ) from error
 
 
+def is_too_old(version: str | None) -> bool:
+    """Whether an nft that says this of itself is one that tproxyd cannot work with."""
+    number = re.search(r"v(\d+)\.(\d+)\.(\d+)", version or "")
+    return number is not None and tuple(map(int, number.groups())) < _OLDEST_NFT
+
+
 def _require_nft() -> None:
     said = nft_version()
-    number = re.search(r"v(\d+)\.(\d+)\.(\d+)", said or "")
-    if number and tuple(map(int, number.groups())) < _OLDEST_NFT:
+    if is_too_old(said):
         raise MissingError(
             f"the program nft is too old ({said}): tproxyd needs version {'.'.join(map(str, _OLDEST_NFT))} or later; "
-            "upgrade the package nftables"
+            "upgrade it, on Debian with `apt-get install nftables`"
         )
 
 

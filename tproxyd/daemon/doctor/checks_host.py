@@ -17,7 +17,7 @@ _SMALLEST_MTU = 1280  # what IPv6 needs (RFC 8200); below it Linux switches IPv6
 
 
 def loopback_down(e: Evidence) -> Iterator[Finding]:
-    if not e.loopback_up:
+    if not e.loopback_up and e.refused_start is None:
         yield Finding(
             seen="the interface lo is down",
             why="steered packets are delivered through lo: every captured connection hangs",

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 
+from tproxyd import kernel
 from tproxyd.daemon.doctor.model import Check, Evidence, Finding
 
 __all__ = ["CHECKS"]
 
-_OLDEST_NFT = (1, 0)
-
 
 def nft_missing(e: Evidence) -> Iterator[Finding]:
-    if e.nft_version is None:
+    if e.nft_version is None and e.refused_start is None:
         yield Finding(
             seen="there is no program nft that works",
             why="without it neither `apply` nor `revert` nor this examination can see or change the ruleset",
@@ -22,11 +20,10 @@ def nft_missing(e: Evidence) -> Iterator[Finding]:
 
 
 def nft_too_old(e: Evidence) -> Iterator[Finding]:
-    match = re.search(r"v?(\d+)\.(\d+)", e.nft_version or "")
-    if match and (int(match[1]), int(match[2])) < _OLDEST_NFT:
+    if kernel.is_too_old(e.nft_version) and e.refused_start is None:
         yield Finding(
-            seen=f"nft is {match[0]}",
-            why="the ruleset is tried with 1.0 and newer",
+            seen=f"the program nft is too old: {e.nft_version}",
+            why="the next start will be refused",
             remedy="apt-get install nftables",
         )
 
@@ -90,7 +87,7 @@ def iptables_legacy(e: Evidence) -> Iterator[Finding]:
 def ssh_captured(e: Evidence) -> Iterator[Finding]:
     servers = {pid for pid, name in e.processes.items() if name == "sshd"}
     ports = {sock.local_port for sock in e.listeners if servers & set(e.holders.get(sock.inode, ()))}
-    ports |= {e.ssh_port} if e.ssh_port else set()
+    ports |= set(e.ssh_ports)
     captured = sorted(port for port in ports if e.config.capture.takes_port(port))
     if captured and e.config.captures:
         excluded = sorted({*map(str, e.config.capture.exclude_ports), *map(str, captured)})

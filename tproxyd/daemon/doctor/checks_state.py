@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from tproxyd.daemon.doctor.model import Check, Evidence, Finding
@@ -28,11 +29,21 @@ def nothing_captured(e: Evidence) -> Iterator[Finding]:
 
 
 def not_serving(e: Evidence) -> Iterator[Finding]:
-    if e.config.captures and not e.is_meant_to_capture and not e.has_own_rules and not _left(e) and e.holder is None:
+    here = e.is_meant_to_capture or e.has_own_rules or _left(e) or e.holder is not None
+    if e.config.captures and not here and e.refused_start is None:
         yield Finding(
             seen="no daemon serves this network namespace, and nothing is applied",
             why="nothing is captured: clients reach the destination directly",
             remedy="systemctl start tproxyd",
+        )
+
+
+def start_refused(e: Evidence) -> Iterator[Finding]:
+    if e.refused_start is not None:
+        yield Finding(
+            seen=f"no daemon serves this network namespace, and none can start: {e.refused_start}",
+            why="nothing is captured: clients reach the destination directly",
+            remedy=f"{_way_out(e.refused_start)}\nsystemctl start tproxyd",
         )
 
 
@@ -245,6 +256,13 @@ def listener_queue_full(e: Evidence) -> Iterator[Finding]:
             )
 
 
+def _way_out(sentence: str) -> str:
+    """The command that an error names at its end, or else its advice. What other programs have written comes before that."""
+    _, _, advice = sentence.rpartition("; ") if "; " in sentence else sentence.partition(": ")
+    command = re.search(r"`(apt-get install \w+|modprobe \w+|ip link set lo up)`", advice)
+    return command[1] if command else f"# {' '.join((advice or sentence).split())}"
+
+
 def _left(e: Evidence) -> list[str]:
     """What of ours is in the kernel, in words."""
     if e.observed is None:
@@ -292,6 +310,7 @@ def _take_over(e: Evidence, sock: TcpSocket) -> str:
 CHECKS: tuple[Check, ...] = (
     nothing_captured,
     not_serving,
+    start_refused,
     left_by_the_dead,
     name_held_by_a_stranger,
     daemon_stopped,

@@ -15,10 +15,10 @@ from typing import TypeVar
 
 from tproxyd import kernel
 from tproxyd.config import Config
-from tproxyd.daemon.comparison import kernel_view, open_nft
+from tproxyd.daemon.comparison import kernel_view, open_nft, session_ports, ssh_ports_here
 from tproxyd.daemon.doctor.model import Evidence
 from tproxyd.daemon.lock import ask_holder
-from tproxyd.errors import CapabilityError, MissingError, TproxydError
+from tproxyd.errors import CapabilityError, KernelError, MissingError, TproxydError
 from tproxyd.kernel.routing import dump_rules
 from tproxyd.kernel.state import make_steps
 from tproxyd.net.capabilities import missing_capabilities
@@ -32,6 +32,7 @@ __all__ = ["gather"]
 
 T = TypeVar("T")
 
+_NOTHING = kernel.Observed((), (), {})
 _SYSCTLS = Path("/proc/sys")
 _NAMES = (
     "net/ipv4/ip_forward",
@@ -78,10 +79,12 @@ def gather(config: Config, file: str | None) -> Evidence:
     # Pid 0 is one that cannot be seen from this pid namespace.
     serves = trusted and (holder == 0 or (daemon is not None and "tproxyd" in daemon.command))
     serves = serves or _is_embedded(config, observed, sockets)
-    view = kernel_view(config, observed or kernel.Observed((), (), {}), served=serves)
+    view = kernel_view(config, observed or _NOTHING, served=serves)
     plan = view.plan()
     changed = _changed_tables(plan, observed)
     draining = serves and changed == (STEERING,) and not _changed_tables(view.plan(capturing=False), observed)
+    has_own_rules = look("our ip rules", lambda: bool(dump_rules()), False)
+    idle = not (serves or holder is not None or view.observed != _NOTHING or has_own_rules)
     no_rules: tuple[kernel.ForeignRule, ...] = ()
     rules = look("ip rules", lambda: tuple(kernel.list_foreign_rules()), no_rules)
     # Our own routes are not among the foreign ones.
@@ -102,20 +105,20 @@ def gather(config: Config, file: str | None) -> Evidence:
         rules=rules,
         rule_tables=look("the tables of other ip rules", lambda: _tables(rules, config.routing.table), {}),
         routes=routes,
-        has_own_rules=look("our ip rules", lambda: bool(dump_rules()), False),
+        has_own_rules=has_own_rules,
         observed=observed,
         changed_tables=() if draining else changed,
         draining=draining,
         chains=look("other programs' nft rules", kernel.list_chains, None),
         holder=daemon,
-        holder_trusted=trusted,
         serves=serves,
+        refused_start=look("whether a daemon could start", lambda: _refused_start(config), None) if idle else None,
         relays=_children(daemon) if serves and daemon is not None else (),
         sockets=tuple(sockets),
         holders={inode: tuple(pids) for inode, pids in holders.items()},
         processes=processes_here(),
-        ssh_port=_ssh_port(),
-        legacy_tables=_legacy_tables(),
+        ssh_ports=session_ports(),
+        legacy_tables=tuple(f"{program} {name}" for program, names in kernel.legacy_tables().items() for name in names),
         networkd_spares_us=_networkd_spares_us(),
         nft_version=look("nft's version", kernel.nft_version, None),
         has_library=_has_library(),
@@ -203,23 +206,6 @@ def _children(process: Process) -> tuple[Process, ...]:
     return tuple(child for pid in sorted(pids) if (child := read_process(pid)) and "worker.py" in child.command)
 
 
-def _ssh_port() -> int | None:
-    """The port of the session in which this runs."""
-    words = os.environ.get("SSH_CONNECTION", "").split()
-    return int(words[3]) if len(words) == 4 and words[3].isdecimal() else None
-
-
-def _legacy_tables() -> tuple[str, ...]:
-    found = []
-    for file, program in (("ip_tables_names", "iptables"), ("ip6_tables_names", "ip6tables")):
-        try:
-            names = Path(f"/proc/thread-self/net/{file}").read_text(encoding="ascii").split()
-        except OSError:
-            continue
-        found += [f"{program} {name}" for name in names]
-    return tuple(found)
-
-
 def _networkd_spares_us() -> bool:
     """Whether systemd-networkd is told to leave foreign ip rules and routes alone: the last word in byte order counts."""
     settings = {"ManageForeignRoutingPolicyRules": True, "ManageForeignRoutes": True}
@@ -250,6 +236,17 @@ def _has_library() -> bool:
     except TproxydError:
         return False
     return True
+
+
+def _refused_start(config: Config) -> str | None:
+    """What would keep a daemon from starting, as it would say it."""
+    if not config.captures or missing_capabilities(["CAP_NET_ADMIN"]):
+        return None
+    try:
+        kernel.preflight(config, ssh_ports=ssh_ports_here())
+    except (KernelError, MissingError) as error:
+        return str(error)
+    return None
 
 
 def _refused(plan: Plan, unseen: list[str]) -> str | None:

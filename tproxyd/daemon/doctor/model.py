@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 import msgspec
 
@@ -29,9 +29,9 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
 
     `sysctls` by path below /proc/sys, `counters` from /proc/net/netstat. `rule_tables` are the tables that foreign rules look up and in
     which there are routes, with whether one of them is a local default route. `holders` are the pids that hold a listening socket,
-    by its inode. `serves`: a daemon does, or a program
-    that embeds it, of which there is no `holder`. `has_own_rules` is known without privileges, other than
-    `observed`. `foreign_destinations`: configured destinations that are not addresses of this namespace.
+    by its inode. `serves`: a daemon does, or a program that embeds it, of which there is no `holder`. `refused_start`: where nothing of
+    ours is, why a daemon would not start. `has_own_rules` is known without privileges, other than `observed`. `foreign_destinations`:
+    configured destinations that are not addresses of this namespace.
     """
 
     config: Config
@@ -52,13 +52,13 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     draining: bool
     chains: tuple[ForeignChain, ...] | None
     holder: Process | None
-    holder_trusted: bool
     serves: bool
+    refused_start: str | None
     relays: tuple[Process, ...]
     sockets: tuple[TcpSocket, ...]
     holders: Mapping[int, tuple[int, ...]]
     processes: Mapping[int, str]
-    ssh_port: int | None
+    ssh_ports: Collection[int]
     legacy_tables: tuple[str, ...]
     networkd_spares_us: bool
     nft_version: str | None
