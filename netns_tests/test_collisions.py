@@ -5,6 +5,7 @@ marks, or told. And what else is looked at before anything is changed.
 from __future__ import annotations
 
 import ctypes
+import json
 import re
 import signal
 import socket
@@ -17,6 +18,7 @@ import pytest
 import trio
 
 from netns_tests.foreign import add_extension_rule
+from netns_tests.seccomp import WITHOUT_NF_TABLES
 from netns_tests.way import Way, open_way
 from tproxyd import kernel
 from tproxyd.config import load_config
@@ -176,6 +178,11 @@ async def test_13_the_marks_of_a_daemon_stay_when_others_come_and_it_repairs(way
     await nursery.start(serve_identity, way.app, 8080)
     async with open_daemon(way.proxy, CONFIG) as daemon:
         await plant(way.proxy, "-4 rule add priority 7 fwmark 0x1000000/0x3000000 lookup 100")
+        file = str(way.file(CONFIG))
+        await way.proxy.run(*TPROXYD, "plan", "--diff", "-c", file)
+        explained = await way.proxy.run(*TPROXYD, "explain", "-c", file, "192.0.2.2", f"{way.address}:8080", "--json")
+        assert json.loads(explained.stdout)["kernel"] == "as planned"
+        assert json.loads(explained.stdout)["outcome"] == "forwarded"
         await way.proxy.run("ip", "rule", "del", "priority", "5234")
         await daemon.process.wait_for_output("repaired: add ip rule")
         assert await steering_mark(way.proxy) == FIRST
@@ -402,28 +409,9 @@ async def test_54_an_nft_that_is_too_old_is_named(way: Way, tmp_path: Path) -> N
     assert "nft is too old (nftables v0.9.8 (E.D.S.))" in sentence
 
 
-# Netlink sockets of netfilter cannot be made, as in a kernel without nf_tables: a seccomp filter stands in.
-WITHOUT_NF_TABLES = """
-import ctypes, errno, os, struct, sys
-AUDIT_ARCH, SOCKET = {"x86_64": (0xC000003E, 41), "aarch64": (0xC00000B7, 198)}[os.uname().machine]
-code = [
-    (0x20, 0, 0, 4), (0x15, 0, 7, AUDIT_ARCH),  # the architecture
-    (0x20, 0, 0, 0), (0x15, 0, 5, SOCKET),
-    (0x20, 0, 0, 16), (0x15, 0, 3, 16),  # AF_NETLINK
-    (0x20, 0, 0, 32), (0x15, 0, 1, 12),  # NETLINK_NETFILTER
-    (0x06, 0, 0, 0x00050000 | errno.EPROTONOSUPPORT), (0x06, 0, 0, 0x7FFF0000),
-]
-program = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *one) for one in code))
-libc = ctypes.CDLL(None, use_errno=True)
-assert libc.prctl(38, 1, 0, 0, 0) == 0
-assert libc.prctl(22, 2, struct.pack("HxxxxxxP", len(code), ctypes.addressof(program)), 0, 0) == 0
-os.execv(sys.argv[1], sys.argv[1:])
-"""
-
-
 @ONE
 async def test_54_a_kernel_without_nf_tables_is_named_with_the_module(way: Way) -> None:
-    sentence = await missing(way, sys.executable, "-c", WITHOUT_NF_TABLES)
+    sentence = await missing(way, sys.executable, "-c", WITHOUT_NF_TABLES, verbs=["apply", "run", "status"])
     assert "no nf_tables (Protocol not supported)" in sentence
     assert "modprobe nf_tables" in sentence
 

@@ -623,7 +623,7 @@ async def test_conntrack_nearly_full_and_rules_of_iptables_legacy(
         found = {finding["check"]: finding["seen"] for finding in content["findings"]}
         assert set(found) == {"conntrack-full", "iptables-legacy"}
         assert "of 10 conntrack entries" in found["conntrack-full"]
-        assert found["iptables-legacy"].endswith("iptables nat, iptables filter")
+        assert found["iptables-legacy"].endswith("iptables filter, iptables nat")
         assert code == 0  # both are warnings
 
 

@@ -38,7 +38,7 @@ def machine(**more: Any) -> Machine:
     def arrives(mark: int) -> Route:
         return Route("local") if mark else Route("unicast", "eth1")
 
-    def leaves(host: str) -> Route:
+    def leaves(host: str, _: int) -> Route:
         return Route("local" if host in OURS else "unicast", "eth1")
 
     return Machine(**({"arrives": arrives, "leaves": leaves} | more))

@@ -41,7 +41,6 @@ from tproxyd.plan import (
     spared_in,
     ssh_remarks,
 )
-from tproxyd.plan.ruleset import unowned
 
 GOLDEN = Path(__file__).parent / "golden"
 NAMES = sorted(file.stem for file in GOLDEN.glob("*.toml"))
@@ -227,8 +226,6 @@ def test_a_comment_does_not_make_a_table_an_owned_one() -> None:
     forged = 'table inet tproxyd {\n\tcomment "x\n\tflags owner\n"\n}\n'
     owned = "table inet tproxyd {\n\tflags owner\n\n}\n"
     assert [is_owned(listing) for listing in (owned, forged, "")] == [True, False, False]
-    assert unowned(owned) == "table inet tproxyd {\n\n}\n"
-    assert unowned(forged) == forged
 
 
 def test_equal_configs_give_equal_plans() -> None:

@@ -23,7 +23,7 @@ from tproxyd.config.schema import (
     Routing,
     Upstream,
 )
-from tproxyd.config.values import Endpoint, Mark, Network, PortRange
+from tproxyd.config.values import Endpoint, Mark, Network, PortRange, is_interface
 
 if TYPE_CHECKING:
     from tproxyd.config.load import DEFAULT_FILE, config_from_mapping, load_config
@@ -47,6 +47,7 @@ __all__ = [
     "Routing",
     "Upstream",
     "config_from_mapping",
+    "is_interface",
     "load_config",
 ]
 

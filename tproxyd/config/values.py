@@ -30,6 +30,7 @@ __all__ = [
     "flag",
     "integer",
     "interfaces",
+    "is_interface",
     "listen_endpoint",
     "mark",
     "networks",
@@ -341,6 +342,11 @@ def interface(value: Any) -> str:
             'has an asterisk that does not end a name; write "eth*", or leave the list empty for every interface'
         )
     return text
+
+
+def is_interface(name: str, pattern: str) -> bool:
+    """Whether the pattern, a name or the beginning of names and an asterisk, takes in this name. No other character is special, as in nft."""
+    return name.startswith(pattern[:-1]) if pattern.endswith("*") else name == pattern
 
 
 def wildcard_over(name: str, names: Iterable[str]) -> str | None:

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from tproxyd import kernel
 from tproxyd.config import Config
 from tproxyd.config.wording import printable
+from tproxyd.daemon.comparison import ssh_ports_here
 from tproxyd.daemon.lock import ServedError, namespace_lock, send_order
-from tproxyd.daemon.planned import ssh_ports_here
 from tproxyd.net.capabilities import require_capabilities
 from tproxyd.plan import UNOWNED_BYPASS, Surroundings, make_plan, ssh_remarks
 

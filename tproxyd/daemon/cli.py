@@ -222,14 +222,14 @@ def _dispatch(options: argparse.Namespace) -> int:
             _warn_of_forwarding(config)
             print("the configuration is good" if config.captures else "the configuration is good, but captures nothing")
         case "plan":
-            from tproxyd.daemon import planned
+            from tproxyd.daemon import comparison
             from tproxyd.plan import make_plan, render
 
             if options.against is not None:
-                return planned.diff_against(config, load_config(options.against), options.against)
+                return comparison.diff_against(config, load_config(options.against), options.against)
             if options.diff:
-                return planned.diff_kernel(config)
-            plan = make_plan(config, surroundings=planned.surroundings_here(config))
+                return comparison.diff_kernel(config)
+            plan = make_plan(config, surroundings=comparison.surroundings_here(config))
             sys.stdout.write(render(plan, options.format or "text"))
         case "apply":
             from tproxyd.daemon import apply_revert

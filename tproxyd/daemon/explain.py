@@ -7,6 +7,7 @@ import os
 import re
 import socket
 import sys
+from functools import partial
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -16,12 +17,13 @@ import msgspec
 from tproxyd import kernel
 from tproxyd.config import Config, Endpoint
 from tproxyd.config.wording import printable, shown
+from tproxyd.daemon.comparison import kernel_view, open_nft, surroundings_here
 from tproxyd.daemon.lock import lock_holder
 from tproxyd.errors import TproxydError, UsageError
 from tproxyd.net.capabilities import require_capabilities
-from tproxyd.net.locality import Locality, Lookup
+from tproxyd.net.locality import Locality, Lookup, type_of_ipv4
 from tproxyd.net.proc_net import is_listening
-from tproxyd.plan import STATE, Surroundings, make_plan, unowned
+from tproxyd.plan import Surroundings
 from tproxyd.plan.explain import Explanation, Machine, Route, explain
 from tproxyd.plan.ruleset import listen_addresses
 from tproxyd.plan.selectors import AddressType, Packet
@@ -90,7 +92,9 @@ def read_request(source: str, destination: str, *, protocol: Literal["tcp", "udp
 
 def explain_connection(config: Config, request: Request) -> Account:
     """Asks this network namespace, and explains. Raises UsageError if there is no such interface, or it cannot be told which one."""
-    surroundings = kernel.look_ahead(config, ssh_ports=kernel.find_ssh_ports())
+    daemon = lock_holder()
+    held = _held(config, served=daemon is not None)
+    surroundings = held.surroundings
     with Locality() as locality:
         target = locality.look_up(str(request.destination))
         interface = request.interface
@@ -108,15 +112,23 @@ def explain_connection(config: Config, request: Request) -> Account:
             destination_type=_type_of(request.destination, target),
         )
         listening = is_listening(listen_addresses(config)[packet.family], config.listen.port)
-        daemon = lock_holder()
-        held = _held(config, surroundings)
 
         def arrives(mark: int) -> Route:
-            found = locality.look_up(str(packet.destination), source=str(packet.source), interface=index, mark=mark)
+            found = locality.look_up(
+                str(packet.destination),
+                source=str(packet.source),
+                interface=index,
+                mark=mark,
+                protocol=socket.IPPROTO_UDP if packet.protocol == "udp" else socket.IPPROTO_TCP,
+                source_port=packet.source_port or 0,
+                port=packet.port,
+            )
             return _arriving(packet, found)
 
-        def leaves(host: str) -> Route:
-            found = locality.look_up(host)
+        def leaves(host: str, port: int) -> Route:
+            found = locality.look_up(host, protocol=socket.IPPROTO_TCP if port else 0, port=port)
+            if found.kind == "local":
+                return _delivered(host)
             return Route(found.kind, _name(found.interface), "" if found.kind else _no_way(host, found))
 
         machine = Machine(arrives, leaves, listening, held.kernel != "draining", held.tables)
@@ -128,7 +140,7 @@ def explain_connection(config: Config, request: Request) -> Account:
             kernel=held.kernel,
             differences=held.differences,
             unseen=held.unseen,
-            explanation=explain(config, surroundings, packet, machine),
+            explanation=explain(held.config, surroundings, packet, machine),
         )
 
 
@@ -182,26 +194,33 @@ def _name(index: int) -> str:
 
 
 def _type_of(destination: IPv4Address | IPv6Address, found: Lookup) -> AddressType:
-    """As nft's `fib daddr type` has it, which knows these without a route."""
+    """As nft's `fib daddr type` has it, which knows some without a route."""
     if destination.is_multicast:
         return "multicast"
     if destination.version == 4 and int(destination) in (0, 0xFFFFFFFF):
         return "broadcast"
     known: dict[str, AddressType] = {"local": "local", "broadcast": "broadcast", "anycast": "anycast"}
-    return known.get(found.kind, "unicast")
+    return known.get(type_of_ipv4(str(destination)) if destination.version == 4 else found.kind, "unicast")
 
 
 def _arriving(packet: Packet, found: Lookup) -> Route:
     if found.kind == "local":
-        return Route("local")
+        return _delivered(str(packet.destination))
     switch = "net.ipv4.ip_forward" if packet.family == 4 else "net.ipv6.conf.all.forwarding"
     # The kernel says this itself only of IPv4, and not that this is why.
     if (found.kind or found.error == errno.EHOSTUNREACH) and _sysctl(switch) == "0":
         return Route("", error=f"forwarding is off: {switch} is 0")
     if found.error in _MARTIAN:
-        why = f"{packet.source} to {packet.destination} cannot come in on {packet.interface}: martian, or rp_filter"
+        why = f"{packet.source} to {packet.destination} cannot come in on {packet.interface}: martian, rp_filter, or a blackhole"
         return Route("", error=why)
     return Route(found.kind, _name(found.interface), "" if found.kind else _no_way(str(packet.destination), found))
+
+
+def _delivered(host: str) -> Route:
+    if ":" in host or type_of_ipv4(host) == "local":
+        return Route("local")
+    # A socket without IP_TRANSPARENT: seen as no answer to the SYN.
+    return Route("local", error=f"no app can answer from {host}: its route is `local`, but not in the table `local`")
 
 
 def _no_way(host: str, found: Lookup) -> str:
@@ -216,35 +235,30 @@ def _sysctl(name: str) -> str:
 
 
 class _Held(NamedTuple):
+    config: Config
+    surroundings: Surroundings
     kernel: Held
     tables: frozenset[str] | None
     differences: tuple[str, ...] = ()
     unseen: str = ""
 
 
-def _held(config: Config, surroundings: Surroundings) -> _Held:
+def _held(config: Config, *, served: bool) -> _Held:
     """What of the plan is in the kernel."""
     try:
         require_capabilities("looking at the ruleset", ("CAP_NET_ADMIN",))
-        observed = kernel.observe()
-        stays = STATE in observed.tables
-        # Whether a daemon or `tproxyd apply` has put a table there makes no difference to a packet.
-        tables = {name: unowned(listing) for name, listing in observed.tables.items()}
-        unowned_state = msgspec.structs.replace(observed, tables=tables)
-
-        def changes(*, capturing: bool) -> list[kernel.Change]:
-            plan = make_plan(config, surroundings=surroundings, stays=stays, capturing=capturing)
-            return kernel.differences(plan, unowned_state)
-
-        missing = changes(capturing=True)
-        drains = bool(missing) and not changes(capturing=False)
+        with open_nft() as nft:
+            view = kernel_view(config, kernel.observe(nft), served=served)
+            missing = kernel.differences(view.plan(), view.observed, nft)
+            drains = bool(missing) and not kernel.differences(view.plan(capturing=False), view.observed, nft)
     except TproxydError as error:
-        return _Held("unseen", None, unseen=str(error))
+        return _Held(config, surroundings_here(config), "unseen", None, unseen=str(error))
+    observed, found = view.observed, partial(_Held, view.config, view.surroundings)
     names = frozenset(observed.tables)
     if not missing or drains:
-        return _Held("draining" if drains else "as planned", names)
+        return found("draining" if drains else "as planned", names)
     is_empty = not (names or observed.rules or observed.routes)
-    return _Held("empty" if is_empty else "differs", names, tuple(map(str, missing)))
+    return found("empty" if is_empty else "differs", names, tuple(map(str, missing)))
 
 
 def _text(account: Account) -> str:

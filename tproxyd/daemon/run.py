@@ -17,9 +17,9 @@ import trio
 
 from tproxyd import __version__
 from tproxyd.config import Config
+from tproxyd.daemon.comparison import session_ports
 from tproxyd.daemon.lock import Orders, namespace_lock, reverted, serve_orders
 from tproxyd.daemon.logs import LineWriter, access_format, encode_line, set_up_logging
-from tproxyd.daemon.planned import session_ports
 from tproxyd.daemon.status import tell_serving
 from tproxyd.errors import TproxydError
 from tproxyd.interceptor import Interceptor, open_interceptor

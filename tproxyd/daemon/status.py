@@ -17,8 +17,8 @@ import msgspec
 from tproxyd import __version__, kernel
 from tproxyd.config import Config
 from tproxyd.config.wording import printable
+from tproxyd.daemon.comparison import DIFFERENT, compare
 from tproxyd.daemon.lock import lock_holder, send_order
-from tproxyd.daemon.planned import DIFFERENT, compare
 from tproxyd.errors import KernelError
 from tproxyd.kernel import Change
 from tproxyd.net.capabilities import require_capabilities

@@ -12,13 +12,12 @@ import socket
 import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable
-from fnmatch import fnmatchcase
 from functools import partial
 
 import trio
 
 from tproxyd import kernel
-from tproxyd.config import Config
+from tproxyd.config import Config, is_interface
 from tproxyd.config.wording import few
 from tproxyd.errors import MissingError, TproxydError
 from tproxyd.interceptor.threads import in_thread
@@ -292,7 +291,7 @@ class Keeper:
 
     def _is_named(self, name: str) -> bool:
         capture = self._config.capture
-        return any(fnmatchcase(name, pattern) for pattern in (*capture.interfaces, *capture.exclude_interfaces))
+        return any(is_interface(name, pattern) for pattern in (*capture.interfaces, *capture.exclude_interfaces))
 
 
 class FewLines:

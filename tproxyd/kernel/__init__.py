@@ -8,9 +8,9 @@ from tproxyd.kernel.events import Events
 from tproxyd.kernel.foreign_chains import ChainRule, ForeignChain, list_chains
 from tproxyd.kernel.foreign_routing import ForeignRoute, ForeignRule, list_foreign_routes, list_foreign_rules
 from tproxyd.kernel.links import Link, list_links
-from tproxyd.kernel.neighbours import Neighbour, look_at_neighbours
+from tproxyd.kernel.neighbours import Neighbour, legacy_tables, look_at_neighbours
 from tproxyd.kernel.nft import Library, Nft, Program, find_program, nft_version
-from tproxyd.kernel.preflight import Preflight, look_ahead, preflight
+from tproxyd.kernel.preflight import Preflight, is_too_old, look_ahead, preflight, require_nf_tables
 from tproxyd.kernel.probe_link import PROBE_INTERFACE, ProbeWay, open_probe_link
 from tproxyd.kernel.state import (
     Change,
@@ -66,6 +66,8 @@ __all__ = [
     "is_bridge",
     "is_forwarding",
     "is_loopback_up",
+    "is_too_old",
+    "legacy_tables",
     "list_chains",
     "list_foreign_routes",
     "list_foreign_rules",
@@ -80,6 +82,7 @@ __all__ = [
     "planned",
     "preflight",
     "repair",
+    "require_nf_tables",
     "restore",
     "revert",
     "revert_steps",

@@ -40,7 +40,15 @@ from tproxyd.kernel.foreign_routing import ForeignRule, has_routes, list_foreign
 from tproxyd.kernel.foreign_ruleset import ForeignNftRule, list_foreign_nft_rules
 from tproxyd.plan import SUPPORTED_MARKS, Marks
 
-__all__ = ["Neighbour", "NeighbourKind", "look_at_neighbours", "require_no_collision", "taken_marks", "tell_neighbours"]
+__all__ = [
+    "Neighbour",
+    "NeighbourKind",
+    "legacy_tables",
+    "look_at_neighbours",
+    "require_no_collision",
+    "taken_marks",
+    "tell_neighbours",
+]
 
 NeighbourKind = Literal[
     "mark", "route", "equal route", "table", "priority", "rule before", "overwrite", "tproxy", "redirect", "unreadable"
@@ -48,7 +56,7 @@ NeighbourKind = Literal[
 
 _MOST = 3  # of a kind that are told one by one
 _LAST_OF_OURS = 2  # priority, and the two after it
-_LEGACY = {4: "ip_tables_names", 6: "ip6_tables_names"}
+_LEGACY = {"iptables": "ip_tables_names", "ip6tables": "ip6_tables_names"}
 
 
 class Neighbour(msgspec.Struct, frozen=True, kw_only=True):
@@ -223,12 +231,19 @@ def _own_marks(config: Config) -> frozenset[tuple[int, int]]:
 
 
 def _legacy() -> Iterator[Neighbour]:
-    for family, name in _LEGACY.items():
+    for program, tables in legacy_tables().items():
+        yield Neighbour(kind="unreadable", line=", ".join(tables), shown_by=f"{program}-legacy-save")
+
+
+def legacy_tables() -> dict[str, list[str]]:
+    """The tables of iptables-legacy by program, "iptables" or "ip6tables", where there are any."""
+    found = {}
+    for program, name in _LEGACY.items():
         try:
             # Of the calling thread's namespace.
             tables = Path(f"/proc/thread-self/net/{name}").read_text(encoding="ascii").split()
         except OSError:
             continue  # no such module
         if tables:
-            program = "iptables-legacy" if family == 4 else "ip6tables-legacy"
-            yield Neighbour(kind="unreadable", line=", ".join(sorted(tables)), shown_by=f"{program}-save")
+            found[program] = sorted(tables)
+    return found

@@ -24,7 +24,7 @@ from tproxyd.kernel.surroundings import is_loopback_up, look_around
 from tproxyd.net.capabilities import missing_capabilities
 from tproxyd.plan import Surroundings, make_marks
 
-__all__ = ["Preflight", "look_ahead", "preflight"]
+__all__ = ["Preflight", "is_too_old", "look_ahead", "preflight", "require_nf_tables"]
 
 _NETLINK_NETFILTER = 12  # linux/netlink.h
 _OLDEST_NFT = (1, 0, 0)  # 0.9.8 knows neither `flags owner` nor `tcp flags syn / fin,syn,rst,ack`
@@ -44,7 +44,7 @@ def preflight(config: Config, *, ssh_ports: Iterable[int] = ()) -> Preflight:
     Raises MissingError (no nf_tables, no policy routing, no nft or too old a one, lo down), CapabilityError, and KernelError if another
     program is in the way.
     """
-    _require_nf_tables()
+    require_nf_tables()
     _require_nft()
     if not is_loopback_up():
         raise MissingError(
@@ -66,8 +66,8 @@ def look_ahead(config: Config, *, ssh_ports: Iterable[int] = ()) -> Surroundings
     return look_around(ssh_ports=ssh_ports)
 
 
-def _require_nf_tables() -> None:
-    # Not left to libnftables: that ends the whole process where there is no such socket.
+def require_nf_tables() -> None:
+    """Raises MissingError. Not left to libnftables: that ends the whole process where there is no such socket."""
     try:
         socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_NETFILTER).close()
     except OSError as error:
@@ -77,13 +77,18 @@ def _require_nf_tables() -> None:
         ) from error
 
 
+def is_too_old(version: str | None) -> bool:
+    """Whether an nft that says this of itself is one that tproxyd cannot work with."""
+    number = re.search(r"v(\d+)\.(\d+)\.(\d+)", version or "")
+    return number is not None and tuple(map(int, number.groups())) < _OLDEST_NFT
+
+
 def _require_nft() -> None:
     said = nft_version()
-    number = re.search(r"v(\d+)\.(\d+)\.(\d+)", said or "")
-    if number and tuple(map(int, number.groups())) < _OLDEST_NFT:
+    if is_too_old(said):
         raise MissingError(
             f"the program nft is too old ({said}): tproxyd needs version {'.'.join(map(str, _OLDEST_NFT))} or later; "
-            "upgrade the package nftables"
+            "upgrade it, on Debian with `apt-get install nftables`"
         )
 
 

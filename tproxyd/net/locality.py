@@ -16,12 +16,12 @@ import struct
 from types import TracebackType
 from typing import NamedTuple
 
-__all__ = ["ROUTING_NEWS", "Locality", "Lookup"]
+__all__ = ["ROUTING_NEWS", "Locality", "Lookup", "type_of_ipv4"]
 
 _RTM_GETROUTE = 26
 _NLM_F_REQUEST = 1
 _NLMSG_ERROR = 2
-_RTA_DST, _RTA_SRC, _RTA_IIF, _RTA_OIF, _RTA_MARK = 1, 2, 3, 4, 16
+_RTA_DST, _RTA_SRC, _RTA_IIF, _RTA_OIF, _RTA_MARK, _RTA_IP_PROTO, _RTA_SPORT, _RTA_DPORT = 1, 2, 3, 4, 16, 27, 28, 29
 _RTN_LOCAL = 2
 _KINDS = {
     1: "unicast",
@@ -33,6 +33,9 @@ _KINDS = {
 _HEADER = struct.Struct("=IHHII")  # struct nlmsghdr: length, type, flags, sequence, port
 _RTMSG = struct.Struct("=BBBBBBBBI")  # struct rtmsg: family, dst_len, src_len, tos, table, protocol, scope, type, flags
 _ATTRIBUTE = struct.Struct("=HH")  # struct rtattr: length, type
+_NETLINK_FIB_LOOKUP, _RT_TABLE_LOCAL = 10, 255  # linux/netlink.h, linux/rtnetlink.h
+# struct fib_result_nl (net/ip_fib.h): address, mark, tos, scope, table; then what is found: table, prefix length, hop, type, scope, error.
+_FIB_RESULT = struct.Struct("=4sI8Bi")
 # No route, or a route that says so: then it is certainly not an address of ours.
 _NOT_ROUTED = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EACCES, errno.EINVAL, errno.EAFNOSUPPORT, errno.ENODEV}
 
@@ -49,6 +52,19 @@ class Lookup(NamedTuple):
     kind: str
     interface: int = 0
     error: int = 0
+
+
+def type_of_ipv4(host: str) -> str:
+    """What kind the table `local` has this IPv4 address for, "" if none. Raises OSError.
+
+    nft's `fib daddr type` asks nothing else, and neither does a socket that is to answer from this address, while routing finds `local`
+    routes in every table that an ip rule leads to.
+    """
+    request = _FIB_RESULT.pack(socket.inet_aton(host), 0, 0, 0, _RT_TABLE_LOCAL, 0, 0, 0, 0, 0, 0)
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_FIB_LOOKUP) as sock:
+        sock.send(_HEADER.pack(_HEADER.size + len(request), 0, _NLM_F_REQUEST, 1, 0) + request)
+        *_, kind, _, error = _FIB_RESULT.unpack_from(sock.recv(8192), _HEADER.size)
+    return "" if error else _KINDS.get(kind, "")
 
 
 class Locality:
@@ -112,9 +128,19 @@ class Locality:
             self._answers[host] = answer
         return answer
 
-    def look_up(self, host: str, *, source: str = "", interface: int = 0, mark: int = 0) -> Lookup:
+    def look_up(
+        self,
+        host: str,
+        *,
+        source: str = "",
+        interface: int = 0,
+        mark: int = 0,
+        protocol: int = 0,
+        source_port: int = 0,
+        port: int = 0,
+    ) -> Lookup:
         """Where a packet to this address (text, no scope) goes, if this host sends it, or if it arrives from `source` on the interface
-        with this index; asked anew each time. Raises OSError."""
+        with this index; asked anew each time. `protocol` and ports: ip rules may select by them. Raises OSError."""
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         address = socket.inet_pton(family, host)
         from_address = socket.inet_pton(family, source) if source else b""
@@ -124,9 +150,12 @@ class Locality:
             (_RTA_SRC, from_address),
             (_RTA_IIF, struct.pack("=I", interface) if interface else b""),
             (_RTA_MARK, struct.pack("=I", mark) if mark else b""),
+            (_RTA_IP_PROTO, bytes([protocol]) if protocol else b""),
+            (_RTA_SPORT, struct.pack("!H", source_port) if source_port else b""),
+            (_RTA_DPORT, struct.pack("!H", port) if port else b""),
         ):
             if value:
-                body += _ATTRIBUTE.pack(_ATTRIBUTE.size + len(value), kind) + value
+                body += _ATTRIBUTE.pack(_ATTRIBUTE.size + len(value), kind) + value + bytes(-len(value) % 4)
         number, answer = self._ask(body)
         if number:
             return Lookup("", error=number)

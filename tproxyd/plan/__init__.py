@@ -10,11 +10,12 @@ from tproxyd.plan.diff import Sections, unified_diff
 from tproxyd.plan.model import Family, LocalRoute, Marks, Plan, Rule, Surroundings
 from tproxyd.plan.plan import PROTOCOL, SUPPORTED_MARKS, UNOWNED_BYPASS, make_marks, make_plan
 from tproxyd.plan.render import FORMATS, render
-from tproxyd.plan.ruleset import STATE, STEERING, is_owned, match_mark, remove_tables, unowned
+from tproxyd.plan.ruleset import GUARD, STATE, STEERING, is_owned, match_mark, remove_tables
 from tproxyd.plan.ssh import spared_in, ssh_remarks
 
 __all__ = [
     "FORMATS",
+    "GUARD",
     "PROTOCOL",
     "STATE",
     "STEERING",
@@ -36,5 +37,4 @@ __all__ = [
     "spared_in",
     "ssh_remarks",
     "unified_diff",
-    "unowned",
 ]

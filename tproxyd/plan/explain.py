@@ -36,12 +36,13 @@ Foreseen = Literal[
     "refused_by_policy",
     "self_call",
     "upstream_unreachable",
+    "upstream_timeout",
     "refused_special",
     "refused_when_down",
     "bypassed",
     "dropped",
 ]
-"""What becomes of a connection. The first is `closed` in the access log, if all goes well; the next three are called so there, too. The
+"""What becomes of a connection. The first is `closed` in the access log, if all goes well; the next four are called so there, too. The
 last four are the kernel's: a reset in place of a special destination, or because nobody took what was selected; on its way as if
 tproxyd were not there; lost in this host's routing."""
 
@@ -50,8 +51,8 @@ _SELF_CALL = "is the destination, or the client, this daemon?"
 
 
 class Route(NamedTuple):
-    """What routing does with a packet: kind "local" (delivered here), "unicast" and the like (leaves by `interface`), or "" (dropped, and
-    why in `error`)."""
+    """What routing does with a packet: kind "local" (delivered here; `error`: an app could not answer), "unicast" and the like (leaves by
+    `interface`), or "" (dropped, and why in `error`)."""
 
     kind: str
     interface: str = ""
@@ -61,13 +62,13 @@ class Route(NamedTuple):
 class Machine(NamedTuple):
     """What the machine says.
 
-    `arrives(mark)`: what its routing does with the packet in question, bearing this mark; `leaves(host)`: with a packet of its own to
-    this address. `listening`: whether there is a listener of the packet's family. `capturing`: not so while a daemon drains. `tables`:
+    `arrives(mark)`: what its routing does with the packet in question, bearing this mark; `leaves(host, port)`: with a packet of its own to
+    there, port 0 being any. `listening`: whether there is a listener of the packet's family. `capturing`: not so while a daemon drains. `tables`:
     the names of our tables in the kernel; None if it could not be asked, and they are taken to be as planned.
     """
 
     arrives: Callable[[int], Route]
-    leaves: Callable[[str], Route]
+    leaves: Callable[[str, int], Route]
     listening: bool = True
     capturing: bool = True
     tables: frozenset[str] | None = None
@@ -178,7 +179,7 @@ class _Account:
             self.add("route", local.selector(), here, "to this host" if here else "it is not delivered to this host")
         if here:
             return self.accepted()
-        if route.error:
+        if not route.kind:
             self.add("routing", f"from {packet.source} on {packet.interface}", True, route.error)
         else:
             missing = f"our ip rule or route is missing: it would leave by {route.interface}"
@@ -224,7 +225,7 @@ class _Account:
             if not route.kind:
                 where = f"this host's routing drops it ({route.error})"
             elif route.kind == "local":
-                where = "it is delivered to this host"
+                where = "it is delivered to this host" + (f" ({route.error})" if route.error else "")
             else:
                 where = f"it is forwarded through {route.interface}"
         return self.end("bypassed", f"not captured: {where}, as if tproxyd were not there")
@@ -232,7 +233,8 @@ class _Account:
     def is_dialled_directly(self) -> bool:
         """Whether it goes to a listener on every address, as it is."""
         packet = self.packet
-        return packet.protocol == "tcp" and packet.port == self.listener.port and packet.destination_type == "local"
+        is_here = packet.destination_type == "local" or self.machine.arrives(0).kind == "local"
+        return packet.protocol == "tcp" and packet.port == self.listener.port and is_here
 
     # In the daemon, as in datapath/connection.py.
 
@@ -278,11 +280,15 @@ class _Account:
         )
 
     def dialled(self, verdict: Verdict, upstream: Endpoint) -> Explanation:
-        route = self.machine.leaves(upstream.host)
+        route = self.machine.leaves(upstream.host, upstream.port)
         if not route.kind:
             self.add("dial", str(upstream), False, route.error)
             what = f"reset by the daemon: there is no way to {upstream} ({route.error})"
             return self.end("upstream_unreachable", what, verdict)
+        if route.error:
+            self.add("dial", str(upstream), False, route.error)
+            what = f"reset by the daemon after connect_timeout: {route.error}"
+            return self.end("upstream_timeout", what, verdict, upstream)
         source: Literal["client", "proxy"] = "proxy"
         if route.kind == "local":
             because = "an app of this host sees an address of this host as the client"
@@ -307,7 +313,7 @@ class _Account:
         return self.machine.tables is None or table in self.machine.tables
 
     def is_local(self, host: str) -> bool:
-        return self.machine.leaves(host).kind == "local"
+        return self.machine.leaves(host, 0).kind == "local"
 
     def is_listener(self, address: Endpoint) -> bool:
         return address.port == self.config.listen.port and (

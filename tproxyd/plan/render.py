@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import msgspec
 
+from tproxyd.config import Endpoint
 from tproxyd.plan.model import Plan
 from tproxyd.plan.plan import PROTOCOL
 
@@ -24,7 +25,7 @@ def _text(plan: Plan) -> str:
     if plan.losses:
         sections += ["# What this mode loses", *(f"# - {loss}" for loss in plan.losses), ""]
     sections.append(f"# Listeners, {'' if plan.losses else 'transparent, '}opened before capture goes on")
-    sections += [f"{_endpoint(address, port)}" for address, port in plan.listen]
+    sections += [str(Endpoint(address, port)) for address, port in plan.listen]
     sections += ["", "# Local routes"]
     for route in plan.routes:
         sections.append(f"ip -{route.family} route add {route.selector()} proto {PROTOCOL}    # {route.why}")
@@ -75,7 +76,7 @@ done
 def _json(plan: Plan) -> str:
     content = {
         "losses": plan.losses,
-        "listen": [_endpoint(address, port) for address, port in plan.listen],
+        "listen": [str(Endpoint(address, port)) for address, port in plan.listen],
         "marks": {"steering": str(plan.marks.steering), "upstream": str(plan.marks.upstream)},
         "protocol": PROTOCOL,
         "routes": [{"family": r.family, "route": r.selector(), "why": r.why} for r in plan.routes],
@@ -85,10 +86,6 @@ def _json(plan: Plan) -> str:
         "ruleset": plan.ruleset,
     }
     return msgspec.json.format(msgspec.json.encode(content), indent=2).decode() + "\n"
-
-
-def _endpoint(address: str, port: int) -> str:
-    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
 
 
 FORMATS: dict[str, Callable[[Plan], str]] = {"text": _text, "nft": _nft, "shell": _shell, "json": _json}

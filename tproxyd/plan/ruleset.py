@@ -59,7 +59,6 @@ __all__ = [
     "steering_table",
     "take_rules",
     "transaction",
-    "unowned",
 ]
 
 STEERING = "tproxyd"
@@ -82,7 +81,7 @@ _IP: dict[Family, str] = {4: "ip", 6: "ip6"}
 """nft's word for a family's header."""
 
 _OWNED = "\tflags owner\n"
-_OWNED_HEADER = re.compile(rf"\A(table [^\n]*\n){_OWNED}")  # further down it may stand in a comment
+_OWNED_HEADER = re.compile(rf"\Atable [^\n]*\n{_OWNED}")  # further down it may stand in a comment
 _ACK_ONLY = "tcp flags ack / fin,syn,rst,ack"
 
 
@@ -113,11 +112,6 @@ def remove_tables(tables: Mapping[str, str]) -> str:
 def is_owned(listing: str) -> bool:
     """Whether this table lives as long as its owner, and nobody else can change it."""
     return _OWNED_HEADER.match(listing) is not None
-
-
-def unowned(listing: str) -> str:
-    """The table as it is listed when nobody owns it."""
-    return _OWNED_HEADER.sub(r"\1", listing, count=1)
 
 
 def steering_table(

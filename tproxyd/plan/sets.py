@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, collapse_addresses
 from typing import NamedTuple
 
-from tproxyd.config import Config, Network, PortRange
+from tproxyd.config import Config, Network, PortRange, is_interface
 from tproxyd.plan.model import Family
 from tproxyd.policy import SPECIAL_NETWORKS
 
@@ -124,6 +124,5 @@ def _takes_in(element: Element, value: int | Address | str) -> bool:
     if isinstance(element, PortRange):
         return isinstance(value, int) and element.first <= value <= element.last
     if isinstance(element, str):
-        name = str(value)
-        return name.startswith(element[:-1]) if element.endswith("*") else name == element
+        return is_interface(str(value), element)
     return value in element

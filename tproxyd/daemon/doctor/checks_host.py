@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from fnmatch import fnmatchcase
 from ipaddress import ip_address
 
+from tproxyd.config import is_interface
 from tproxyd.daemon.doctor.model import Check, Evidence, Finding, of_tproxy_mode, quoted, setting
 from tproxyd.net.sock_diag import LISTEN, TIME_WAIT
 
@@ -19,7 +19,7 @@ _SMALLEST_MTU = 1280  # what IPv6 needs (RFC 8200); below it Linux switches IPv6
 
 
 def loopback_down(e: Evidence) -> Iterator[Finding]:
-    if not e.loopback_up:
+    if not e.loopback_up and e.refused_start is None:
         yield Finding(
             seen="the interface lo is down",
             why="apps of this host are not reached, and no daemon starts"
@@ -229,7 +229,7 @@ def interface_missing(e: Evidence) -> Iterator[Finding]:
     names, capture = [link.name for link in e.links], e.config.capture
 
     def absent(patterns: Sequence[str]) -> list[str]:
-        return [one for one in patterns if not any(fnmatchcase(name, one) for name in names)]
+        return [one for one in patterns if not any(is_interface(name, one) for name in names)]
 
     wanted = absent(capture.interfaces)
     # An excluded pattern may be for what is to come; an exact name may be a slip.

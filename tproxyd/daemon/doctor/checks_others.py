@@ -20,7 +20,6 @@ _RAW = -300  # the priority of our chains, NF_IP_PRI_RAW
 _CONNTRACK = -200  # NF_IP_PRI_CONNTRACK
 _NAT = -100  # NF_IP_PRI_NAT_DST: where all nat chains run; their own priorities are an order among them
 _DIVERT, _UNMARK = -105, -98  # redirect mode's: dstnat - 5 among nat chains, dstnat + 2
-_MAIN = (253, 254, 255)
 _NAME = re.compile(
     r"[a-zA-Z][a-zA-Z0-9_./-]*"
 )  # what nft's scanner takes for one; nothing in it means anything to a shell

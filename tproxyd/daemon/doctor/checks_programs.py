@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from typing import Any
 
+from tproxyd import kernel
 from tproxyd.daemon.doctor.model import Check, Evidence, Finding
 from tproxyd.kernel import ChainRule
 from tproxyd.plan.ssh import spared_ports
 
 __all__ = ["CHECKS"]
 
-_OLDEST_NFT = (1, 0)
 _MODULES = {"tproxy": "nft_tproxy nft_socket", "redirect": "nft_chain_nat nft_redir nft_ct"}
 
 
 def nft_missing(e: Evidence) -> Iterator[Finding]:
-    if e.nft_version is None:
+    if e.nft_version is None and e.refused_start is None:
         yield Finding(
             seen="there is no program nft that works",
             why="without it neither `apply` nor `revert` nor this examination can see or change the ruleset",
@@ -26,11 +25,10 @@ def nft_missing(e: Evidence) -> Iterator[Finding]:
 
 
 def nft_too_old(e: Evidence) -> Iterator[Finding]:
-    match = re.search(r"v?(\d+)\.(\d+)", e.nft_version or "")
-    if match and (int(match[1]), int(match[2])) < _OLDEST_NFT:
+    if kernel.is_too_old(e.nft_version) and e.refused_start is None:
         yield Finding(
-            seen=f"nft is {match[0]}",
-            why="the ruleset is tried with 1.0 and newer",
+            seen=f"the program nft is too old: {e.nft_version}",
+            why="the next start will be refused",
             remedy="apt-get install nftables",
         )
 

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from tproxyd.daemon.doctor.model import Check, Evidence, Finding, of_tproxy_mode, quoted
 from tproxyd.kernel.routing import RuleKey, describe_rule, route_key, rule_key
 from tproxyd.net.sock_diag import TcpSocket
 from tproxyd.net.sockets import format_address
-from tproxyd.plan import PROTOCOL, STEERING, Rule
+from tproxyd.plan import GUARD, PROTOCOL, STEERING, Rule
 
 __all__ = ["CHECKS"]
 
 _FEW_FILES = 4096  # two thousand connections at most
 _NEARLY = 0.9
-_GUARD = "tproxyd_guard"
 
 
 def nothing_captured(e: Evidence) -> Iterator[Finding]:
@@ -31,7 +31,8 @@ def nothing_captured(e: Evidence) -> Iterator[Finding]:
 def not_serving(e: Evidence) -> Iterator[Finding]:
     # Without privileges what is applied shows itself by its ip rules; in redirect mode, which has none, by its listener.
     applied = e.has_own_rules or (e.observed is None and e.config.redirects and any(_planned_listeners(e)))
-    if e.config.captures and not e.is_meant_to_capture and not applied and not _left(e) and e.holder is None:
+    here = e.is_meant_to_capture or applied or _left(e) or e.holder is not None
+    if e.config.captures and not here and e.refused_start is None:
         yield Finding(
             seen="no daemon serves this network namespace, and nothing is applied",
             why="nothing is captured: clients reach the destination directly",
@@ -39,11 +40,20 @@ def not_serving(e: Evidence) -> Iterator[Finding]:
         )
 
 
+def start_refused(e: Evidence) -> Iterator[Finding]:
+    if e.refused_start is not None:
+        yield Finding(
+            seen=f"no daemon serves this network namespace, and none can start: {e.refused_start}",
+            why="nothing is captured: clients reach the destination directly",
+            remedy=f"{_way_out(e.refused_start)}\nsystemctl start tproxyd",
+        )
+
+
 def left_by_the_dead(e: Evidence) -> Iterator[Finding]:
     if not e.is_meant_to_capture and _left(e):
         tables = e.observed.tables if e.observed is not None else {}
         # In redirect mode there is a guard's table in any case, and NAT does not look for a listener.
-        refuses = "reject" in tables.get(_GUARD, "") or "redirect to" in tables.get(STEERING, "")
+        refuses = "reject" in tables.get(GUARD, "") or "redirect to" in tables.get(STEERING, "")
         yield Finding(
             seen=f"no daemon serves this network namespace, but its state is here: {', '.join(_left(e))}",
             why='a daemon has died: new connections are refused (when_down = "refuse")'
@@ -177,7 +187,7 @@ def table_missing(e: Evidence) -> Iterator[Finding]:
         if name not in e.observed.tables:
             yield Finding(
                 seen=f"the nft table inet {name} is missing",
-                why=_without_guard(e) if name == _GUARD else "nothing is captured",
+                why=_without_guard(e) if name == GUARD else "nothing is captured",
                 remedy=e.restart(),
             )
 
@@ -199,7 +209,7 @@ def table_left_over(e: Evidence) -> Iterator[Finding]:
             yield Finding(
                 seen=f"the nft table inet {name} is in the kernel, but not planned",
                 why='it refuses clients after the daemon\'s death, although when_down is "bypass"'
-                if name == _GUARD
+                if name == GUARD
                 else "it captures by another configuration",
                 remedy=f"nft delete table inet {quoted(name)}",
             )
@@ -253,6 +263,13 @@ def listener_queue_full(e: Evidence) -> Iterator[Finding]:
                 why="nobody takes them: the daemon hangs, or is at its limit of connections; further clients get no answer",
                 remedy="systemctl restart tproxyd",
             )
+
+
+def _way_out(sentence: str) -> str:
+    """The command that an error names at its end, or else its advice. What other programs have written comes before that."""
+    _, _, advice = sentence.rpartition("; ") if "; " in sentence else sentence.partition(": ")
+    command = re.search(r"`(apt-get install \w+|modprobe \w+|ip link set lo up)`", advice)
+    return command[1] if command else f"# {' '.join((advice or sentence).split())}"
 
 
 def _left(e: Evidence) -> list[str]:
@@ -313,6 +330,7 @@ def _take_over(e: Evidence, sock: TcpSocket) -> str:
 CHECKS: tuple[Check, ...] = (
     nothing_captured,
     not_serving,
+    start_refused,
     left_by_the_dead,
     name_held_by_a_stranger,
     daemon_stopped,

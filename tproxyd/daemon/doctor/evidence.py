@@ -13,14 +13,12 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import TypeVar
 
-import msgspec
-
 from tproxyd import kernel
 from tproxyd.config import Config
+from tproxyd.daemon.comparison import kernel_view, open_nft, ssh_ports_here
 from tproxyd.daemon.doctor.model import Evidence
 from tproxyd.daemon.lock import ask_holder
-from tproxyd.daemon.planned import surroundings_here, with_held_marks
-from tproxyd.errors import CapabilityError, MissingError, TproxydError
+from tproxyd.errors import CapabilityError, KernelError, MissingError, TproxydError
 from tproxyd.kernel.routing import dump_rules
 from tproxyd.kernel.state import make_steps
 from tproxyd.net.capabilities import missing_capabilities
@@ -28,12 +26,13 @@ from tproxyd.net.locality import Locality
 from tproxyd.net.namespaces import call_in_namespace, new_namespace
 from tproxyd.net.processes import Process, processes_here, read_process, socket_holders
 from tproxyd.net.sock_diag import LISTEN, TcpSocket, tcp_sockets
-from tproxyd.plan import STEERING, Plan, Surroundings, is_owned, make_plan, spared_in
+from tproxyd.plan import STATE, STEERING, Plan, is_owned
 
 __all__ = ["gather"]
 
 T = TypeVar("T")
 
+_NOTHING = kernel.Observed((), (), {})
 _SYSCTLS = Path("/proc/sys")
 _NAMES = (
     "net/ipv4/ip_forward",
@@ -65,8 +64,7 @@ def gather(config: Config, file: str | None) -> Evidence:
             unseen.append(f"{what}: {error}")
             return default
 
-    surroundings = surroundings_here(config)
-    ssh_ports = surroundings.ssh_ports
+    ssh_ports = tuple(sorted(ssh_ports_here()))
     no_links: tuple[kernel.Link, ...] = ()
     links = look("interfaces", kernel.list_links, no_links)
     sysctls = _read_sysctls([link.name for link in links])
@@ -82,11 +80,12 @@ def gather(config: Config, file: str | None) -> Evidence:
     # Pid 0 is one that cannot be seen from this pid namespace.
     serves = trusted and (holder == 0 or (daemon is not None and "tproxyd" in daemon.command))
     serves = serves or _is_embedded(config, observed, sockets)
-    planned = config if observed is None else with_held_marks(config, observed)
-    if serves and observed is not None and STEERING in observed.tables:
-        surroundings = msgspec.structs.replace(surroundings, ssh_ports=spared_in(observed.tables[STEERING]))
-    plan, changed = _compare(planned, surroundings, observed, serves=serves)
-    draining = serves and changed == ("tproxyd",) and not _compare(planned, surroundings, observed, capturing=False)[1]
+    view = kernel_view(config, observed or _NOTHING, served=serves)
+    plan = view.plan()
+    changed = _changed_tables(plan, observed)
+    draining = serves and changed == (STEERING,) and not _changed_tables(view.plan(capturing=False), observed)
+    has_own_rules = look("our ip rules", lambda: bool(dump_rules()), False)
+    idle = not (serves or holder is not None or view.observed != _NOTHING or has_own_rules)
     no_rules: tuple[kernel.ForeignRule, ...] = ()
     rules = look("ip rules", lambda: tuple(kernel.list_foreign_rules()), no_rules)
     # Our own routes are not among the foreign ones.
@@ -98,7 +97,7 @@ def gather(config: Config, file: str | None) -> Evidence:
         config=config,
         file=file,
         plan=plan,
-        surroundings=surroundings,
+        surroundings=view.surroundings,
         loopback_up=look("lo", kernel.is_loopback_up, True),
         sysctls=sysctls,
         counters=counters,
@@ -107,20 +106,20 @@ def gather(config: Config, file: str | None) -> Evidence:
         rules=rules,
         rule_tables=look("the tables of other ip rules", lambda: _tables(rules, config.routing.table), {}),
         routes=routes,
-        has_own_rules=look("our ip rules", lambda: bool(dump_rules()), False),
+        has_own_rules=has_own_rules,
         observed=observed,
         changed_tables=() if draining else changed,
         draining=draining,
         chains=look("other programs' nft rules", kernel.list_chains, None),
         holder=daemon,
-        holder_trusted=trusted,
         serves=serves,
+        refused_start=look("whether a daemon could start", lambda: _refused_start(config), None) if idle else None,
         relays=_children(daemon) if serves and daemon is not None else (),
         sockets=tuple(sockets),
         holders={inode: tuple(pids) for inode, pids in holders.items()},
         processes=processes_here(),
         ssh_ports=ssh_ports,
-        legacy_tables=_legacy_tables(),
+        legacy_tables=tuple(f"{program} {name}" for program, names in kernel.legacy_tables().items() for name in names),
         networkd_spares_us=_networkd_spares_us(),
         nft_version=look("nft's version", kernel.nft_version, None),
         has_library=_has_library(),
@@ -132,8 +131,8 @@ def gather(config: Config, file: str | None) -> Evidence:
 
 def _is_embedded(config: Config, observed: kernel.Observed | None, sockets: list[TcpSocket]) -> bool:
     """Whether a program that embeds tproxyd serves here, which holds no name: one that lives owns the table, or listens to what it steers."""
-    steering = observed.tables.get("tproxyd") if observed is not None else None
-    if steering is None or (observed is not None and "tproxyd_state" in observed.tables):
+    steering = observed.tables.get(STEERING) if observed is not None else None
+    if steering is None or (observed is not None and STATE in observed.tables):
         return False
     listening = any(
         sock.state == LISTEN and (sock.transparent or config.redirects) and sock.local_port == config.listen.port
@@ -142,36 +141,15 @@ def _is_embedded(config: Config, observed: kernel.Observed | None, sockets: list
     return is_owned(steering) or listening
 
 
-def _compare(
-    config: Config,
-    surroundings: Surroundings,
-    observed: kernel.Observed | None,
-    *,
-    serves: bool = True,
-    capturing: bool = True,
-) -> tuple[Plan, tuple[str, ...]]:
-    """What should be there, given who serves, and which tables are otherwise."""
-    tables = observed.tables if observed is not None else {}
-    steering = tables.get("tproxyd", "")
-    plan = make_plan(
-        config,
-        surroundings=surroundings,
-        stays="tproxyd_state" in tables or not serves,
-        owned=serves and (is_owned(steering) if steering else _has_library()),
-        capturing=capturing,
-    )
-    if observed is None:
-        return plan, ()
-    # A program cannot say how its nft spells a table with an owner: the table ends with the program. The library can.
-    try:
-        with kernel.Library() as nft:
-            steps = make_steps(plan, observed, nft, unsure=False)
-    except MissingError:
-        steps = make_steps(plan, observed, unsure=False)
-    # Those of which it cannot be told do not count.
+def _changed_tables(plan: Plan, observed: kernel.Observed | None) -> tuple[str, ...]:
+    """Which tables are there and otherwise than planned. Those of which it cannot be told do not count."""
+    if observed is None or not observed.tables:
+        return ()
+    with open_nft() as nft:
+        steps = make_steps(plan, observed, nft, unsure=False)
     words = [step.change.what for step in steps if step.change.kind == "ruleset"]
     loaded = re.findall(r"load table inet (\w+)", " ".join(words))
-    return plan, tuple(name for name in loaded if name in tables)
+    return tuple(name for name in loaded if name in observed.tables)
 
 
 def _read_sysctls(links: list[str]) -> dict[str, str]:
@@ -230,17 +208,6 @@ def _children(process: Process) -> tuple[Process, ...]:
     return tuple(child for pid in sorted(pids) if (child := read_process(pid)) and "worker.py" in child.command)
 
 
-def _legacy_tables() -> tuple[str, ...]:
-    found = []
-    for file, program in (("ip_tables_names", "iptables"), ("ip6_tables_names", "ip6tables")):
-        try:
-            names = Path(f"/proc/thread-self/net/{file}").read_text(encoding="ascii").split()
-        except OSError:
-            continue
-        found += [f"{program} {name}" for name in names]
-    return tuple(found)
-
-
 def _networkd_spares_us() -> bool:
     """Whether systemd-networkd is told to leave foreign ip rules and routes alone: the last word in byte order counts."""
     settings = {"ManageForeignRoutingPolicyRules": True, "ManageForeignRoutes": True}
@@ -263,10 +230,25 @@ def _networkd_spares_us() -> bool:
 
 def _has_library() -> bool:
     try:
+        kernel.require_nf_tables()
+    except MissingError:
+        return True  # it cannot be opened: that would end this process
+    try:
         kernel.Library().close()
     except TproxydError:
         return False
     return True
+
+
+def _refused_start(config: Config) -> str | None:
+    """What would keep a daemon from starting, as it would say it."""
+    if not config.captures or missing_capabilities(["CAP_NET_ADMIN"]):
+        return None
+    try:
+        kernel.preflight(config, ssh_ports=ssh_ports_here())
+    except (KernelError, MissingError) as error:
+        return str(error)
+    return None
 
 
 def _refused(plan: Plan, unseen: list[str]) -> str | None:

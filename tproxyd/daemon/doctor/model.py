@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Iterable, Mapping
-from fnmatch import fnmatchcase
 from functools import wraps
 
 import msgspec
 
-from tproxyd.config import Config
+from tproxyd.config import Config, is_interface
 from tproxyd.config.wording import printable
 from tproxyd.kernel import ForeignChain, ForeignRoute, ForeignRule, Link, Observed
 from tproxyd.net.processes import Process
 from tproxyd.net.sock_diag import LISTEN, TcpSocket
-from tproxyd.plan import Family, Plan, Surroundings
+from tproxyd.plan import STATE, Family, Plan, Surroundings
 
 __all__ = ["Check", "Evidence", "Finding", "of_tproxy_mode", "quoted", "setting"]
 
@@ -36,9 +35,9 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
 
     `sysctls` by path below /proc/sys, `counters` from /proc/net/netstat. `rule_tables` are the tables that foreign rules look up and in
     which there are routes, with whether one of them is a local default route. `holders` are the pids that hold a listening socket,
-    by its inode. `serves`: a daemon does, or a program
-    that embeds it, of which there is no `holder`. `has_own_rules` is known without privileges, other than
-    `observed`. `foreign_destinations`: configured destinations that are not addresses of this namespace.
+    by its inode. `serves`: a daemon does, or a program that embeds it, of which there is no `holder`. `refused_start`: where nothing of
+    ours is, why a daemon would not start. `has_own_rules` is known without privileges, other than `observed`. `foreign_destinations`:
+    configured destinations that are not addresses of this namespace.
     """
 
     config: Config
@@ -59,8 +58,8 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     draining: bool
     chains: tuple[ForeignChain, ...] | None
     holder: Process | None
-    holder_trusted: bool
     serves: bool
+    refused_start: str | None
     relays: tuple[Process, ...]
     sockets: tuple[TcpSocket, ...]
     holders: Mapping[int, tuple[int, ...]]
@@ -77,7 +76,7 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def is_applied(self) -> bool:
         """Whether `tproxyd apply` was here."""
-        return self.observed is not None and "tproxyd_state" in self.observed.tables
+        return self.observed is not None and STATE in self.observed.tables
 
     @property
     def is_meant_to_capture(self) -> bool:
@@ -96,8 +95,8 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
             link
             for link in self.links
             if link.name != "lo"
-            and (not capture.interfaces or any(fnmatchcase(link.name, one) for one in capture.interfaces))
-            and not any(fnmatchcase(link.name, one) for one in capture.exclude_interfaces)
+            and (not capture.interfaces or any(is_interface(link.name, one) for one in capture.interfaces))
+            and not any(is_interface(link.name, one) for one in capture.exclude_interfaces)
         )
 
     @property

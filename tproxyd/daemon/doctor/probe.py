@@ -11,14 +11,13 @@ import socket
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from fnmatch import fnmatchcase
 from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 from typing import Literal
 
 import msgspec
 
 from tproxyd import kernel
-from tproxyd.config import Config
+from tproxyd.config import Config, is_interface
 from tproxyd.daemon.doctor.model import Evidence, Finding
 from tproxyd.errors import TproxydError
 from tproxyd.kernel import PROBE_INTERFACE, ProbeWay
@@ -62,9 +61,9 @@ def why_not(e: Evidence) -> str | None:
     missing = missing_capabilities(["CAP_NET_ADMIN", "CAP_SYS_ADMIN"])
     if missing:
         return f"that needs {' and '.join(missing)}; run as root"
-    if capture.interfaces and not any(fnmatchcase(PROBE_INTERFACE, one) for one in capture.interfaces):
+    if capture.interfaces and not any(is_interface(PROBE_INTERFACE, one) for one in capture.interfaces):
         return f"capture.interfaces names none that the probe's interface {PROBE_INTERFACE} could be"
-    if any(fnmatchcase(PROBE_INTERFACE, one) for one in capture.exclude_interfaces):
+    if any(is_interface(PROBE_INTERFACE, one) for one in capture.exclude_interfaces):
         return f"capture.exclude_interfaces has the probe's interface {PROBE_INTERFACE}"
     if not e.captured_ports:
         return "there is no captured port besides the listener's own"

@@ -1,4 +1,4 @@
-"""What would be planned for this namespace, and what it holds: for `plan`, `plan --diff`, `apply` and `status`."""
+"""What would be planned for this namespace, and what it holds: for `plan`, `plan --diff`, `apply`, `status`, `explain` and `doctor`."""
 
 from __future__ import annotations
 
@@ -32,13 +32,15 @@ from tproxyd.plan import (
 __all__ = [
     "DIFFERENT",
     "Comparison",
+    "KernelView",
     "compare",
     "diff_against",
     "diff_kernel",
+    "kernel_view",
+    "open_nft",
     "session_ports",
     "ssh_ports_here",
     "surroundings_here",
-    "with_held_marks",
 ]
 
 DIFFERENT = 3
@@ -52,6 +54,28 @@ class Comparison(msgspec.Struct, frozen=True):
     observed: kernel.Observed
     expected: kernel.Observed
     changes: list[kernel.Change]
+
+
+class KernelView(msgspec.Struct, frozen=True):
+    """What of ours there is, and what it is to be compared with: the config in which `auto` means the marks in use, the surroundings with
+    the SSH ports that are spared. `served`: a daemon keeps it."""
+
+    config: Config
+    surroundings: Surroundings
+    observed: kernel.Observed
+    served: bool
+
+    def plan(self, *, capturing: bool = True) -> Plan:
+        """What would be there on the same occasion: a daemon owns its steering table and leaves no word that it is to stay, unless
+        `tproxyd apply` was here before it."""
+        steering = self.observed.tables.get(STEERING)
+        return make_plan(
+            self.config,
+            surroundings=self.surroundings,
+            stays=not self.served or STATE in self.observed.tables,
+            owned=self.served and (steering is None or is_owned(steering)),
+            capturing=capturing,
+        )
 
 
 def session_ports() -> set[int]:
@@ -70,42 +94,37 @@ def surroundings_here(config: Config) -> Surroundings:
     return kernel.look_ahead(config, ssh_ports=ssh_ports_here())
 
 
-def with_held_marks(config: Config, observed: kernel.Observed) -> Config:
-    """The config in which `auto` means the marks that are in use: who else uses which by now is a question for the next start."""
-    held = {(value, mask) for _, _, value, mask, *_ in observed.rules}
-    text = "" if held else observed.tables.get(STEERING, "")  # redirect mode has no ip rules
-    for steering, upstream in SUPPORTED_MARKS:
-        both = {(steering.value, steering.mask), (upstream.value, upstream.mask)}
-        if both <= held or match_mark(steering) in text:
-            routing = msgspec.structs.replace(
-                config.routing,
-                mark=steering if config.routing.mark == "auto" else config.routing.mark,
-                upstream_mark=upstream if config.routing.upstream_mark == "auto" else config.routing.upstream_mark,
-            )
-            return msgspec.structs.replace(config, routing=routing)
-    return config
+@contextmanager
+def open_nft() -> Iterator[kernel.Nft]:
+    """The library where there is one: only it can list, in a namespace of its own, a table that goes with its owner. Raises MissingError."""
+    kernel.require_nf_tables()
+    try:
+        library = kernel.Library()
+    except MissingError:
+        yield kernel.Program()
+        return
+    with library:
+        yield library
+
+
+def kernel_view(config: Config, observed: kernel.Observed, *, served: bool) -> KernelView:
+    """What is there, seen as whoever put it there would: `served` is whether a daemon did.
+
+    Who else uses which marks by now is a question for the next start, and a daemon knows of the SSH ports that it saw at its own.
+    """
+    surroundings = surroundings_here(config)
+    steering = observed.tables.get(STEERING)
+    served = served or (steering is not None and is_owned(steering))
+    if served and steering is not None:
+        surroundings = msgspec.structs.replace(surroundings, ssh_ports=spared_in(steering))
+    return KernelView(_with_held_marks(config, observed), surroundings, observed, served)
 
 
 def compare(config: Config, *, served: bool) -> Comparison:
-    """A config's plan and the kernel; `served` is whether a daemon does. Raises MissingError, CapabilityError or KernelError.
-
-    What is planned is what would be there on the same occasion: a daemon owns its steering table and leaves no word that it is to
-    stay, unless `tproxyd apply` was here before it; and it knows of the SSH ports that it saw at its start.
-    """
-    with _open_nft() as nft:
+    """A config's plan and the kernel; `served` is whether a daemon does. Raises MissingError, CapabilityError or KernelError."""
+    with open_nft() as nft:
         observed = kernel.observe(nft)
-        config = with_held_marks(config, observed)
-        steering = observed.tables.get(STEERING)
-        served = served or (steering is not None and is_owned(steering))
-        surroundings = surroundings_here(config)
-        if served and steering is not None:
-            surroundings = msgspec.structs.replace(surroundings, ssh_ports=spared_in(steering))
-        plan = make_plan(
-            config,
-            surroundings=surroundings,
-            stays=not served or STATE in observed.tables,
-            owned=served and (steering is None or is_owned(steering)),
-        )
+        plan = kernel_view(config, observed, served=served).plan()
         return Comparison(plan, observed, kernel.expected(plan, observed, nft), kernel.differences(plan, observed, nft))
 
 
@@ -138,13 +157,16 @@ def _print(diff: str, same: str) -> int:
     return DIFFERENT if diff else os.EX_OK
 
 
-@contextmanager
-def _open_nft() -> Iterator[kernel.Nft]:
-    """The library where there is one: only it can list, in a namespace of its own, a table that goes with its owner."""
-    try:
-        library = kernel.Library()
-    except MissingError:
-        yield kernel.Program()
-        return
-    with library:
-        yield library
+def _with_held_marks(config: Config, observed: kernel.Observed) -> Config:
+    held = {(value, mask) for _, _, value, mask, *_ in observed.rules}
+    text = "" if held else observed.tables.get(STEERING, "")  # redirect mode has no ip rules
+    for steering, upstream in SUPPORTED_MARKS:
+        both = {(steering.value, steering.mask), (upstream.value, upstream.mask)}
+        if both <= held or match_mark(steering) in text:
+            routing = msgspec.structs.replace(
+                config.routing,
+                mark=steering if config.routing.mark == "auto" else config.routing.mark,
+                upstream_mark=upstream if config.routing.upstream_mark == "auto" else config.routing.upstream_mark,
+            )
+            return msgspec.structs.replace(config, routing=routing)
+    return config
