@@ -60,12 +60,10 @@ class _Wait:
         """The order of `tproxyd revert`: then there is nothing to confirm, and nothing to go back to."""
         if self.outcome is not None:
             raise KernelError("the change has just been confirmed, or is being taken back: try again")
-        self.outcome = "reverted"
+        self.outcome = "stopped"  # if it fails
         try:
             removed = await in_thread(kernel.revert)
-        except TproxydError:
-            self.outcome = "stopped"
-            raise
+            self.outcome = "reverted"
         finally:
             self.ended.set()
         return reverted(removed, "waited for its change to be confirmed, and ends")
