@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from types import SimpleNamespace
 
+import msgspec
 import pytest
 import trio
 
 from tproxyd import kernel
-from tproxyd.config import config_from_mapping
+from tproxyd.config import Config, config_from_mapping
 from tproxyd.daemon import confirm
+from tproxyd.datapath import Counters, Setup, report
 from tproxyd.errors import KernelError
-from tproxyd.interceptor import keeper
+from tproxyd.interceptor import keeper, relays
 from tproxyd.interceptor.threads import in_thread
 from tproxyd.plan import Surroundings
 
@@ -84,3 +86,42 @@ async def test_61_a_revert_that_is_cancelled_is_done(monkeypatch: pytest.MonkeyP
         scope.cancel()
         await wait.revert()
     assert (wait.outcome, done.calls) == ("reverted", 1)
+
+
+class Channel:
+    """Takes nothing at first, and then answers at once."""
+
+    def __init__(self, relay: relays._Relay, answer: bytes) -> None:
+        self._relay, self._answer = relay, answer
+        self.blocked = trio.Event()
+
+    async def send(self, _: bytes) -> None:
+        if not self.blocked.is_set():
+            self.blocked.set()
+            await trio.sleep_forever()
+        self._relay._take(self._answer)
+
+
+@pytest.mark.parametrize(
+    ("question", "answer"),
+    [
+        ("wait_idle", report.IDLE),
+        ("count", report.COUNTED + msgspec.msgpack.encode(Counters(bytes_from_client=50))),
+    ],
+    ids=["wait_idle", "count"],
+)
+async def test_61_who_is_cancelled_while_asking_a_loop_leaves_nobody_without_an_answer(
+    question: str, answer: bytes
+) -> None:
+    setup = Setup(config=Config(), listen=(), limit=1, pipes=0, alone=True)
+    relay = relays._Relay(setup, [], lambda _: None, None, 1.0)
+    channel = Channel(relay, answer)
+    relay._channel = channel  # type: ignore[assignment]  # what is used of one
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(getattr(relay, question))
+        await channel.blocked.wait()
+        nursery.cancel_scope.cancel()
+    with trio.fail_after(0.5):
+        await getattr(relay, question)()
+    assert relay._idle is None
+    assert relay._counted is None
