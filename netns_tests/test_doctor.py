@@ -28,6 +28,7 @@ from tproxyd.daemon.doctor import CHECKS, Report, examine
 from tproxyd.daemon.doctor.evidence import gather
 from tproxyd.daemon.doctor.model import Evidence
 from tproxyd.daemon.doctor.probe import probe
+from tproxyd.daemon.lock import LOCK_PORT
 from tproxyd.net.sockets import format_address, open_listener
 from tproxyd.plan import make_plan
 from tproxyd.testing import Lab, Node, activate_conntrack, serve_echo
@@ -510,7 +511,8 @@ async def test_a_stranger_with_our_name(sidecar_lab: Lab, tmp_path: Path) -> Non
     host = sidecar_lab["host"]
     patient = Patient(host, HERE, tmp_path)
     code = (
-        "import os, socket, time\nos.setuid(65534)\ns = socket.socket(socket.AF_UNIX)\ns.bind('\\0tproxyd')\ns.listen()"
+        "import os, socket, time\nos.setuid(65534)\ns = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW)\n"
+        f"s.bind(({LOCK_PORT}, 0))"
     )
     async with program(host, tmp_path, "stranger", code):
         report = await patient.report()

@@ -19,10 +19,11 @@ from typing import Literal
 import trio
 
 from tproxyd import kernel
-from tproxyd.daemon.lock import Orders, UnknownOrderError, lock_holder, reverted, send_order, serve_orders
+from tproxyd.daemon.lock import Orders, UnknownOrderError, find_holder, reverted, send_order, serve_orders
 from tproxyd.daemon.status import tell_waiting
 from tproxyd.errors import KernelError, MissingError, TproxydError
 from tproxyd.interceptor.threads import in_thread
+from tproxyd.net.capabilities import require_capabilities
 from tproxyd.plan import Plan
 
 __all__ = ["apply_until_confirmed", "confirm"]
@@ -106,16 +107,17 @@ def apply_until_confirmed(plan: Plan, held: socket.socket, seconds: int) -> list
 
 
 def confirm() -> int:
-    """Confirms the change that waits in this network namespace. Raises MissingError if none does."""
+    """Confirms the change that waits in this network namespace. Raises MissingError if none does, and CapabilityError."""
+    require_capabilities("confirming a change", ("CAP_NET_ADMIN",))
     try:
         answer = send_order("confirm")
     except UnknownOrderError:
         answer = None
     if answer is None:
-        holder = lock_holder()
+        holder = find_holder()
         raise MissingError(
             "no change waits to be confirmed in this network namespace: its time is over and it has been taken back, it is confirmed "
-            f"already, or `tproxyd apply --confirm` runs elsewhere or as another user{f' ({holder} serves here)' if holder else ''}"
+            f"already, or `tproxyd apply --confirm` runs elsewhere{f' ({holder} serves here)' if holder else ''}"
         )
     print("confirmed: the change stays")
     return os.EX_OK

@@ -16,7 +16,7 @@ import msgspec
 from tproxyd import kernel
 from tproxyd.config import Config, Endpoint
 from tproxyd.config.wording import shown
-from tproxyd.daemon.lock import lock_holder
+from tproxyd.daemon.lock import find_holder
 from tproxyd.errors import TproxydError, UsageError
 from tproxyd.net.capabilities import require_capabilities
 from tproxyd.net.locality import Locality, Lookup
@@ -108,7 +108,7 @@ def explain_connection(config: Config, request: Request) -> Account:
             destination_type=_type_of(request.destination, target),
         )
         listening = is_listening(listen_addresses(config)[packet.family], config.listen.port)
-        daemon = lock_holder()
+        holder = find_holder()
         held = _held(config, surroundings)
 
         def arrives(mark: int) -> Route:
@@ -123,7 +123,7 @@ def explain_connection(config: Config, request: Request) -> Account:
         return Account(
             packet=packet,
             assumed=request.interface is None,
-            daemon=daemon,
+            daemon=str(holder) if holder is not None and holder.trusted else None,
             listening=listening,
             kernel=held.kernel,
             differences=held.differences,

@@ -18,7 +18,7 @@ import msgspec
 from tproxyd import kernel
 from tproxyd.config import Config
 from tproxyd.daemon.doctor.model import Evidence
-from tproxyd.daemon.lock import ask_holder
+from tproxyd.daemon.lock import find_holder
 from tproxyd.daemon.planned import surroundings_here, with_held_marks
 from tproxyd.errors import CapabilityError, MissingError, TproxydError
 from tproxyd.kernel.routing import dump_rules
@@ -73,14 +73,13 @@ def gather(config: Config, file: str | None) -> Evidence:
         unseen.append(
             "what other processes hold open: whose the listeners are, and how many files; that needs CAP_SYS_PTRACE"
         )
-    holder, trusted = ask_holder()
-    daemon = read_process(holder) if holder else None
+    holder = find_holder()
+    trusted = holder is not None and holder.trusted
+    daemon = read_process(holder.pid) if holder is not None else None
     observed = look("tproxyd's own state in the kernel", kernel.observe, None)
     no_sockets: list[TcpSocket] = []
     sockets = look("TCP sockets", tcp_sockets, no_sockets)
-    # Pid 0 is one that cannot be seen from this pid namespace.
-    serves = trusted and (holder == 0 or (daemon is not None and "tproxyd" in daemon.command))
-    serves = serves or _is_embedded(config, observed, sockets)
+    serves = trusted or _is_embedded(config, observed, sockets)
     planned = config if observed is None else with_held_marks(config, observed)
     if serves and observed is not None and STEERING in observed.tables:
         surroundings = msgspec.structs.replace(surroundings, ssh_ports=spared_in(observed.tables[STEERING]))
