@@ -16,6 +16,7 @@ import trio
 
 from netns_tests.foreign import plant_foreign
 from netns_tests.way import Way, median_ms
+from tproxyd.daemon.lock import LOCK_PORT
 from tproxyd.net.sockets import format_address
 from tproxyd.testing import LabError, serve_echo, serve_identity
 from tproxyd.testing.daemon import TPROXYD, LabDaemon, open_daemon
@@ -336,9 +337,8 @@ async def test_05_a_start_that_fails_leaves_the_guard_of_the_one_before(way: Way
 @pytest.mark.parametrize("way", ["sidecar v4"], indirect=True)
 async def test_20_whoever_holds_the_lock_is_named_even_if_it_is_no_daemon(way: Way) -> None:
     """Going on without the lock would let two daemons undo each other's work."""
-    lock = way.proxy.open_socket(socket.AF_UNIX)
-    with lock:
-        lock.bind("\0tproxyd")
+    with way.proxy.open_socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as lock:
+        lock.bind((LOCK_PORT, 0))
         for _ in range(3):
             refused = await way.proxy.run(*TPROXYD, "run", "--port", "8080", check=False)
             assert refused.returncode == 71

@@ -34,6 +34,7 @@ from netns_tests.patients import (
 )
 from netns_tests.watch import workers
 from tproxyd.daemon.doctor import CHECKS, examine
+from tproxyd.daemon.lock import LOCK_PORT
 from tproxyd.net.sockets import format_address
 from tproxyd.testing import Lab, activate_conntrack, serve_echo
 from tproxyd.testing.daemon import TPROXYD, open_daemon
@@ -404,7 +405,8 @@ async def test_a_stranger_with_our_name(sidecar_lab: Lab, tmp_path: Path) -> Non
     host = sidecar_lab["host"]
     patient = Patient(host, HERE, tmp_path)
     code = (
-        "import os, socket, time\nos.setuid(65534)\ns = socket.socket(socket.AF_UNIX)\ns.bind('\\0tproxyd')\ns.listen()"
+        "import os, socket, time\nos.setuid(65534)\ns = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW)\n"
+        f"s.bind(({LOCK_PORT}, 0))"
     )
     async with program(host, tmp_path, "stranger", code):
         report = await patient.report()

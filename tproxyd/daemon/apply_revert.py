@@ -12,7 +12,7 @@ from tproxyd import kernel
 from tproxyd.config import Config
 from tproxyd.config.wording import printable
 from tproxyd.daemon.comparison import ssh_ports_here
-from tproxyd.daemon.lock import ServedError, namespace_lock, send_order
+from tproxyd.daemon.lock import ServedError, StrangerError, namespace_lock, send_order
 from tproxyd.net.capabilities import require_capabilities
 from tproxyd.plan import UNOWNED_BYPASS, Surroundings, make_plan, ssh_remarks
 
@@ -51,14 +51,18 @@ def apply(config: Config, *, seconds: int | None = None) -> int:
 
 
 def revert() -> int:
-    """Removes all that is ours; says what was removed. Who has this namespace, a daemon, does it, and is named."""
+    """Removes all that is ours; says what was removed. Who has this namespace, a daemon, does it, and is named; so is a stranger who
+    has its lock, and does not."""
     require_capabilities("removing rules and tables", ("CAP_NET_ADMIN",))
-    answer = send_order("revert")
     remark = ""
+    try:
+        answer = send_order("revert")
+    except StrangerError as error:
+        answer, remark = None, str(error)
     if answer is not None:
         text, _, remark = answer.partition("\n\n")
         removed: Sequence[object] = text.splitlines()
-    else:  # nobody has it
+    else:  # nobody of ours has it
         with _uninterrupted():
             removed = kernel.revert()
     _tell(removed, nothing="nothing to remove")

@@ -130,10 +130,11 @@ def compare(config: Config, *, served: bool) -> Comparison:
 
 def diff_kernel(config: Config) -> int:
     """Prints what would have to change in the kernel, and gives DIFFERENT if that is anything."""
-    from tproxyd.daemon.lock import lock_holder  # late: it brings trio, which `tproxyd plan` does without
+    from tproxyd.daemon.lock import find_holder  # late: it brings trio, which `tproxyd plan` does without
 
     require_capabilities("looking at the ruleset", ("CAP_NET_ADMIN",))
-    found = compare(config, served=lock_holder() is not None)
+    holder = find_holder()
+    found = compare(config, served=holder is not None and holder.trusted)
     before, after = kernel.sections(found.observed), kernel.sections(found.expected)
     return _print(unified_diff(before, after, names=("kernel", "plan")), "no difference: the kernel holds the plan")
 

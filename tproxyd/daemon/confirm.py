@@ -20,10 +20,11 @@ import trio
 
 from tproxyd import kernel
 from tproxyd.config.wording import printable
-from tproxyd.daemon.lock import Orders, UnknownOrderError, lock_holder, reverted, send_order, serve_orders
+from tproxyd.daemon.lock import Orders, UnknownOrderError, find_holder, reverted, send_order, serve_orders
 from tproxyd.daemon.status import tell_waiting
 from tproxyd.errors import KernelError, MissingError, TproxydError
 from tproxyd.interceptor.threads import in_thread
+from tproxyd.net.capabilities import require_capabilities
 from tproxyd.plan import Plan
 
 __all__ = ["apply_until_confirmed", "confirm"]
@@ -61,12 +62,10 @@ class _Wait:
         """The order of `tproxyd revert`: then there is nothing to confirm, and nothing to go back to."""
         if self.outcome is not None:
             raise KernelError("the change has just been confirmed, or is being taken back: try again")
-        self.outcome = "reverted"
+        self.outcome = "stopped"  # if it fails
         try:
             removed = await in_thread(kernel.revert)
-        except TproxydError:
-            self.outcome = "stopped"
-            raise
+            self.outcome = "reverted"
         finally:
             self.ended.set()
         return reverted(removed, "waited for its change to be confirmed, and ends")
@@ -109,16 +108,17 @@ def apply_until_confirmed(plan: Plan, held: socket.socket, seconds: int) -> list
 
 
 def confirm() -> int:
-    """Confirms the change that waits in this network namespace. Raises MissingError if none does."""
+    """Confirms the change that waits in this network namespace. Raises MissingError if none does, and CapabilityError."""
+    require_capabilities("confirming a change", ("CAP_NET_ADMIN",))
     try:
         answer = send_order("confirm")
     except UnknownOrderError:
         answer = None
     if answer is None:
-        holder = lock_holder()
+        holder = find_holder()
         raise MissingError(
             "no change waits to be confirmed in this network namespace: its time is over and it has been taken back, it is confirmed "
-            f"already, or `tproxyd apply --confirm` runs elsewhere or as another user{f' ({holder} serves here)' if holder else ''}"
+            f"already, or `tproxyd apply --confirm` runs elsewhere{f' ({holder} serves here)' if holder else ''}"
         )
     print("confirmed: the change stays")
     return os.EX_OK

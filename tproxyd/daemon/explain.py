@@ -18,7 +18,7 @@ from tproxyd import kernel
 from tproxyd.config import Config, Endpoint
 from tproxyd.config.wording import printable, shown
 from tproxyd.daemon.comparison import kernel_view, open_nft, surroundings_here
-from tproxyd.daemon.lock import lock_holder
+from tproxyd.daemon.lock import find_holder
 from tproxyd.errors import TproxydError, UsageError
 from tproxyd.net.capabilities import require_capabilities
 from tproxyd.net.locality import Locality, Lookup, type_of_ipv4
@@ -92,8 +92,8 @@ def read_request(source: str, destination: str, *, protocol: Literal["tcp", "udp
 
 def explain_connection(config: Config, request: Request) -> Account:
     """Asks this network namespace, and explains. Raises UsageError if there is no such interface, or it cannot be told which one."""
-    daemon = lock_holder()
-    held = _held(config, served=daemon is not None)
+    holder = find_holder()
+    held = _held(config, served=holder is not None and holder.trusted)
     surroundings = held.surroundings
     with Locality() as locality:
         target = locality.look_up(str(request.destination))
@@ -135,7 +135,7 @@ def explain_connection(config: Config, request: Request) -> Account:
         return Account(
             packet=packet,
             assumed=request.interface is None,
-            daemon=daemon,
+            daemon=str(holder) if holder is not None and holder.trusted else None,
             listening=listening,
             kernel=held.kernel,
             differences=held.differences,

@@ -1,153 +1,192 @@
-"""One daemon a network namespace: an abstract Unix socket, whose names the kernel keeps per network namespace and frees at death.
+"""One daemon a network namespace: a netlink port, whose numbers the kernel keeps per network namespace and frees at death.
 
-Any user may bind such a name. One who does keeps the daemon from starting, as one would who binds the listener's port; that is
+Any user may bind such a port. One who does keeps the daemon from starting, as one would who binds the listener's port; that is
 refused aloud, with the culprit's pid, because going on without the lock would let a second daemon undo the first one's work.
 
-Who holds the name also takes orders there, a word each, from root or from its own user: what belongs to a living daemon only that
-daemon can take away. The answer is `ok`, `error` or `unknown`, and lines for people or for who has given the order.
+Who holds the port also takes orders there, a word each: what belongs to a living daemon only that daemon can take away. The kernel lets
+nobody send from one process to another over rtnetlink who has not CAP_NET_ADMIN over the namespace: not the order, so it comes from
+one who could do the work by hand, and not the answer. Nobody else can fill the queue either. An abstract Unix socket, which anybody may
+connect to, knows uids alone, and all containers of a pod have uid 0.
+
+The answer is `ok`, `error` or `unknown`, and lines for people or for who has given the order.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
-import re
 import socket
 import struct
+import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import trio
 
 from tproxyd.errors import KernelError, TproxydError
-from tproxyd.net.proc_net import unix_name_holder
+from tproxyd.net.proc_net import netlink_port
+from tproxyd.net.processes import read_process, socket_holders
 
 __all__ = [
+    "LOCK_PORT",
+    "Holder",
     "Orders",
     "ServedError",
+    "StrangerError",
     "UnknownOrderError",
-    "ask_holder",
-    "lock_holder",
+    "find_holder",
     "namespace_lock",
     "reverted",
     "send_order",
     "serve_orders",
 ]
 
-_NAME = "tproxyd"
+_log = logging.getLogger(__name__)
+
+# "tprd". Ports that the kernel chooses are pids (at most 22 bits) or negative; those of libnl and pyroute2 are a pid with a small number
+# above it, and this pid is out of reach.
+LOCK_PORT = 0x74707264
+_SOL_NETLINK, _NETLINK_ADD_MEMBERSHIP = 270, 1  # linux/netlink.h
+# RTNLGRP_IPV6_MROUTE_R of linux/rtnetlink.h, since 4.13: nobody joins it without CAP_NET_ADMIN, everybody sees who has, and nothing comes
+# there but the reports of multicast routing.
+_GROUP = 31
+_GROUPS = 1 << (_GROUP - 1)
+_SO_SNDBUFFORCE = 32  # asm-generic/socket.h
+_MOST = 1 << 22  # bytes of an answer; the kernel wants all of it to fit in the sender's buffer
 _LONGEST = 64  # bytes of an order
-_PATIENCE = 2.0  # seconds for an order to arrive
 _WORK = 15.0  # seconds for what it asks for
+_PATIENCE = 2.0  # seconds more for the order and the answer to arrive
+_LOOK = 0.2  # seconds between two looks whether the one that is to answer lives
 
 Orders = Mapping[str, Callable[[], Awaitable[str]]]
-"""What each order does; the text that is returned is the answer, and a TproxydError that is raised, too."""
+"""What each order does; the text that is returned is the answer, and an error that is raised, too."""
 
 
 class ServedError(KernelError):
     """Another tproxyd serves this network namespace."""
 
 
+class StrangerError(KernelError):
+    """Who has the lock cannot be a tproxyd."""
+
+
 class UnknownOrderError(KernelError):
     """Who has the namespace is not one who takes this order."""
 
 
-def lock_holder() -> str | None:
-    """`name (pid N)` of the process that has the namespace, if any."""
-    return unix_name_holder(_NAME)
+class Holder(NamedTuple):
+    """The process that has the lock. Pid 0: it cannot be seen from here. `trusted`: it had CAP_NET_ADMIN over this namespace when it took it."""
+
+    pid: int
+    name: str
+    trusted: bool
+
+    def __str__(self) -> str:
+        return f"{self.name} (pid {self.pid})" if self.pid else "a process that cannot be seen from here"
 
 
-def ask_holder() -> tuple[int | None, bool]:
-    """The pid of the process that has the namespace, None if nobody has it, and whether it can be trusted. Asks the kernel, not it."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-        sock.settimeout(_PATIENCE)
-        try:
-            sock.connect("\0" + _NAME)
-        except OSError:
-            # Nobody, or one who has bound the name and does not listen.
-            holder = lock_holder()
-            match = re.search(r"\(pid (\d+)\)$", holder or "")
-            return (int(match[1]) if match else None), False
-        pid, _, _ = _credentials(sock)
-        return pid, _is_trusted(sock)
+def find_holder() -> Holder | None:
+    """Who has the lock, as the kernel tells, whether it answers or not; None if nobody has it."""
+    found = netlink_port(LOCK_PORT)
+    if found is None:
+        return None
+    groups, inode = found
+    pid = min(socket_holders([inode]).get(inode, [0]))
+    process = read_process(pid) if pid else None
+    name = process.name if process is not None and process.name.isprintable() else "a process"
+    return Holder(pid, name, bool(groups & _GROUPS))
 
 
 @contextmanager
 def namespace_lock(purpose: str) -> Iterator[socket.socket]:
-    """Holds the namespace for the length of the block; gives the socket at which orders arrive. Raises ServedError that names the
-    process that has it already."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as held:
+    """Holds the namespace for the length of the block; gives the socket at which orders arrive. Needs CAP_NET_ADMIN. Raises ServedError
+    that names the process that has it already."""
+    with _open_socket() as held:
         try:
-            held.bind("\0" + _NAME)
+            # Before the port is ours: whoever sees that it is taken sees by whom.
+            held.setsockopt(_SOL_NETLINK, _NETLINK_ADD_MEMBERSHIP, _GROUP)
+            held.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, _MOST)
+            held.bind((LOCK_PORT, _GROUPS))
         except OSError as error:
             if error.errno != errno.EADDRINUSE:
                 raise KernelError(f"cannot take the lock of this network namespace: {error.strerror}") from error
+            holder = find_holder()
+            if holder is not None and not holder.trusted:
+                raise ServedError(f"cannot {purpose}: {_stranger(holder)}") from error
             raise ServedError(
-                f"cannot {purpose}: {lock_holder() or 'another process'} serves this network namespace, or is about to "
-                f"(it holds the abstract socket @{_NAME}); stop it first"
+                f"cannot {purpose}: {holder or 'another process'} serves this network namespace, or is about to "
+                f"(it holds netlink port {LOCK_PORT:#x}); stop it first"
             ) from error
-        held.listen(8)
         yield held
 
 
 async def serve_orders(held: socket.socket, orders: Orders) -> None:
     """Takes orders, one after the other, until cancelled."""
     held.setblocking(False)
-    listener = trio.socket.from_stdlib_socket(held)
+    port = trio.socket.from_stdlib_socket(held)
     while True:
         try:
-            client, _ = await listener.accept()
-        except OSError:  # no file left, or the client has gone
+            content, (sender, _) = await port.recvfrom(_LONGEST)
+        except OSError:  # the queue has overflowed
             await trio.sleep(0.1)
             continue
-        with client:
-            if _is_trusted(client):
-                with contextlib.suppress(OSError, trio.BrokenResourceError):  # it has gone
-                    await _answer(client, orders)
+        if sender != 0:  # the kernel
+            answer = await _obey(content.decode(errors="replace").strip(), orders)
+            with contextlib.suppress(OSError):  # it has gone
+                # Never waits, so that what has been done is also told when this is cancelled meanwhile.
+                held.sendto(answer.encode(errors="replace")[:_MOST], (sender, 0))
 
 
-async def _answer(client: trio.socket.SocketType, orders: Orders) -> None:
-    with trio.move_on_after(_PATIENCE) as patience:
-        word = (await client.recv(_LONGEST)).decode(errors="replace").strip()
-        patience.deadline += _WORK
-        order = orders.get(word)
-        try:
-            answer = "ok\n" + await order() if order is not None else "unknown\n"
-        except TproxydError as error:
-            answer = f"error\n{error}"
-        with trio.CancelScope(shield=True), trio.move_on_after(_PATIENCE):
-            await trio.SocketStream(client).send_all(answer.encode())
+async def _obey(word: str, orders: Orders) -> str:
+    order = orders.get(word)
+    if order is None:
+        return "unknown\n"
+    try:
+        with trio.fail_after(_WORK):
+            return "ok\n" + await order()
+    except TproxydError as error:
+        return f"error\n{error}"
+    except trio.TooSlowError:
+        return f"error\nit could not be done within {_WORK:g} s"
+    except Exception as error:  # whatever it is, it ends neither the daemon nor its ear for the next order
+        _log.exception("the order %s failed", word)
+        return f"error\n{type(error).__name__}: {error}"
 
 
 def send_order(order: str) -> str | None:
     """Gives an order to the one that has the namespace, and waits for the answer; None if nobody has it, or who has it ends meanwhile.
 
-    Raises KernelError if it cannot be trusted, refuses, or does not answer; UnknownOrderError if it does not know the order.
+    Needs CAP_NET_ADMIN. Raises StrangerError if it cannot be trusted, UnknownOrderError if it does not know the order, and KernelError if it
+    refuses or does not answer.
     """
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-        sock.settimeout(_WORK)
+    holder = find_holder()
+    if holder is not None and not holder.trusted:
+        raise StrangerError(_stranger(holder))
+    with _open_socket() as sock:
+        for option, seconds in ((socket.SO_SNDTIMEO, _PATIENCE), (socket.SO_RCVTIMEO, _LOOK)):
+            sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("@ll", int(seconds), int(seconds % 1 * 1_000_000)))
         try:
-            sock.connect("\0" + _NAME)
-            if not _is_trusted(sock):
-                raise KernelError(
-                    f"{lock_holder() or 'a process'} of another user holds the abstract socket @{_NAME}: end it, it is not a daemon of root"
-                )
-            sock.sendall(order.encode() + b"\n")
-            answer = b""
-            while chunk := sock.recv(65536):
-                answer += chunk
+            sock.sendto(f"{order}\n".encode(), (LOCK_PORT, 0))
+            answer = _await_answer(sock)
+        except ConnectionRefusedError:
+            return None
         except TimeoutError as error:
             raise KernelError(
-                f"{lock_holder() or 'the daemon'} does not answer: is it stopped (SIGSTOP)? End it, and try again"
+                f"{holder or 'the daemon'} does not answer: is it stopped (SIGSTOP)? End it, and try again"
             ) from error
-        except OSError:
-            return None
+        except OSError as error:
+            raise KernelError(
+                f"cannot ask {holder or 'the daemon'} to {order}: {error.strerror}; is it busy? Try again"
+            ) from error
     kind, _, text = answer.decode(errors="replace").partition("\n")
     if kind == "unknown":
-        raise UnknownOrderError(f"{lock_holder() or 'the process that has this network namespace'} cannot {order}")
+        raise UnknownOrderError(f"{holder or 'the process that has this network namespace'} cannot {order}")
     if kind == "error":
-        raise KernelError(f"{lock_holder() or 'the daemon'} refuses: {text}")
-    return text if kind == "ok" else None
+        raise KernelError(f"{holder or 'the daemon'} refuses: {text}")
+    return text
 
 
 def reverted(removed: Iterable[object], remark: str) -> str:
@@ -155,13 +194,26 @@ def reverted(removed: Iterable[object], remark: str) -> str:
     return "\n".join(map(str, removed)) + f"\n\npid {os.getpid()} {remark}"
 
 
-def _is_trusted(sock: socket.socket | trio.socket.SocketType) -> bool:
-    """Whether the other end is root's or our own user's."""
-    _, uid, _ = _credentials(sock)
-    return uid in (0, os.geteuid())
+def _open_socket() -> socket.socket:
+    return socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE)
 
 
-def _credentials(sock: socket.socket | trio.socket.SocketType) -> tuple[int, int, int]:
-    """Process, user and group of the other end."""
-    pid, uid, gid = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
-    return pid, uid, gid
+def _await_answer(sock: socket.socket) -> bytes:
+    """Raises ConnectionRefusedError when the port is nobody's any more, and TimeoutError."""
+    deadline = time.monotonic() + _WORK + _PATIENCE
+    while time.monotonic() < deadline:
+        with contextlib.suppress(BlockingIOError):
+            answer, (sender, _) = sock.recvfrom(_MOST)
+            if sender == LOCK_PORT:
+                return answer
+        with contextlib.suppress(BlockingIOError):
+            # An order that nobody knows: refused, if nobody is there. It is answered behind ours, or instead of it by one who has come meanwhile.
+            sock.sendto(b"\n", (LOCK_PORT, 0))
+    raise TimeoutError
+
+
+def _stranger(holder: Holder) -> str:
+    return (
+        f"{holder} holds the lock of this network namespace (netlink port {LOCK_PORT:#x}) and is no tproxyd: it took it without "
+        "CAP_NET_ADMIN; end it"
+    )

@@ -23,6 +23,7 @@ from tproxyd.daemon.logs import LineWriter, access_format, encode_line, set_up_l
 from tproxyd.daemon.status import tell_serving
 from tproxyd.errors import TproxydError
 from tproxyd.interceptor import Interceptor, open_interceptor
+from tproxyd.net.capabilities import require_capabilities
 from tproxyd.net.sockets import format_address
 
 __all__ = ["run"]
@@ -34,6 +35,8 @@ _STOP = (signal.SIGTERM, signal.SIGINT)
 
 def run(config: Config) -> int:
     """Serves until SIGTERM or SIGINT and drains; a second one ends it at once. 0 after a clean stop. Raises TproxydError."""
+    # Before the lock, which needs one of them.
+    require_capabilities("capturing connections", ("CAP_NET_ADMIN", "CAP_NET_RAW"))
     stderr = LineWriter(sys.stderr.fileno())
     set_up_logging(config, stderr)
     _allow_all_files()

@@ -18,7 +18,7 @@ from tproxyd import __version__, kernel
 from tproxyd.config import Config
 from tproxyd.config.wording import printable
 from tproxyd.daemon.comparison import DIFFERENT, compare
-from tproxyd.daemon.lock import lock_holder, send_order
+from tproxyd.daemon.lock import StrangerError, find_holder, send_order
 from tproxyd.errors import KernelError
 from tproxyd.kernel import Change
 from tproxyd.net.capabilities import require_capabilities
@@ -155,18 +155,19 @@ def status(config: Config | None, path: Path | None, *, as_json: bool) -> int:
 
 
 def _ask() -> Serving | Waiting | None:
-    """What the one tells that has this namespace. Raises KernelError if there is one and it does not."""
-    answer = send_order("status")
+    """What the one tells that has this namespace, if it is one of ours. Raises KernelError if it does not."""
+    try:
+        answer = send_order("status")
+    except StrangerError as error:
+        print(f"tproxyd: warning: {error}", file=sys.stderr)
+        return None
     if answer is None:
-        holder = lock_holder()
-        if holder is not None:
-            raise KernelError(f"{holder} has the lock of this network namespace and does not answer: try again")
         return None
     try:
         return msgspec.json.decode(answer, type=Serving | Waiting)
     except msgspec.MsgspecError as error:
         raise KernelError(
-            f"{lock_holder() or 'the daemon'} answers in another way than expected ({error}): is it of another version?"
+            f"{find_holder() or 'the daemon'} answers in another way than expected ({error}): is it of another version?"
         ) from error
 
 

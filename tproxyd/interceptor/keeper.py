@@ -131,22 +131,24 @@ class Keeper:
             self._capturing = False
 
     async def revert(self) -> list[kernel.Change]:
-        """Takes everything away, now and for good, for `tproxyd revert`. What was removed."""
+        """Takes everything away, now and for good, for `tproxyd revert`. What was removed. Raises TproxydError; then what is missing is put
+        there again."""
         async with self._lock:
+            removed = await in_thread(partial(kernel.revert, self._nft))
             self._capturing, self._left = False, True
-            return await in_thread(partial(kernel.revert, self._nft))
+            return removed
 
     async def leave(self) -> None:
         """The end: nothing is left, or what `tproxyd apply` is for. Raises TproxydError. Harmless when repeated."""
         async with self._lock:
             if self._left:
                 return
-            self._left = True
             if self._stays:
                 plan = make_plan(self._config, surroundings=self._surroundings)
                 await in_thread(partial(kernel.apply, plan, self._nft))
             else:
                 await in_thread(partial(kernel.revert, self._nft))
+            self._left = True
 
     def _wanted(self, surroundings: Surroundings) -> Plan:
         return make_plan(

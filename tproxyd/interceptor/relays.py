@@ -164,7 +164,8 @@ class _Relay:
         idle = self._idle
         if idle is None:
             idle = self._idle = trio.Event()
-            await self._tell(report.TELL_IDLE)
+        # Who asks tells, also when another one has asked: that one may have been cancelled before the loop was told.
+        await self._tell(report.TELL_IDLE)
         await idle.wait()
         if self.handed:  # what has outlived its loop
             await self.nothing_handed.wait()
@@ -173,7 +174,7 @@ class _Relay:
         counted = self._counted
         if counted is None:
             counted = self._counted = trio.Event()
-            await self._tell(report.TELL_COUNTERS)
+        await self._tell(report.TELL_COUNTERS)  # as above
         with trio.move_on_after(_COUNT) as scope:
             await counted.wait()
         if scope.cancelled_caught and self._counted is counted:

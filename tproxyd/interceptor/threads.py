@@ -22,10 +22,12 @@ async def in_thread(step: Callable[[], T]) -> T:
         begun = True
         return step()
 
-    try:
-        # A limiter of its own: the program around may have taken all tokens of the usual one.
-        return await trio.to_thread.run_sync(begin, limiter=trio.CapacityLimiter(1))
-    except RuntimeError:
-        if begun:
-            raise
-        return step()  # "can't start new thread"
+    # Shielded, because trio's own protection begins with the thread; before, a step that is promised to be done may be left out.
+    with trio.CancelScope(shield=True):
+        try:
+            # A limiter of its own: the program around may have taken all tokens of the usual one.
+            return await trio.to_thread.run_sync(begin, limiter=trio.CapacityLimiter(1))
+        except RuntimeError:
+            if begun:
+                raise
+    return step()  # "can't start new thread"

@@ -1,5 +1,5 @@
-"""What /proc tells of this namespace's sockets: who holds a port or a name, where a program listens, and which connections the kernel
-still works on.
+"""What /proc tells of this namespace's sockets: who holds a port, where a program listens, and which connections the kernel still
+works on.
 
 The first is for messages that name a culprit, never for decisions.
 """
@@ -19,10 +19,10 @@ __all__ = [
     "closing_connections",
     "half_open_connections",
     "is_listening",
+    "netlink_port",
     "open_file_count",
     "port_holder",
     "root_ports",
-    "unix_name_holder",
 ]
 
 # Column st of /proc/net/tcp (include/net/tcp_states.h).
@@ -52,9 +52,13 @@ def is_listening(address: str, port: int) -> bool:
     return any(row[3] == _LISTEN and row[1] in ends for table in tables for row in _rows(table))
 
 
-def unix_name_holder(name: str) -> str | None:
-    """`name (pid N)` of the process that has bound this abstract Unix name; None if it cannot be told."""
-    return _process_with(row[6] for row in _rows("unix") if row[7:] == [f"@{name}"])
+def netlink_port(port: int) -> tuple[int, int] | None:
+    """Groups and inode of the rtnetlink socket that has this port; None if none has.
+
+    Unlike /proc/net/unix, whose names are any bytes, this table has nothing but the kernel's numbers: it can be believed.
+    """
+    found = ((int(row[3], 16), int(row[9])) for row in _rows("netlink") if row[1:3] == ["0", str(port)])
+    return next(found, None)
 
 
 def root_ports(programs: Collection[str] | None = None) -> set[int]:

@@ -64,9 +64,9 @@ def left_by_the_dead(e: Evidence) -> Iterator[Finding]:
 
 
 def name_held_by_a_stranger(e: Evidence) -> Iterator[Finding]:
-    if e.holder is not None and not e.serves:
+    if e.holder is not None and not e.holder_trusted:
         yield Finding(
-            seen=f"the abstract socket @tproxyd is held by {e.holder.name} (pid {e.holder.pid}, uid {e.holder.uid}), which is no daemon of root",
+            seen=f"the lock of this network namespace is held by {e.holder.name} (pid {e.holder.pid}, uid {e.holder.uid}), which is no tproxyd: it took it without CAP_NET_ADMIN",
             why="no daemon can start in this network namespace",
             remedy=f"kill {e.holder.pid}",
         )

@@ -17,7 +17,7 @@ from tproxyd import kernel
 from tproxyd.config import Config
 from tproxyd.daemon.comparison import kernel_view, open_nft, ssh_ports_here
 from tproxyd.daemon.doctor.model import Evidence
-from tproxyd.daemon.lock import ask_holder
+from tproxyd.daemon.lock import find_holder
 from tproxyd.errors import CapabilityError, KernelError, MissingError, TproxydError
 from tproxyd.kernel.routing import dump_rules
 from tproxyd.kernel.state import make_steps
@@ -72,14 +72,13 @@ def gather(config: Config, file: str | None) -> Evidence:
         unseen.append(
             "what other processes hold open: whose the listeners are, and how many files; that needs CAP_SYS_PTRACE"
         )
-    holder, trusted = ask_holder()
-    daemon = read_process(holder) if holder else None
+    holder = find_holder()
+    trusted = holder is not None and holder.trusted
+    daemon = read_process(holder.pid) if holder is not None else None
     observed = look("tproxyd's own state in the kernel", kernel.observe, None)
     no_sockets: list[TcpSocket] = []
     sockets = look("TCP sockets", tcp_sockets, no_sockets)
-    # Pid 0 is one that cannot be seen from this pid namespace.
-    serves = trusted and (holder == 0 or (daemon is not None and "tproxyd" in daemon.command))
-    serves = serves or _is_embedded(config, observed, sockets)
+    serves = trusted or _is_embedded(config, observed, sockets)
     view = kernel_view(config, observed or _NOTHING, served=serves)
     plan = view.plan()
     changed = _changed_tables(plan, observed)
@@ -112,6 +111,7 @@ def gather(config: Config, file: str | None) -> Evidence:
         draining=draining,
         chains=look("other programs' nft rules", kernel.list_chains, None),
         holder=daemon,
+        holder_trusted=trusted,
         serves=serves,
         refused_start=look("whether a daemon could start", lambda: _refused_start(config), None) if idle else None,
         relays=_children(daemon) if serves and daemon is not None else (),

@@ -58,6 +58,7 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     draining: bool
     chains: tuple[ForeignChain, ...] | None
     holder: Process | None
+    holder_trusted: bool
     serves: bool
     refused_start: str | None
     relays: tuple[Process, ...]
