@@ -157,8 +157,9 @@ class Library:
 
 def list_names(nft: Nft) -> list[str]:
     """The names of our tables."""
-    words = [line.split() for line in nft.run("list tables inet\n").splitlines()]
-    return sorted(name for table, family, name in words if table == "table" and is_ours(family, name))
+    # Names of others may have several words, and lines.
+    names = re.findall(r"^table inet (\S+)$", nft.run("list tables inet\n"), re.M)
+    return sorted(name for name in names if is_ours("inet", name))
 
 
 def list_tables(nft: Nft) -> dict[str, str]:
