@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -13,6 +15,7 @@ from tproxyd.errors import KernelError
 from tproxyd.kernel import foreign_listing
 from tproxyd.kernel.nft import run_program
 from tproxyd.testing import Lab, Node
+from tproxyd.testing.daemon import open_daemon
 
 # What nft 1.0.6 was seen to print of a table that has an owner.
 CUT_OFF = '{"nftables": [{"metainfo": {"version": "1.0.6"}}, {"table": {"family": "inet", "name": "x", "flags": \n'
@@ -55,6 +58,47 @@ async def test_each_table_by_itself_tells_what_all_of_them_do(
         "tcp dport 8080 drop",
         "jump other",
     ]
+
+
+def add_table(name: bytes) -> None:
+    """Through netlink, which takes any name."""
+
+    def message(kind: int, flags: int, family: int, resource: int, attributes: bytes = b"") -> bytes:
+        body = struct.pack(">BBH", family, 0, resource) + attributes
+        return struct.pack("=IHHII", 16 + len(body), kind, flags, 1, 0) + body
+
+    attribute = struct.pack("=HH", 4 + len(name) + 1, 1) + name + bytes(4 - len(name) % 4)  # NFTA_TABLE_NAME
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 12) as sock:
+        # NFNL_MSG_BATCH_BEGIN, NFT_MSG_NEWTABLE (request, acknowledge, create) for inet, NFNL_MSG_BATCH_END.
+        sock.send(message(16, 1, 0, 10) + message(10 << 8, 0x405, 1, 0, attribute) + message(17, 1, 0, 10))
+        sock.settimeout(3)
+        assert struct.unpack_from("=i", sock.recv(4096), 16)[0] == 0
+
+
+async def test_a_table_of_any_name_makes_nothing_of_tproxyd_fail(sidecar_lab: Lab) -> None:
+    """Several words and lines; and what nft would obey: it is neither ours nor in the way."""
+    host = sidecar_lab["host"]
+    for name in (b"a b\nc", b'tproxyd_;include"/etc/shadow"'):
+        host.call(add_table, name)
+    async with open_daemon(host, '[capture]\nports = ["8080"]\n') as daemon:
+        assert set(host.call(kernel.observe).tables) == {"tproxyd"}
+        assert await daemon.stop() == 0
+    assert host.call(kernel.observe).tables == {}
+
+
+async def test_a_name_that_nft_would_obey_is_not_given_to_it(sidecar_lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    host = sidecar_lab["host"]
+    host.call(add_table, b'x;include"/etc/shadow"')
+    asked: list[tuple[str, ...]] = []
+
+    def run(*words: str) -> str:
+        asked.append(words)
+        return CUT_OFF if words == ("-j", "-t", "list", "ruleset") else run_program(*words)
+
+    monkeypatch.setattr(foreign_listing, "run_program", run)
+    with pytest.raises(KernelError, match="takes no such name"):
+        host.call(kernel.list_chains)
+    assert not any("include" in word for words in asked for word in words)
 
 
 async def test_tables_that_are_switched_off_are_not_there(sidecar_lab: Lab) -> None:

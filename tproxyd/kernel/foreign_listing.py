@@ -16,7 +16,7 @@ from tproxyd.errors import KernelError
 from tproxyd.kernel.dumps import attributes, dump_all, each_attribute
 from tproxyd.kernel.nft import is_ours, run_program
 
-__all__ = ["Key", "list_extensions", "list_foreign", "rule_lines"]
+__all__ = ["Key", "is_name", "list_extensions", "list_foreign", "rule_lines"]
 
 _NETLINK_NETFILTER = 12  # linux/netlink.h
 _GETRULE = 10 << 8 | 7  # NFNL_SUBSYS_NFTABLES, NFT_MSG_GETRULE
@@ -29,12 +29,19 @@ _TABLE_LINE = re.compile(r"table (\S+) (\S+) \{")
 _FLAGS_LINE = re.compile(r"\tflags (.+)")
 _CHAIN_LINE = re.compile(r"\tchain (\S+) \{")
 _RULE_LINE = re.compile(r"\t\t(.*) # handle (\d+)$")
+_NAME = re.compile(r"[a-zA-Z][a-zA-Z0-9_./-]*")
 _TRIES = 3  # tables come and go between two programs
 
 Key = tuple[str, str, str, int]
 """A rule: family, table, chain, handle."""
 
 Part = dict[str, Any]
+
+
+def is_name(text: str) -> bool:
+    """Whether nft takes it for a name and nothing more. It reads its arguments as one text, and netlink lets a table or chain be called
+    anything, such as `x;include"/etc/shadow"`: that must not be given to it. No shell sees more in a name either."""
+    return _NAME.fullmatch(text) is not None
 
 
 def list_foreign() -> tuple[list[Part], str]:
@@ -70,8 +77,13 @@ def _list_whole() -> list[Part] | None:
 
 def _list_table(text: str, family: str, table: str, flags: str) -> list[Part]:
     """One table. Of one with flags each chain by itself: then nft does not tell of the table."""
+    chains = [*_chains(text, family, table)] if flags else []
+    if not all(map(is_name, (table, *chains))):
+        raise KernelError(
+            f"cannot list the nft table {family} {table}: nft takes no such name, of it or of a chain in it"
+        )
     listings = (
-        [run_program("-j", "-t", "list", "chain", family, table, chain) for chain in _chains(text, family, table)]
+        [run_program("-j", "-t", "list", "chain", family, table, chain) for chain in chains]
         if flags
         else [run_program("-j", "-t", "list", "table", family, table)]
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from math import inf
 from typing import NamedTuple
@@ -13,6 +12,7 @@ from tproxyd.config.wording import printable
 from tproxyd.daemon.doctor.model import Check, Evidence, Finding, of_tproxy_mode
 from tproxyd.daemon.doctor.walk import Packet, Walk, marks_of, walk_hook
 from tproxyd.kernel import ChainRule, ForeignChain
+from tproxyd.kernel.foreign_listing import is_name
 
 __all__ = ["CHECKS"]
 
@@ -20,9 +20,6 @@ _RAW = -300  # the priority of our chains, NF_IP_PRI_RAW
 _CONNTRACK = -200  # NF_IP_PRI_CONNTRACK
 _NAT = -100  # NF_IP_PRI_NAT_DST: where all nat chains run; their own priorities are an order among them
 _DIVERT, _UNMARK = -105, -98  # redirect mode's: dstnat - 5 among nat chains, dstnat + 2
-_NAME = re.compile(
-    r"[a-zA-Z][a-zA-Z0-9_./-]*"
-)  # what nft's scanner takes for one; nothing in it means anything to a shell
 
 
 @of_tproxy_mode
@@ -344,8 +341,7 @@ def _insert(chain: ForeignChain, nft: str, iptables: str) -> str:
 
 
 def _nft(verb: str, chain: ForeignChain, rest: str) -> str:
-    """nft reads its arguments as one text: a name that is more than a name there, as netlink takes any, must not come into it."""
-    if all(_NAME.fullmatch(name) for name in (chain.table, chain.name)):
+    if all(is_name(name) for name in (chain.table, chain.name)):
         return f"nft {verb} rule {chain} {rest}"
     return f"# nft takes no such name: {printable(str(chain))}\nnft -a list ruleset"
 
