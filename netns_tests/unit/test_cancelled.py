@@ -47,7 +47,7 @@ def make_keeper(monkeypatch: pytest.MonkeyPatch) -> Callable[[], keeper.Keeper]:
     found = SimpleNamespace(warnings=(), surroundings=Surroundings())
     monkeypatch.setattr(kernel, "find_ssh_ports", set)
     monkeypatch.setattr(kernel, "preflight", lambda *_, **__: found)
-    monkeypatch.setattr(kernel, "is_applied", lambda _: False)
+    monkeypatch.setattr(kernel, "is_applied", lambda: False)
     monkeypatch.setattr(kernel, "apply", lambda *_: [])
     monkeypatch.setattr(keeper, "_own_tables", lambda _: kernel.Program())
     return lambda: keeper.Keeper(config_from_mapping({"capture": {"ports": ["80"]}}))
