@@ -11,9 +11,9 @@ import pytest
 import trio
 
 from netns_tests.watch import METRICS, attempt, get, many, metrics, outcomes, processes, reset, until, works
-from netns_tests.way import GATEWAY_V4, Way
+from netns_tests.way import BOTH_LAYOUTS, GATEWAY_V4, Way
 from tproxyd.testing import LabError, serve_echo
-from tproxyd.testing.daemon import open_daemon
+from tproxyd.testing.daemon import TPROXYD, open_daemon
 
 CONFIG = '[capture]\nports = ["8080", "9999"]\n' + METRICS
 
@@ -64,6 +64,49 @@ async def test_counters_are_what_the_access_log_says(way: Way, nursery: trio.Nur
                         living[f'tproxyd_bytes_total{{from="{side}"}}']
                         == 10 + ended[f'tproxyd_bytes_total{{from="{side}"}}']
                     )
+
+
+FIREWALL = """
+table inet firewall {
+  chain input {
+    type filter hook input priority filter; policy drop;
+    iifname "lo" accept
+    ct state established,related accept
+    meta l4proto ipv6-icmp accept
+    tcp dport { 22, 9101 } accept
+  }
+}
+"""
+
+
+@BOTH_LAYOUTS
+@pytest.mark.parametrize("mode", ["tproxy", "redirect"])
+async def test_10_readyz_names_a_default_drop_input_chain(way: Way, mode: str, nursery: trio.Nursery) -> None:
+    """One that is there at the start, one that comes; until it goes, or admits what is captured."""
+    await nursery.start(serve_echo, way.app, 8080)
+    node, config = way.proxy, CONFIG.replace("[capture]", f'[capture]\nmode = "{mode}"')
+
+    async def until_ready(status: int) -> bytes:
+        with trio.fail_after(15):
+            while (answer := await get(node, "/readyz")).status != status:
+                await trio.sleep(0.05)
+        return answer.body
+
+    await node.run("nft", "-f", "-", input=FIREWALL)
+    async with open_daemon(node, config) as daemon:
+        assert b"policy drop of chain inet firewall input" in await until_ready(503)
+        assert "trouble      " in (await node.run(*TPROXYD, "status")).stdout
+        await node.run("nft", "delete", "table", "inet", "firewall")
+        assert await until_ready(200) == b"ok\n"
+        await node.run("nft", "-f", "-", input=FIREWALL)
+        await until_ready(503)
+        admitted = "meta mark & 0x3000000 == 0x1000000" if mode == "tproxy" else "ct status dnat tcp dport 15006"
+        await node.run("nft", f"insert rule inet firewall input {admitted} accept")
+        await until_ready(200)
+        async with await way.client.connect(way.address, 8080, timeout=2):
+            pass
+        assert daemon.process.stderr_text.count("a firewall of this host keeps clients away") == 2
+        assert await daemon.stop() == 0
 
 
 @GATEWAY_V4

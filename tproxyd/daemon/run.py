@@ -9,7 +9,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 
@@ -20,6 +20,7 @@ from tproxyd.config import Config
 from tproxyd.daemon.comparison import session_ports
 from tproxyd.daemon.lock import Orders, namespace_lock, reverted, serve_orders
 from tproxyd.daemon.logs import LineWriter, access_format, encode_line, set_up_logging
+from tproxyd.daemon.obstacles import Obstacles
 from tproxyd.daemon.status import tell_serving
 from tproxyd.errors import TproxydError
 from tproxyd.interceptor import Interceptor, open_interceptor
@@ -69,13 +70,19 @@ async def _serve(config: Config, stderr: LineWriter, access_log: LineWriter | No
             # A signal that comes while this starts is answered as soon as it has: that takes a fraction of a second.
             on_lines = access_log.write if access_log is not None else None
             async with open_interceptor(config, on_lines=on_lines, ssh_ports=[*session_ports()]) as interceptor:
+                obstacles = Obstacles(config, interceptor)
+
+                def trouble() -> str:
+                    return interceptor.trouble or obstacles.trouble
+
                 orders: Orders = {
                     "revert": partial(_revert, interceptor),
-                    "status": partial(tell_serving, interceptor, began=time.monotonic()),
+                    "status": partial(tell_serving, interceptor, trouble, began=time.monotonic()),
                 }
                 nursery.start_soon(serve_orders, held, orders)
                 if metrics is not None:
-                    nursery.start_soon(_serve_metrics, metrics, interceptor, stop, access_log)
+                    nursery.start_soon(_serve_metrics, metrics, interceptor, trouble, stop, access_log)
+                nursery.start_soon(obstacles.watch)
                 # At any log level, and on one line: others wait for it.
                 listen = ",".join(format_address(address) for address in interceptor.listen)
                 stderr.write(encode_line(f"tproxyd: ready pid={os.getpid()} listen={listen}"))
@@ -105,7 +112,11 @@ async def _metrics_listener(config: Config) -> AsyncIterator[trio.SocketListener
 
 
 async def _serve_metrics(
-    listener: trio.SocketListener, interceptor: Interceptor, stop: _Stop, access_log: LineWriter | None
+    listener: trio.SocketListener,
+    interceptor: Interceptor,
+    trouble: Callable[[], str],
+    stop: _Stop,
+    access_log: LineWriter | None,
 ) -> None:
     from tproxyd.daemon.metrics import serve_metrics
 
@@ -114,7 +125,7 @@ async def _serve_metrics(
         interceptor.counters,
         dropped=lambda: access_log.dropped if access_log is not None else 0,
         repairs=lambda: interceptor.repairs,
-        unready=lambda: "stopping" if stop.drain.is_set() else interceptor.trouble,
+        unready=lambda: "stopping" if stop.drain.is_set() else trouble(),
         version=__version__,
     )
 

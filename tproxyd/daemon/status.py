@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,7 +41,7 @@ class Counted(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Serving(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="daemon"):
-    """What a daemon tells about itself. `differences`: between its own plan and the kernel."""
+    """What a daemon tells about itself. `trouble`: why it is not ready, empty if it is; `differences`: between its own plan and the kernel."""
 
     pid: int
     version: str
@@ -52,6 +52,7 @@ class Serving(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="
     connections: int
     counters: Counted
     repairs: dict[str, int]
+    trouble: str
     differences: list[Change]
 
 
@@ -85,7 +86,7 @@ class _Report(msgspec.Struct, frozen=True, kw_only=True):
     differences: list[Change] | None
 
 
-async def tell_serving(interceptor: Interceptor, *, began: float) -> str:
+async def tell_serving(interceptor: Interceptor, trouble: Callable[[], str], *, began: float) -> str:
     """The daemon's answer to the order `status`; `began` is when it was ready, on time.monotonic()."""
     counters = await interceptor.counters()
     marks = interceptor.marks
@@ -105,6 +106,7 @@ async def tell_serving(interceptor: Interceptor, *, began: float) -> str:
                 bytes_from_upstream=counters.bytes_from_upstream,
             ),
             repairs=dict(interceptor.repairs),
+            trouble=trouble(),
             differences=await interceptor.differences(),
         )
     )
@@ -196,6 +198,8 @@ def _rows(report: _Report) -> Iterator[tuple[str, str]]:
         yield "ended", ", ".join(ended) or "none"
         yield "bytes", f"{counters.bytes_from_client} from clients, {counters.bytes_from_upstream} from upstreams"
         yield "repairs", ", ".join(f"{kind} {number}" for kind, number in sorted(daemon.repairs.items())) or "none"
+        if daemon.trouble:
+            yield "trouble", daemon.trouble
     held = report.observed
     if held.rules or held.routes or held.tables:
         tables = [f"{table.name} (owned)" if table.owned else table.name for table in held.tables]

@@ -9,12 +9,12 @@ from typing import NamedTuple
 import msgspec
 
 from tproxyd.config.wording import printable
-from tproxyd.daemon.doctor.model import Check, Evidence, Finding, of_tproxy_mode
+from tproxyd.daemon.doctor.model import Check, Crossing, Evidence, Finding, of_tproxy_mode
 from tproxyd.daemon.doctor.walk import Packet, Walk, marks_of, walk_hook
 from tproxyd.kernel import ChainRule, ForeignChain
 from tproxyd.kernel.foreign_listing import is_name
 
-__all__ = ["CHECKS"]
+__all__ = ["CHECKS", "input_drops"]
 
 _RAW = -300  # the priority of our chains, NF_IP_PRI_RAW
 _CONNTRACK = -200  # NF_IP_PRI_CONNTRACK
@@ -24,7 +24,7 @@ _DIVERT, _UNMARK = -105, -98  # redirect mode's: dstnat - 5 among nat chains, ds
 
 @of_tproxy_mode
 def rule_before_ours(e: Evidence) -> Iterator[Finding]:
-    steering, own = e.plan.marks.steering, e.config.routing
+    steering, own = e.marks.steering, e.config.routing
     for rule in e.rules:
         if not 0 < rule.priority <= own.priority + 1 or rule.family not in e.families:
             continue
@@ -47,7 +47,7 @@ def rule_before_ours(e: Evidence) -> Iterator[Finding]:
 
 
 def mark_in_use(e: Evidence) -> Iterator[Finding]:
-    marks = e.plan.marks
+    marks = e.marks
     for chain in e.chains or ():
         if e.config.redirects and chain.hook is not None and (chain.hook != "prerouting" or chain.priority >= _UNMARK):
             continue  # NAT, which alone asks for it, comes before
@@ -65,7 +65,7 @@ def mark_in_use(e: Evidence) -> Iterator[Finding]:
 
 
 def mark_overwritten(e: Evidence) -> Iterator[Finding]:
-    steering = e.plan.marks.steering
+    steering = e.marks.steering
     for packet in _captured(e):
         for stage, walk in _prerouting(e, packet):
             taken = stage.packet.mark & steering.mask == steering.value and not stage.packet.status
@@ -89,7 +89,7 @@ def prerouting_drops(e: Evidence) -> Iterator[Finding]:
     yield from _dropped(e, walks, "before they reach the listener")
 
 
-def input_drops(e: Evidence) -> Iterator[Finding]:
+def input_drops(e: Crossing) -> Iterator[Finding]:
     packets = [_stages(e, packet)[-1].packet for packet in _captured(e)]
     walks = [(packet, walk_hook(e.chains or (), "input", packet)) for packet in packets]
     yield from _dropped(e, walks, "although the listener waits for them")
@@ -198,7 +198,7 @@ class _Stage(NamedTuple):
     packet: Packet
 
 
-def _stages(e: Evidence, packet: Packet) -> list[_Stage]:
+def _stages(e: Crossing, packet: Packet) -> list[_Stage]:
     """The last one is what it is at the input hook, too."""
 
     def altered(**fields: object) -> Packet:
@@ -217,7 +217,7 @@ def _stages(e: Evidence, packet: Packet) -> list[_Stage]:
     ]
 
 
-def _prerouting(e: Evidence, packet: Packet) -> Iterator[tuple[_Stage, Walk]]:
+def _prerouting(e: Crossing, packet: Packet) -> Iterator[tuple[_Stage, Walk]]:
     """Through the prerouting hook, stage by stage, to its end or to where the packet is dropped."""
     others = 0  # bits of the mark
     for stage in _stages(e, packet):
@@ -226,16 +226,16 @@ def _prerouting(e: Evidence, packet: Packet) -> Iterator[tuple[_Stage, Walk]]:
         yield stage, walk
         if walk.verdict == "drop":
             return
-        others = walk.mark & ~e.plan.marks.steering.mask
+        others = walk.mark & ~e.marks.steering.mask
 
 
-def _captured(e: Evidence) -> list[Packet]:
+def _captured(e: Crossing) -> list[Packet]:
     """A SYN of each family, captured interface and captured range, as it is once it has been taken; in redirect mode `_stages` knows the
     rest."""
     if not e.config.captures or e.chains is None:
         return []
     return [
-        Packet(family=family, interface=link.name, port=port, mark=e.plan.marks.steering.value)
+        Packet(family=family, interface=link.name, port=port, mark=e.marks.steering.value)
         for family in e.families
         for link in e.captured_links
         if link.up
@@ -243,7 +243,7 @@ def _captured(e: Evidence) -> list[Packet]:
     ]
 
 
-def _dropped(e: Evidence, walks: Sequence[tuple[Packet, Walk]], which: str) -> Iterator[Finding]:
+def _dropped(e: Crossing, walks: Sequence[tuple[Packet, Walk]], which: str) -> Iterator[Finding]:
     """One finding a rule. A failure where it is certain, and every captured interface is concerned for some port and family."""
     found: dict[tuple[str, int | None, bool], list[tuple[Packet, Walk]]] = {}
     for packet, walk in walks:
@@ -270,9 +270,9 @@ def _dropped(e: Evidence, walks: Sequence[tuple[Packet, Walk]], which: str) -> I
         )
 
 
-def _admission(e: Evidence, packet: Packet) -> tuple[str, tuple[str, str], str]:
+def _admission(e: Crossing, packet: Packet) -> tuple[str, tuple[str, str], str]:
     """What such packets are called, what admits them and no others, for nft and for iptables, and why that is so."""
-    steering, port = e.plan.marks.steering, e.config.listen.port
+    steering, port = e.marks.steering, e.config.listen.port
     if packet.mark & steering.mask == steering.value:
         words = f"meta mark and {steering.mask:#x} == {steering.value:#x}", f"-m mark --mark {steering}"
         if packet.status:
@@ -295,7 +295,7 @@ def _admission(e: Evidence, packet: Packet) -> tuple[str, tuple[str, str], str]:
     return "captured", words, "come there before they are marked"
 
 
-def _met(e: Evidence, kinds: Sequence[str], asked: Sequence[str]) -> list[tuple[ForeignChain, ChainRule]]:
+def _met(e: Crossing, kinds: Sequence[str], asked: Sequence[str]) -> list[tuple[ForeignChain, ChainRule]]:
     """The rules with such a statement that a captured connection meets, or would meet."""
     met: dict[tuple[str, int], tuple[ForeignChain, ChainRule]] = {}
     for packet in _captured(e):

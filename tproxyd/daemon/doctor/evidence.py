@@ -110,6 +110,8 @@ def gather(config: Config, file: str | None) -> Evidence:
         changed_tables=() if draining else changed,
         draining=draining,
         chains=look("other programs' nft rules", kernel.list_chains, None),
+        families=view.surroundings.families,
+        marks=plan.marks,
         holder=daemon,
         holder_trusted=trusted,
         serves=serves,

@@ -13,9 +13,9 @@ from tproxyd.config.wording import printable
 from tproxyd.kernel import ForeignChain, ForeignRoute, ForeignRule, Link, Observed
 from tproxyd.net.processes import Process
 from tproxyd.net.sock_diag import LISTEN, TcpSocket
-from tproxyd.plan import STATE, Family, Plan, Surroundings
+from tproxyd.plan import STATE, Family, Marks, Plan, Surroundings
 
-__all__ = ["Check", "Evidence", "Finding", "of_tproxy_mode", "quoted", "setting"]
+__all__ = ["Check", "Crossing", "Evidence", "Finding", "of_tproxy_mode", "quoted", "setting"]
 
 
 class Finding(msgspec.Struct, frozen=True, kw_only=True):
@@ -30,7 +30,40 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
     warning: bool = False
 
 
-class Evidence(msgspec.Struct, frozen=True, kw_only=True):
+class Crossing(msgspec.Struct, frozen=True, kw_only=True):
+    """What is captured, and the rules of others that it crosses; `chains` None: they could not be looked at."""
+
+    config: Config
+    marks: Marks
+    families: tuple[Family, ...]
+    links: tuple[Link, ...]
+    chains: tuple[ForeignChain, ...] | None
+
+    @property
+    def captured_links(self) -> tuple[Link, ...]:
+        """Interfaces on which connections are captured."""
+        capture = self.config.capture
+        return tuple(
+            link
+            for link in self.links
+            if link.name != "lo"
+            and (not capture.interfaces or any(is_interface(link.name, one) for one in capture.interfaces))
+            and not any(is_interface(link.name, one) for one in capture.exclude_interfaces)
+        )
+
+    @property
+    def captured_ports(self) -> list[int]:
+        """A port of each captured range, at most eight; where every one is captured, one that nobody is likely to have allowed."""
+        capture, found = self.config.capture, []
+        for ports in capture.ports:
+            candidates = range(ports.first, ports.last + 1) if ports.first > 1 else (8080, *range(1, ports.last + 1))
+            port = next((one for one in candidates if capture.takes_port(one) and one != self.config.listen.port), None)
+            if port is not None:
+                found.append(port)
+        return found[:8]
+
+
+class Evidence(Crossing, frozen=True, kw_only=True):
     """What one look at a namespace has found. None: it could not be looked at, and `unseen` says so.
 
     `sysctls` by path below /proc/sys, `counters` from /proc/net/netstat. `rule_tables` are the tables that foreign rules look up and in
@@ -40,7 +73,6 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     configured destinations that are not addresses of this namespace.
     """
 
-    config: Config
     file: str | None
     plan: Plan
     surroundings: Surroundings
@@ -48,7 +80,6 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     sysctls: Mapping[str, str]
     counters: Mapping[str, int]
     rp_filter_drops_now: bool
-    links: tuple[Link, ...]
     rules: tuple[ForeignRule, ...]
     rule_tables: Mapping[tuple[int, int], bool]
     routes: tuple[ForeignRoute, ...]
@@ -56,7 +87,6 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     observed: Observed | None
     changed_tables: tuple[str, ...]
     draining: bool
-    chains: tuple[ForeignChain, ...] | None
     holder: Process | None
     holder_trusted: bool
     serves: bool
@@ -87,33 +117,6 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def forwards(self) -> bool:
         return "1" in (self.sysctls.get("net/ipv4/ip_forward"), self.sysctls.get("net/ipv6/conf/all/forwarding"))
-
-    @property
-    def captured_links(self) -> tuple[Link, ...]:
-        """Interfaces on which connections are captured."""
-        capture = self.config.capture
-        return tuple(
-            link
-            for link in self.links
-            if link.name != "lo"
-            and (not capture.interfaces or any(is_interface(link.name, one) for one in capture.interfaces))
-            and not any(is_interface(link.name, one) for one in capture.exclude_interfaces)
-        )
-
-    @property
-    def captured_ports(self) -> list[int]:
-        """A port of each captured range, at most eight; where every one is captured, one that nobody is likely to have allowed."""
-        capture, found = self.config.capture, []
-        for ports in capture.ports:
-            candidates = range(ports.first, ports.last + 1) if ports.first > 1 else (8080, *range(1, ports.last + 1))
-            port = next((one for one in candidates if capture.takes_port(one) and one != self.config.listen.port), None)
-            if port is not None:
-                found.append(port)
-        return found[:8]
-
-    @property
-    def families(self) -> tuple[Family, ...]:
-        return self.surroundings.families
 
     @property
     def listeners(self) -> list[TcpSocket]:
