@@ -200,7 +200,7 @@ async def test_ctrl_c_during_a_start_ends_it_and_leaves_nothing(way: Way) -> Non
     """At no moment does the daemon crash, or go on as if nothing had been said."""
     before = await way.proxy.dump()
     file = str(way.file(CONFIG))
-    for milliseconds in range(60, 500, 20):
+    for milliseconds in range(60, 500, 40):
         async with way.proxy.process(*TPROXYD, "run", "-c", file, collect=True) as process:
             await trio.sleep(milliseconds / 1000)
             process.send_signal(signal.SIGINT)
