@@ -41,6 +41,11 @@ async def test_10_answers_to_clients_that_are_dropped_are_named(sidecar_lab: Lab
         assert set(names_of(report)) == {"output-drops", "probe"}
         finding = report.findings[0][1]
         assert not finding.warning
+        probes = [finding.remedy for name, finding in report.findings if name == "probe"]
+        assert all(" --in eth0 -c " in remedy for remedy in probes)
+        assert " '[2001:db8:" in probes[1]
+        for remedy in probes:
+            await patient.sh(remedy)
         assert "which are the answers to captured clients" in finding.seen
         await patient.mend(report, "output-drops")
         report = await patient.probed()

@@ -95,7 +95,7 @@ async def test_the_probe_knows_who_answered(sidecar_lab: Lab, tmp_path: Path, nu
     async with open_daemon(host, HERE.replace("8080", "9000")) as daemon:
         for what in ("was refused", "reached an app directly"):
             report = await patient.probed()
-            assert names_of(report) == ["table-changed", "probe", "probe"]
+            assert names_of(report) == ["other-configuration", "probe", "probe"]
             assert all(what in finding.seen for name, finding in report.findings if name == "probe")
             if what == "was refused":
                 await nursery.start(serve_echo, host, 8080)
