@@ -67,7 +67,8 @@ class Patient:
         self.bin.mkdir(exist_ok=True)
         for name in STUBS:
             self._program(name, "exit 0")
-        self._program("tproxyd", f'exec {" ".join(TPROXYD)} "$@"')
+        # A daemon would serve until it is stopped; tests start their own.
+        self._program("tproxyd", f'[ "$1" != run ] || exit 0\nexec {" ".join(TPROXYD)} "$@"')
 
     def _program(self, name: str, text: str) -> None:
         (self.bin / name).write_text(f"#!/bin/sh\n{text}\n", encoding="utf-8")

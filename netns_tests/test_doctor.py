@@ -83,12 +83,12 @@ async def test_json_and_the_option_without_a_probe(sidecar_lab: Lab, tmp_path: P
     (finding,) = content["findings"]
     assert finding["check"] == "not-serving"
     assert finding["severity"] == "failure"
-    assert finding["remedy"] == "systemctl start tproxyd"
+    assert finding["remedy"] == f"tproxyd run -c {patient.file}"
     text = (await patient.node.run(*TPROXYD, "doctor", "-c", str(patient.file), check=False)).stdout
     assert text == (
         "FAILURE not-serving: no daemon serves this network namespace, and nothing is applied\n"
         "    why:  nothing is captured: clients reach the destination directly\n"
-        "    mend: systemctl start tproxyd\n\n"
+        f"    mend: tproxyd run -c {patient.file}\n\n"
         "IPv4 not probed: no daemon serves this network namespace\nIPv6 not probed: no daemon serves this network namespace\n"
         f"{len(CHECKS)} checks made: 1 failure, no warnings\n"
     )
@@ -182,7 +182,7 @@ async def test_the_probe_knows_who_answered(sidecar_lab: Lab, tmp_path: Path, nu
     async with open_daemon(host, HERE.replace("8080", "9000")) as daemon:
         for what in ("was refused", "reached an app directly"):
             report = await patient.probed()
-            assert names_of(report) == ["table-changed", "probe", "probe"]
+            assert names_of(report) == ["other-configuration", "probe", "probe"]
             assert all(what in finding.seen for name, finding in report.findings if name == "probe")
             if what == "was refused":
                 await nursery.start(serve_echo, host, 8080)
@@ -332,7 +332,15 @@ async def test_faults_of_our_own_state(sidecar_lab: Lab, tmp_path: Path) -> None
         assert "refuses clients" in report.findings[0][1].why
         await patient.mend(report, "table-left-over")
         assert await patient.found() == []
-        assert await patient.found("[capture]\nports = []\n") == ["nothing-captured", *["table-left-over"] * 2]
+        for keys, seen, named in (
+            ("ports = []", "`capture.ports` is empty", 'ports = ["8080"]'),
+            ('ports = ["80"]\nmode = "off"', '`capture.mode` is "off"', 'mode = "tproxy"'),
+        ):
+            report = await patient.report(f"[capture]\n{keys}\n")
+            assert names_of(report) == ["nothing-captured", *["table-left-over"] * 2]
+            finding = report.findings[0][1]
+            assert finding.seen == f"{seen} in {patient.file}"
+            assert finding.remedy == f"# in {patient.file}, under [capture]: {named}\ntproxyd apply -c {patient.file}"
 
 
 async def test_listeners_that_are_missing_not_transparent_or_stuck(sidecar_lab: Lab, tmp_path: Path) -> None:
@@ -376,9 +384,15 @@ async def test_what_a_dead_daemon_leaves(sidecar_lab: Lab, tmp_path: Path) -> No
         with trio.fail_after(3):  # its workers end at once, and with the last of them its table
             while names_of(report := await patient.report()) != ["left-by-the-dead"] or "tproxyd," in str(report):
                 await trio.sleep(0.05)
-        assert "refused" in report.findings[0][1].why
-        await patient.mend(report, "left-by-the-dead")
-        assert await patient.found() == ["not-serving"]
+        finding = report.findings[0][1]
+        assert "refused" in finding.why
+        first, second = finding.remedy.splitlines()
+        assert first == f"tproxyd run -c {patient.file}"  # what was meant to be closed stays closed
+        assert second == "# or let clients go directly to the destination: tproxyd revert"
+    async with open_daemon(host, HERE + REFUSE) as daemon:
+        assert (await patient.probed()).findings == ()
+        assert await daemon.stop() == 0
+    assert await patient.found() == ["not-serving"]
 
 
 async def test_a_program_that_embeds_tproxyd_is_no_dead_daemon(sidecar_lab: Lab, tmp_path: Path) -> None:

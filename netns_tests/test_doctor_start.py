@@ -53,7 +53,7 @@ async def test_13_54_what_refuses_the_start_is_the_finding(sidecar_lab: Lab, tmp
     refused = findings["start-refused"]
     assert refused["severity"] == "failure"
     assert sentence in refused["seen"]
-    assert refused["remedy"] == f"{remedy}\nsystemctl start tproxyd"
+    assert refused["remedy"] == f"{remedy}\ntproxyd run -c {tmp_path}/tproxyd.toml"
 
 
 async def test_54_an_nft_that_is_too_old_or_missing_is_told_once(sidecar_lab: Lab, tmp_path: Path) -> None:
@@ -68,7 +68,7 @@ async def test_54_an_nft_that_is_too_old_or_missing_is_told_once(sidecar_lab: La
         told = [finding for finding in findings if "nft" in finding["check"] or finding["check"] == "start-refused"]
         assert [finding["check"] for finding in told] == ["start-refused"]
         assert said in told[0]["seen"]
-        assert told[0]["remedy"] == "apt-get install nftables\nsystemctl start tproxyd"
+        assert told[0]["remedy"] == f"apt-get install nftables\ntproxyd run -c {tmp_path}/tproxyd.toml"
 
 
 async def test_54_a_kernel_without_nf_tables_is_examined_to_the_end(sidecar_lab: Lab, tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ async def test_54_a_kernel_without_nf_tables_is_examined_to_the_end(sidecar_lab:
     wrapped = shlex.join(["exec", sys.executable, "-c", WITHOUT_NF_TABLES])
     refused, ruleset = await examined(sidecar_lab["host"], HERE, tmp_path, wrapped=wrapped)
     assert [refused["check"], ruleset["check"]] == ["start-refused", "kernel-refuses-ruleset"]
-    assert refused["remedy"] == "modprobe nf_tables\nsystemctl start tproxyd"
+    assert refused["remedy"] == f"modprobe nf_tables\ntproxyd run -c {tmp_path}/tproxyd.toml"
 
 
 async def test_interfaces_are_named_as_nft_reads_them(sidecar_lab: Lab, tmp_path: Path) -> None:

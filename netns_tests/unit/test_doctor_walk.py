@@ -95,6 +95,31 @@ def test_a_rule_that_accepts(name: str, matches: list[dict[str, Any]], admitted:
     assert (walk.verdict == "accept", walk.perhaps) == (admitted is True, admitted is None)
 
 
+ANSWER = Packet(
+    family=4, interface="", leaves_by="eth0", port=50505, source_port=8080, mark=0, flags=frozenset({"syn", "ack"})
+)
+SPORT = {"payload": {"protocol": "tcp", "field": "sport"}}
+ADMITTED_ANSWERS = [
+    ("the port that it comes from", [match(SPORT, {"set": [22, 8080]})], True),
+    ("another one", [match(SPORT, 443)], False),
+    ("high ones", [match(SPORT, 1024, ">=")], True),
+    ("the port as a destination", [match(DPORT, 8080)], False),
+    ("where it leaves", [meta("oifname", "eth*")], True),
+    ("lo", [meta("oifname", "lo")], False),
+    ("what arrives anywhere", [meta("iifname", "eth0")], False),
+    ("established", [state("established", "related")], False),
+    ("untracked", [state("untracked")], True),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "matches", "admitted"), ADMITTED_ANSWERS, ids=[name for name, _, _ in ADMITTED_ANSWERS]
+)
+def test_a_rule_that_accepts_answers(name: str, matches: list[dict[str, Any]], admitted: bool) -> None:
+    walk = walk_hook([chain([*matches, ACCEPT], hook="output")], "output", ANSWER)
+    assert (walk.verdict == "accept", walk.perhaps) == (admitted, False)
+
+
 CT_MARK = {"ct": {"key": "mark"}}
 ADMITTED_REDIRECTED = [
     ("what NAT has changed", [match({"ct": {"key": "status"}}, "dnat", "in")], True),

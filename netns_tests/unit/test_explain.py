@@ -118,6 +118,14 @@ def test_every_selector(capture: dict[str, Any], packet: dict[str, Any], outcome
         ({"destination": "169.254.169.254"}, {}, {"listening": False}, True),
         ({"destination": "2001:db8:f::9"}, {"families": (4,)}, {}, True),
         ({"on_bridge": True}, {"bridge_netfilter": True}, {}, True),
+        ({"on_bridge": True}, {"bridge_netfilter": True}, {"arrives": lambda _: Route("local")}, True),
+        (
+            {"on_bridge": True},
+            {"bridge_netfilter": True},
+            {"arrives": lambda _: Route("unicast", "br0", to_bridge=True)},
+            False,
+        ),
+        ({"on_bridge": True}, {"bridge_netfilter": True}, {"arrives": lambda _: Route("", error="martian")}, False),
         ({"port": 80}, {}, {"listening": False}, False),
         ({"protocol": "udp"}, {}, {"listening": False}, False),
         ({"interface": "lo"}, {}, {"listening": False}, False),
@@ -143,11 +151,24 @@ def test_a_bridge_is_taken_note_of_only_while_br_netfilter_is_on() -> None:
 
 def test_routing_that_does_not_deliver_what_was_steered() -> None:
     missing, decides, account = explained(config_of(), packet_to(), arrives=lambda _: Route("unicast", "eth1"))
-    assert (missing, decides) == ("dropped", "inet tproxyd stray: meta mark & 0x03000000 == 0x01000000 counter drop")
+    assert (missing, decides) == ("dropped", "routing: from 192.0.2.2 on eth0")
+    assert "our ip rule or route is missing" in account.what
+    assert "stray" not in str(account.stages)  # which it does not reach: it has a socket
     assert "it would leave by eth1" in account.what
     martian, decides, account = explained(config_of(), packet_to(), arrives=lambda _: Route("", error="martian"))
     assert (martian, decides) == ("dropped", "routing: from 192.0.2.2 on eth0")
     assert account.what.endswith("martian")
+    taken = Route("unicast", "eth1", rule="100: from 192.0.2.0/24 lookup 77")
+    found, decides, _ = explained(config_of(), packet_to(), arrives=lambda _: taken)
+    assert (found, decides) == ("dropped", "ip rule: 100: from 192.0.2.0/24 lookup 77")
+
+
+@pytest.mark.parametrize("mode", ["tproxy", "redirect"])
+def test_what_another_program_is_given_is_its_own(mode: str) -> None:
+    found, _, account = explained(config_of(mode=mode), packet_to(), listener="squid (pid 7)")
+    assert (found, account.rule, account.upstream) == ("given_to_another", None, None)
+    assert account.what == "given to squid (pid 7); what it does is its own policy"
+    assert account.stages[-1].where == "listener"
 
 
 def test_a_client_with_an_address_of_this_host_is_a_connection_of_ours() -> None:

@@ -23,7 +23,9 @@ from tproxyd.errors import TproxydError, UsageError
 from tproxyd.net.capabilities import require_capabilities
 from tproxyd.net.locality import Locality, Lookup, type_of_ipv4
 from tproxyd.net.proc_net import is_listening
-from tproxyd.plan import Surroundings
+from tproxyd.net.processes import read_process, socket_holders
+from tproxyd.net.sock_diag import LISTEN, tcp_sockets
+from tproxyd.plan import STATE, Surroundings
 from tproxyd.plan.explain import Explanation, Machine, Route, explain
 from tproxyd.plan.ruleset import listen_addresses
 from tproxyd.plan.selectors import AddressType, Packet
@@ -112,6 +114,9 @@ def explain_connection(config: Config, request: Request) -> Account:
             destination_type=_type_of(request.destination, target),
         )
         listening = is_listening(listen_addresses(config)[packet.family], config.listen.port)
+        # What `tproxyd apply` has put there brings connections to whoever listens.
+        serves = holder is not None and holder.trusted
+        strange = listening and not serves and STATE in (held.tables or ())
 
         def arrives(mark: int) -> Route:
             found = locality.look_up(
@@ -123,7 +128,8 @@ def explain_connection(config: Config, request: Request) -> Account:
                 source_port=packet.source_port or 0,
                 port=packet.port,
             )
-            return _arriving(packet, found)
+            route = _arriving(packet, found)
+            return route._replace(rule=_first_taker(config, packet, mark)) if mark and found.kind != "local" else route
 
         def leaves(host: str, port: int) -> Route:
             found = locality.look_up(host, protocol=socket.IPPROTO_TCP if port else 0, port=port)
@@ -131,7 +137,14 @@ def explain_connection(config: Config, request: Request) -> Account:
                 return _delivered(host)
             return Route(found.kind, _name(found.interface), "" if found.kind else _no_way(host, found))
 
-        machine = Machine(arrives, leaves, listening, held.kernel != "draining", held.tables)
+        machine = Machine(
+            arrives,
+            leaves,
+            listening,
+            held.kernel != "draining",
+            held.tables,
+            _listener(config, packet) if strange else None,
+        )
         return Account(
             packet=packet,
             assumed=request.interface is None,
@@ -213,7 +226,40 @@ def _arriving(packet: Packet, found: Lookup) -> Route:
     if found.error in _MARTIAN:
         why = f"{packet.source} to {packet.destination} cannot come in on {packet.interface}: martian, rp_filter, or a blackhole"
         return Route("", error=why)
-    return Route(found.kind, _name(found.interface), "" if found.kind else _no_way(str(packet.destination), found))
+    if not found.kind:
+        return Route("", error=_no_way(str(packet.destination), found))
+    name = _name(found.interface)
+    return Route(found.kind, name, to_bridge=packet.on_bridge and kernel.is_bridge(name))
+
+
+def _first_taker(config: Config, packet: Packet, mark: int) -> str:
+    """Another program's ip rule before ours that takes such a packet, as `ip rule` shows it; "" if there is none."""
+    for rule in kernel.list_foreign_rules():
+        if (
+            rule.family == packet.family
+            and rule.priority <= config.routing.priority + 1
+            and rule.can_take_tcp_that_arrives
+            and not rule.suppressing
+            and rule.selects(packet.source, packet.destination, packet.source_port, packet.port, packet.interface, mark)
+            and (rule.ends or (rule.table is not None and kernel.has_routes(rule.family, rule.table)))
+        ):
+            return rule.line
+    return ""
+
+
+def _listener(config: Config, packet: Packet) -> str:
+    """Who listens where such packets are brought to."""
+    address, port = listen_addresses(config)[packet.family], config.listen.port
+    inodes = [
+        sock.inode
+        for sock in tcp_sockets()
+        if sock.state == LISTEN and sock.local_port == port and (sock.local == address or sock.both_families)
+    ]
+    for pids in socket_holders(inodes).values():
+        process = read_process(min(pids))
+        if process is not None:
+            return f"{process.name} (pid {process.pid})"
+    return "a process that cannot be seen from here"
 
 
 def _delivered(host: str) -> Route:

@@ -6,7 +6,13 @@ Everything acts on the network namespace of the calling thread, and only on what
 
 from tproxyd.kernel.events import Events
 from tproxyd.kernel.foreign_chains import ChainRule, ForeignChain, list_chains
-from tproxyd.kernel.foreign_routing import ForeignRoute, ForeignRule, list_foreign_routes, list_foreign_rules
+from tproxyd.kernel.foreign_routing import (
+    ForeignRoute,
+    ForeignRule,
+    has_routes,
+    list_foreign_routes,
+    list_foreign_rules,
+)
 from tproxyd.kernel.links import Link, list_links
 from tproxyd.kernel.neighbours import Neighbour, legacy_tables, look_at_neighbours
 from tproxyd.kernel.nft import Library, Nft, Program, find_program, nft_version
@@ -62,6 +68,7 @@ __all__ = [
     "expected",
     "find_program",
     "find_ssh_ports",
+    "has_routes",
     "is_applied",
     "is_bridge",
     "is_forwarding",

@@ -7,6 +7,7 @@ import socket
 import struct
 import sys
 from collections.abc import Iterator
+from ipaddress import IPv4Address, IPv6Address, ip_network
 
 import msgspec
 
@@ -15,6 +16,8 @@ from tproxyd.kernel.dumps import attributes, dump
 from tproxyd.plan import PROTOCOL, Family
 
 __all__ = ["ForeignRoute", "ForeignRule", "has_routes", "list_foreign_routes", "list_foreign_rules"]
+
+Address = IPv4Address | IPv6Address
 
 _AF: dict[Family, int] = {4: socket.AF_INET, 6: socket.AF_INET6}
 _GETROUTE, _GETRULE = 26, 34  # linux/rtnetlink.h
@@ -73,6 +76,10 @@ class ForeignRule(msgspec.Struct, frozen=True, kw_only=True):
     l3mdev: bool = False
     narrowed: bool = False
     suppressing: bool = False
+    source: str | None = None
+    destination: str | None = None
+    source_ports: tuple[int, int] | None = None
+    ports: tuple[int, int] | None = None
 
     @property
     def mark_bits(self) -> int:
@@ -92,6 +99,26 @@ class ForeignRule(msgspec.Struct, frozen=True, kw_only=True):
         if self.inverted:
             return True
         return self.oif is None and self.iif != "lo" and self.ip_proto in (None, _IPPROTO_TCP)
+
+    def selects(
+        self,
+        source: Address,
+        destination: Address,
+        source_port: int | None,
+        port: int,
+        interface: str | None,
+        mark: int,
+    ) -> bool:
+        """Whether such a packet is one for it, as far as its addresses, TCP ports, interface and mark say."""
+        matches = (
+            (self.source is None or source in ip_network(self.source))
+            and (self.destination is None or destination in ip_network(self.destination))
+            and (self.source_ports is None or _is_between(source_port, self.source_ports))
+            and (self.ports is None or _is_between(port, self.ports))
+            and self.iif in (None, interface)
+            and mark & self.mask == self.mark
+        )
+        return matches != self.inverted
 
     @property
     def can_take_answers(self) -> bool:
@@ -184,8 +211,8 @@ def _rule(family: Family, body: bytes) -> ForeignRule | None:
     if ip_proto is not None:
         words.append(f"ipproto {'tcp' if ip_proto == _IPPROTO_TCP else ip_proto}")
     for name, kind in (("sport", _SPORT), ("dport", _DPORT)):
-        if kind in has:
-            first, last = struct.unpack("=HH", has[kind])
+        if (ports := _ports(has, kind)) is not None:
+            first, last = ports
             words.append(f"{name} {first}" if first == last else f"{name} {first}-{last}")
     if _TUN_ID in has:
         words.append(f"tun_id {int.from_bytes(has[_TUN_ID], 'big')}")
@@ -214,6 +241,10 @@ def _rule(family: Family, body: bytes) -> ForeignRule | None:
         l3mdev=l3mdev,
         narrowed=narrowed,
         suppressing=suppress >= 0,
+        source=_network(family, has.get(_SRC), src_len) if src_len else None,
+        destination=_network(family, has.get(_DST), dst_len) if dst_len else None,
+        source_ports=_ports(has, _SPORT),
+        ports=_ports(has, _DPORT),
     )
 
 
@@ -241,6 +272,17 @@ def _proto(number: int, *, unsaid: tuple[int, ...] = (0, 3)) -> list[str]:
 
 def _number(has: dict[int, bytes], kind: int) -> int:
     return int.from_bytes(has.get(kind, b""), sys.byteorder)
+
+
+def _ports(has: dict[int, bytes], kind: int) -> tuple[int, int] | None:
+    if kind not in has:
+        return None
+    first, last = struct.unpack("=HH", has[kind])
+    return first, last
+
+
+def _is_between(port: int | None, ports: tuple[int, int]) -> bool:
+    return port is not None and ports[0] <= port <= ports[1]
 
 
 def _text(has: dict[int, bytes], kind: int) -> str | None:

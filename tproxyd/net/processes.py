@@ -20,14 +20,14 @@ _PROC = Path("/proc")
 
 
 class Process(NamedTuple):
-    """One process. `capabilities` has the names of CAPABILITIES that it has in effect; `stopped`: it does not run (SIGSTOP).
+    """One process. `command` is its program and its arguments. `capabilities` has the names of CAPABILITIES that it has in effect; `stopped`: it does not run (SIGSTOP).
 
     `files` is how many are open, `most_files` the soft limit; None if that is not ours to see.
     """
 
     pid: int
     name: str
-    command: str
+    command: tuple[str, ...]
     uid: int
     stopped: bool
     capabilities: frozenset[str]
@@ -40,7 +40,7 @@ def read_process(pid: int) -> Process | None:
     directory = _PROC / str(pid)
     try:
         status = dict(line.split(":", 1) for line in _text(directory / "status").splitlines() if ":" in line)
-        command = _text(directory / "cmdline").replace("\0", " ").strip()
+        command = tuple(_text(directory / "cmdline").rstrip("\0").split("\0"))
     except OSError:
         return None
     files = most_files = None

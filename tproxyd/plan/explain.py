@@ -39,12 +39,13 @@ Foreseen = Literal[
     "upstream_timeout",
     "refused_special",
     "refused_when_down",
+    "given_to_another",
     "bypassed",
     "dropped",
 ]
 """What becomes of a connection. The first is `closed` in the access log, if all goes well; the next four are called so there, too. The
-last four are the kernel's: a reset in place of a special destination, or because nobody took what was selected; on its way as if
-tproxyd were not there; lost in this host's routing."""
+rest are the kernel's: a reset in place of a special destination, or because nobody took what was selected; given to a program that
+listens where `tproxyd apply` brings connections; on its way as if tproxyd were not there; lost in this host's routing."""
 
 
 _SELF_CALL = "is the destination, or the client, this daemon?"
@@ -52,18 +53,20 @@ _SELF_CALL = "is the destination, or the client, this daemon?"
 
 class Route(NamedTuple):
     """What routing does with a packet: kind "local" (delivered here; `error`: an app could not answer), "unicast" and the like (leaves by
-    `interface`), or "" (dropped, and why in `error`)."""
+    `interface`, on `to_bridge` a bridge), or "" (dropped, and why in `error`). `rule` is another program's ip rule that takes it before ours."""
 
     kind: str
     interface: str = ""
     error: str = ""
+    to_bridge: bool = False
+    rule: str = ""
 
 
 class Machine(NamedTuple):
     """What the machine says.
 
     `arrives(mark)`: what its routing does with the packet in question, bearing this mark; `leaves(host, port)`: with a packet of its own to
-    there, port 0 being any. `listening`: whether there is a listener of the packet's family. `capturing`: not so while a daemon drains. `tables`:
+    there, port 0 being any. `listening`: whether there is a listener of the packet's family, `listener`: whose, if it is no tproxyd's. `capturing`: not so while a daemon drains. `tables`:
     the names of our tables in the kernel; None if it could not be asked, and they are taken to be as planned.
     """
 
@@ -72,6 +75,7 @@ class Machine(NamedTuple):
     listening: bool = True
     capturing: bool = True
     tables: frozenset[str] | None = None
+    listener: str | None = None
 
 
 class Stage(msgspec.Struct, frozen=True, kw_only=True):
@@ -170,6 +174,12 @@ class _Account:
         packet, mark = self.packet, self.marks.steering
         route = self.machine.arrives(mark.value)
         here = route.kind == "local"
+        if route.rule:
+            self.add("ip rule", route.rule, True, "of another program: it comes before ours, and takes the packet")
+            self.decide()
+            return self.end(
+                "dropped", f"not delivered to the listener: another program's ip rule takes it: {route.rule}"
+            )
         if packet.destination_type == "local":
             self.add("ip rule", "priority 0 lookup local", here, f"{packet.destination} is an address of this host")
         else:
@@ -182,8 +192,9 @@ class _Account:
         if not route.kind:
             self.add("routing", f"from {packet.source} on {packet.interface}", True, route.error)
         else:
+            # It does not come as far as the chain `stray`: what tproxy has given a socket is not forwarded.
             missing = f"our ip rule or route is missing: it would leave by {route.interface}"
-            self.add(f"inet {STEERING} stray", f"{match_mark(mark)} counter drop", True, missing)
+            self.add("routing", f"from {packet.source} on {packet.interface}", True, missing)
         self.decide()
         return self.end("dropped", f"steered, and then dropped by the kernel: {self.stages[-1].because}")
 
@@ -202,10 +213,20 @@ class _Account:
         """Whether the guard's chains select the packet: the same rules, but for what only the steering table lets off."""
         if LOOPBACK.test(self.packet).matches or not OPENS.test(self.packet).matches:
             return False
+        if self.stays_on_bridges():
+            return False
         chosen = next(
             (rule for rule in capture_rules(self.config, self.surroundings) if rule.test(self.packet).matches), None
         )
         return chosen is not None and chosen.verdict == "goto take"
+
+    def stays_on_bridges(self) -> bool:
+        """Whether it is none of what the guard refuses of that which arrives on a bridge, while br_netfilter is on: what is for this host,
+        and what leaves by another interface than a bridge."""
+        if self.config.redirects or not (self.surroundings.bridge_netfilter and self.packet.on_bridge):
+            return False
+        route = self.machine.arrives(0)
+        return not route.kind or route.to_bridge
 
     def bypassed(self) -> Explanation:
         self.decide()
@@ -239,7 +260,10 @@ class _Account:
     # In the daemon, as in datapath/connection.py.
 
     def accepted(self) -> Explanation:
-        packet = self.packet
+        packet, stranger = self.packet, self.machine.listener
+        if stranger is not None:
+            self.add("listener", str(self.listener), True, f"is that of {stranger}, not of tproxyd", decides=True)
+            return self.end("given_to_another", f"given to {stranger}; what it does is its own policy")
         self.add("listener", str(self.listener), True, f"accepts it; the original destination is {self.destination}")
         if self.is_listener(self.destination):
             return self.self_call("the destination is the listener itself")

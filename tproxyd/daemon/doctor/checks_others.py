@@ -19,6 +19,10 @@ __all__ = ["CHECKS", "input_drops"]
 _RAW = -300  # the priority of our chains, NF_IP_PRI_RAW
 _CONNTRACK = -200  # NF_IP_PRI_CONNTRACK
 _NAT = -100  # NF_IP_PRI_NAT_DST: where all nat chains run; their own priorities are an order among them
+_NAT_BACK = 100  # NF_IP_PRI_NAT_SRC: where an answer gets the address and the port back that NAT has replaced
+_CLIENT_PORT = (
+    50505  # one of those that clients get by chance (RFC 6335, and Linux): what is for single ports is not for answers
+)
 _DIVERT, _UNMARK = -105, -98  # redirect mode's: dstnat - 5 among nat chains, dstnat + 2
 
 
@@ -28,13 +32,22 @@ def rule_before_ours(e: Evidence) -> Iterator[Finding]:
     for rule in e.rules:
         if not 0 < rule.priority <= own.priority + 1 or rule.family not in e.families:
             continue
-        if rule.narrowed or rule.suppressing or rule.iif == "lo" or steering.value & rule.mask != rule.mark:
+        if rule.suppressing or rule.iif == "lo" or not rule.can_take_tcp_that_arrives:
+            continue
+        if rule.mask and (steering.value & rule.mask == rule.mark) == rule.inverted:
             continue
         if rule.iif is not None and rule.iif not in [link.name for link in e.captured_links]:
             continue
         ends_it = rule.ends
         leads_away = (rule.family, rule.table) in e.rule_tables and rule.table != own.table
-        if ends_it or leads_away:
+        if (ends_it or leads_away) and rule.narrowed:
+            yield Finding(
+                seen=f"an ip rule of another program comes before ours: `{rule.line}`",
+                why="connections to other hosts' addresses that it takes are not delivered here",
+                remedy=f"# choose a routing.priority below {rule.priority - 2} in {e.configuration}\n{e.restart()}",
+                warning=True,
+            )
+        elif ends_it or leads_away:
             mark = f" fwmark {rule.mark:#x}/{rule.mask:#x}" if rule.mask else ""
             yield Finding(
                 seen=f"an ip rule of another program comes before ours and takes steered packets, too: `{rule.line}`",
@@ -93,6 +106,19 @@ def input_drops(e: Crossing) -> Iterator[Finding]:
     packets = [_stages(e, packet)[-1].packet for packet in _captured(e)]
     walks = [(packet, walk_hook(e.chains or (), "input", packet)) for packet in packets]
     yield from _dropped(e, walks, "although the listener waits for them")
+
+
+def output_drops(e: Evidence) -> Iterator[Finding]:
+    """What the listener answers to clients, in the hooks output and postrouting."""
+    walks = []
+    for packet in _captured(e):
+        for hook, stage in _answer_stages(e, packet):
+            kinds = ("filter", "route")
+            walk = walk_hook(_between(e.chains or (), stage), hook, stage.packet, kinds=kinds)
+            walks.append((stage.packet, walk))
+            if walk.verdict == "drop":
+                break
+    yield from _dropped(e, walks, "which are the answers to captured clients")
 
 
 @of_tproxy_mode
@@ -217,6 +243,35 @@ def _stages(e: Crossing, packet: Packet) -> list[_Stage]:
     ]
 
 
+def _answer_stages(e: Crossing, packet: Packet) -> Iterator[tuple[str, _Stage]]:
+    """The answer to a captured SYN, on its way to the client: hook by hook, stage by stage."""
+
+    def answer(states: frozenset[str] | None, port: int | None = packet.port) -> Packet:
+        return Packet(
+            family=packet.family,
+            interface="",
+            leaves_by=packet.interface,
+            port=_CLIENT_PORT,
+            source_port=port,
+            mark=0,
+            flags=frozenset({"syn", "ack"}),
+            states=states,
+            status=frozenset({"dnat"}) if e.config.redirects and states else frozenset(),
+        )
+
+    if not e.config.redirects:
+        untracked = answer(frozenset({"untracked"}))
+        yield "output", _Stage(-inf, _RAW, answer(None))
+        yield "output", _Stage(_RAW, inf, untracked)
+        yield "postrouting", _Stage(-inf, inf, untracked)
+        return
+    established, port = frozenset({"established"}), e.config.listen.port
+    yield "output", _Stage(-inf, _CONNTRACK, answer(None, port))
+    yield "output", _Stage(_CONNTRACK, inf, answer(established, port))
+    yield "postrouting", _Stage(-inf, _NAT_BACK, answer(established, port))
+    yield "postrouting", _Stage(_NAT_BACK, inf, answer(established))
+
+
 def _prerouting(e: Crossing, packet: Packet) -> Iterator[tuple[_Stage, Walk]]:
     """Through the prerouting hook, stage by stage, to its end or to where the packet is dropped."""
     others = 0  # bits of the mark
@@ -250,29 +305,37 @@ def _dropped(e: Crossing, walks: Sequence[tuple[Packet, Walk]], which: str) -> I
         if walk.verdict == "drop":
             key = (str(walk.chain), walk.rule.handle if walk.rule else None, walk.perhaps)
             found.setdefault(key, []).append((packet, walk))
-    everywhere = {packet.interface for packet, _ in walks}
+    everywhere = {_link(packet) for packet, _ in walks}
     for (_, _, perhaps), those in found.items():
-        concerned = {packet.interface for packet, _ in those}
+        concerned = {_link(packet) for packet, _ in those}
         first, walk = those[0]
         assert walk.chain is not None
         name, words, what = _admission(e, first)
-        ports = sorted({packet.port for packet, _ in those if packet.port is not None})
-        port = f" to port {', '.join(map(str, ports))}" if ports else ""
+        ports = sorted({one for packet, _ in those if (one := packet.source_port or packet.port) is not None})
+        there, back = ("from", "to") if first.leaves_by else ("to", "from")
+        port = f" {there} port {', '.join(map(str, ports))}" if ports else ""
         families = sorted({packet.family for packet, _ in those})
         family = f"IPv{families[0]}" if len(families) == 1 else name
         yield Finding(
-            seen=f"{family} packets{port} from {', '.join(sorted(concerned))} are {'perhaps ' if perhaps else ''}dropped, {which}: "
+            seen=f"{family} packets{port} {back} {', '.join(sorted(concerned))} are {'perhaps ' if perhaps else ''}dropped, {which}: "
             + _where(walk),
-            why=f"clients get no answer: captured packets {what}"
+            why=f"clients get no answer: {'the answers' if first.leaves_by else 'captured packets'} {what}"
             + (" (a rule before it may admit some of them; which, cannot be told)" if perhaps else ""),
             remedy=_insert(walk.chain, *words),
             warning=perhaps or concerned != everywhere,
         )
 
 
+def _link(packet: Packet) -> str:
+    """The captured interface on its way."""
+    return packet.leaves_by or packet.interface
+
+
 def _admission(e: Crossing, packet: Packet) -> tuple[str, tuple[str, str], str]:
     """What such packets are called, what admits them and no others, for nft and for iptables, and why that is so."""
     steering, port = e.marks.steering, e.config.listen.port
+    if packet.leaves_by:
+        return _admission_of_answers(e, packet)
     if packet.mark & steering.mask == steering.value:
         words = f"meta mark and {steering.mask:#x} == {steering.value:#x}", f"-m mark --mark {steering}"
         if packet.status:
@@ -293,6 +356,24 @@ def _admission(e: Crossing, packet: Packet) -> tuple[str, tuple[str, str], str]:
         f"-p tcp -m multiport --dports {','.join(ports).replace('-', ':')}",
     )
     return "captured", words, "come there before they are marked"
+
+
+def _admission_of_answers(e: Crossing, packet: Packet) -> tuple[str, tuple[str, str], str]:
+    port = e.config.listen.port
+    ports = [str(one) for one in ([port] if packet.source_port == port else e.config.capture.ports)]
+    nft = f"tcp sport {{ {', '.join(ports)} }}"
+    iptables = f"-p tcp -m multiport --sports {','.join(ports).replace('-', ':')}"
+    if packet.status:
+        words = f"{nft} ct status dnat", f"{iptables} -m conntrack --ctstate DNAT"
+        return (
+            "answering",
+            words,
+            f"come from port {ports[0]}" if packet.source_port == port else "bear the original port",
+        )
+    if packet.states:
+        words = f"{nft} ct state untracked", f"{iptables} -m conntrack --ctstate UNTRACKED"
+        return "untracked", words, "match no `ct state` but untracked"
+    return "answering", (nft, iptables), "pass there before conntrack knows them"
 
 
 def _met(e: Crossing, kinds: Sequence[str], asked: Sequence[str]) -> list[tuple[ForeignChain, ChainRule]]:
@@ -332,6 +413,10 @@ def _insert(chain: ForeignChain, nft: str, iptables: str) -> str:
     """Admits packets in front of everything else in a chain; in the words of iptables where the chain is one of its."""
     if chain.family in ("ip", "ip6") and (chain.table, chain.name) in (
         ("filter", "INPUT"),
+        ("filter", "OUTPUT"),
+        ("mangle", "OUTPUT"),
+        ("raw", "OUTPUT"),
+        ("mangle", "POSTROUTING"),
         ("mangle", "PREROUTING"),
         ("raw", "PREROUTING"),
     ):
@@ -352,6 +437,7 @@ CHECKS: tuple[Check, ...] = (
     mark_overwritten,
     prerouting_drops,
     input_drops,
+    output_drops,
     answers_dropped,
     loopback_drops,
     foreign_tproxy,

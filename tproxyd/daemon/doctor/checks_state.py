@@ -18,13 +18,17 @@ _NEARLY = 0.9
 
 
 def nothing_captured(e: Evidence) -> Iterator[Finding]:
+    off = e.config.capture.mode == "off"
+    named = 'mode = "tproxy"' if off else 'ports = ["8080"]'
     if not e.config.captures or not e.captured_ports:
         yield Finding(
             seen=f"in {e.configuration} every port of `capture.ports` is excluded (`capture.exclude_ports`, listen.port)"
             if e.config.captures
-            else f'`capture.ports` is empty or `capture.mode` is "off" in {e.configuration}',
+            else f'`capture.mode` is "off" in {e.configuration}'
+            if off
+            else f"`capture.ports` is empty in {e.configuration}",
             why="nothing is captured",
-            remedy=f'# in {e.configuration}, under [capture]: ports = ["8080"]\n{e.restart()}',
+            remedy=f"# in {e.configuration}, under [capture]: {named}\n{e.restart()}",
         )
 
 
@@ -36,7 +40,7 @@ def not_serving(e: Evidence) -> Iterator[Finding]:
         yield Finding(
             seen="no daemon serves this network namespace, and nothing is applied",
             why="nothing is captured: clients reach the destination directly",
-            remedy="systemctl start tproxyd",
+            remedy=e.start(),
         )
 
 
@@ -45,12 +49,12 @@ def start_refused(e: Evidence) -> Iterator[Finding]:
         yield Finding(
             seen=f"no daemon serves this network namespace, and none can start: {e.refused_start}",
             why="nothing is captured: clients reach the destination directly",
-            remedy=f"{_way_out(e.refused_start)}\nsystemctl start tproxyd",
+            remedy=f"{_way_out(e.refused_start)}\n{e.start()}",
         )
 
 
 def left_by_the_dead(e: Evidence) -> Iterator[Finding]:
-    if not e.is_meant_to_capture and _left(e):
+    if not (e.is_meant_to_capture or e.is_reverted) and _left(e):
         tables = e.observed.tables if e.observed is not None else {}
         # In redirect mode there is a guard's table in any case, and NAT does not look for a listener.
         refuses = "reject" in tables.get(GUARD, "") or "redirect to" in tables.get(STEERING, "")
@@ -59,7 +63,10 @@ def left_by_the_dead(e: Evidence) -> Iterator[Finding]:
             why='a daemon has died: new connections are refused (when_down = "refuse")'
             if refuses
             else "a daemon has died; new connections pass it by" + ("" if e.config.redirects else ", live ones hang"),
-            remedy="tproxyd revert",
+            # Refused is what clients are meant to be while nobody serves.
+            remedy=f"{e.start()}\n# or let clients go directly to the destination: tproxyd revert"
+            if refuses
+            else "tproxyd revert",
         )
 
 
@@ -87,8 +94,26 @@ def daemon_draining(e: Evidence) -> Iterator[Finding]:
         yield Finding(
             seen="the daemon is stopping: it waits for its connections to end (drain.timeout)",
             why="it captures no new connections: they get what `when_down` says",
-            remedy="systemctl start tproxyd",
+            remedy=e.start(),
             warning=True,
+        )
+
+
+def daemon_reverted(e: Evidence) -> Iterator[Finding]:
+    if e.is_reverted:
+        yield Finding(
+            seen="`tproxyd revert` was given to the daemon: it has taken everything away that was in the kernel",
+            why="it captures no new connections, and puts nothing back before it is started again",
+            remedy=e.start(),
+        )
+
+
+def other_configuration(e: Evidence) -> Iterator[Finding]:
+    if e.runs_another_configuration:
+        yield Finding(
+            seen=f"the daemon runs another configuration than {e.configuration}: the kernel holds what the daemon plans",
+            why="what is said here of this configuration is not what clients meet; the daemon undoes what would be mended for it",
+            remedy=e.start(f"tproxyd run{e.option}"),
         )
 
 
@@ -102,19 +127,14 @@ def capability_missing(e: Evidence) -> Iterator[Finding]:
                 seen=f"pid {process.pid} of the daemon lacks {', '.join(missing)}",
                 why="without CAP_NET_ADMIN and CAP_NET_RAW it cannot keep its state and the clients' addresses, without "
                 "CAP_NET_BIND_SERVICE no client's port below 1024",
-                remedy="mkdir -p /etc/systemd/system/tproxyd.service.d\n"
-                f"printf '[Service]\\nCapabilityBoundingSet={' '.join(missing)}\\nAmbientCapabilities={' '.join(missing)}\\n' > "
-                "/etc/systemd/system/tproxyd.service.d/capabilities.conf\nsystemctl daemon-reload && systemctl restart tproxyd",
+                remedy=f"# as root, or by what gives it {', '.join(missing)}, too:\n{e.restart()}",
                 warning=missing == ["CAP_NET_BIND_SERVICE"],
             )
             return  # the others have the same
 
 
 def open_files(e: Evidence) -> Iterator[Finding]:
-    raise_it = (
-        "mkdir -p /etc/systemd/system/tproxyd.service.d\nprintf '[Service]\\nLimitNOFILE=524288\\n' > "
-        "/etc/systemd/system/tproxyd.service.d/files.conf\nsystemctl daemon-reload && systemctl restart tproxyd"
-    )
+    raise_it = f"ulimit -n 524288\n{e.restart()}"
     for process in (e.holder, *e.relays) if e.serves else ():
         if process is None or process.files is None or process.most_files is None:
             continue
@@ -157,7 +177,7 @@ def wrong_table(e: Evidence) -> Iterator[Finding]:
 
 
 def route_missing(e: Evidence) -> Iterator[Finding]:
-    if e.observed is None or not e.is_meant_to_capture or not e.loopback_up:
+    if e.observed is None or not _is_compared(e) or not e.loopback_up:
         return  # while lo is down there can be none of IPv6; that is told as such
     for route in e.plan.routes:
         if route_key(route) not in e.observed.routes:
@@ -181,7 +201,7 @@ def foreign_route(e: Evidence) -> Iterator[Finding]:
 
 
 def table_missing(e: Evidence) -> Iterator[Finding]:
-    if e.observed is None or not e.is_meant_to_capture:
+    if e.observed is None or not _is_compared(e):
         return
     for name in e.plan.tables:
         if name not in e.observed.tables:
@@ -193,7 +213,7 @@ def table_missing(e: Evidence) -> Iterator[Finding]:
 
 
 def table_changed(e: Evidence) -> Iterator[Finding]:
-    for name in e.changed_tables if e.is_meant_to_capture else ():
+    for name in e.changed_tables if _is_compared(e) else ():
         yield Finding(
             seen=f"the nft table inet {name} is otherwise than {e.configuration} plans it",
             why="somebody has changed it, or the configuration is newer than what is in force",
@@ -202,7 +222,7 @@ def table_changed(e: Evidence) -> Iterator[Finding]:
 
 
 def table_left_over(e: Evidence) -> Iterator[Finding]:
-    if e.observed is None or not e.is_meant_to_capture:
+    if e.observed is None or not _is_compared(e):
         return
     for name in e.observed.tables:
         if name not in e.plan.tables:
@@ -216,7 +236,7 @@ def table_left_over(e: Evidence) -> Iterator[Finding]:
 
 
 def listener_missing(e: Evidence) -> Iterator[Finding]:
-    if not e.is_meant_to_capture:
+    if not _is_compared(e):
         return
     for address, port in e.plan.listen:
         family = 6 if ":" in address else 4
@@ -226,7 +246,7 @@ def listener_missing(e: Evidence) -> Iterator[Finding]:
                 why="new connections are refused: NAT does not look whether anybody listens"
                 if e.config.redirects
                 else "new connections are not captured: they get what `when_down` says",
-                remedy="systemctl restart tproxyd",
+                remedy=e.start(),
             )
 
 
@@ -261,7 +281,7 @@ def listener_queue_full(e: Evidence) -> Iterator[Finding]:
             yield Finding(
                 seen=f"{sock.received} connections wait at the listener on {format_address((address, port))}, which holds {sock.room}",
                 why="nobody takes them: the daemon hangs, or is at its limit of connections; further clients get no answer",
-                remedy="systemctl restart tproxyd",
+                remedy=e.start(),
             )
 
 
@@ -287,8 +307,13 @@ def _without_guard(e: Evidence) -> str:
     return "after the daemon's death NAT does not carry the last words of its sockets: live clients wait"
 
 
+def _is_compared(e: Evidence) -> bool:
+    """Whether what is in the kernel is to be what this configuration plans."""
+    return e.is_meant_to_capture and not e.runs_another_configuration
+
+
 def _missing_rules(e: Evidence) -> list[Rule]:
-    if e.observed is None or not e.is_meant_to_capture:
+    if e.observed is None or not _is_compared(e):
         return []
     return [rule for rule in e.plan.rules if rule_key(rule) not in e.observed.rules]
 
@@ -324,7 +349,7 @@ def _holder_of(e: Evidence, sock: TcpSocket) -> str:
 def _take_over(e: Evidence, sock: TcpSocket) -> str:
     pids = e.holders.get(sock.inode, ())
     stop = f"kill {pids[0]}" if pids else f"ss -ltnp sport = :{sock.local_port}"
-    return f"{stop}\nsystemctl restart tproxyd"
+    return f"{stop}\n{e.start()}"
 
 
 CHECKS: tuple[Check, ...] = (
@@ -335,6 +360,8 @@ CHECKS: tuple[Check, ...] = (
     name_held_by_a_stranger,
     daemon_stopped,
     daemon_draining,
+    daemon_reverted,
+    other_configuration,
     capability_missing,
     open_files,
     ip_rule_missing,

@@ -9,15 +9,19 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
 from typing import TypeVar
+
+import msgspec
 
 from tproxyd import kernel
 from tproxyd.config import Config
 from tproxyd.daemon.comparison import kernel_view, open_nft, ssh_ports_here
 from tproxyd.daemon.doctor.model import Evidence
-from tproxyd.daemon.lock import find_holder
+from tproxyd.daemon.lock import find_holder, send_order
+from tproxyd.daemon.status import Serving, Waiting
 from tproxyd.errors import CapabilityError, KernelError, MissingError, TproxydError
 from tproxyd.kernel.routing import dump_rules
 from tproxyd.kernel.state import make_steps
@@ -81,6 +85,7 @@ def gather(config: Config, file: str | None) -> Evidence:
     serves = trusted or _is_embedded(config, observed, sockets)
     view = kernel_view(config, observed or _NOTHING, served=serves)
     plan = view.plan()
+    relays = _children(daemon) if serves and daemon is not None else ()
     changed = _changed_tables(plan, observed)
     draining = serves and changed == (STEERING,) and not _changed_tables(view.plan(capturing=False), observed)
     has_own_rules = look("our ip rules", lambda: bool(dump_rules()), False)
@@ -116,7 +121,8 @@ def gather(config: Config, file: str | None) -> Evidence:
         holder_trusted=trusted,
         serves=serves,
         refused_start=look("whether a daemon could start", lambda: _refused_start(config), None) if idle else None,
-        relays=_children(daemon) if serves and daemon is not None else (),
+        told=look("what the daemon tells about itself", partial(_ask, daemon, relays), None) if trusted else None,
+        relays=relays,
         sockets=tuple(sockets),
         holders={inode: tuple(pids) for inode, pids in holders.items()},
         processes=processes_here(),
@@ -141,6 +147,19 @@ def _is_embedded(config: Config, observed: kernel.Observed | None, sockets: list
         for sock in sockets
     )
     return is_owned(steering) or listening
+
+
+def _ask(daemon: Process | None, relays: tuple[Process, ...]) -> Serving | None:
+    """Nothing where it could not answer, or not us."""
+    stopped = any(process.stopped for process in (daemon, *relays) if process is not None)
+    if stopped or missing_capabilities(["CAP_NET_ADMIN"]):
+        return None
+    answer = send_order("status")
+    try:
+        told = msgspec.json.decode(answer, type=Serving | Waiting) if answer is not None else None
+    except msgspec.MsgspecError as error:
+        raise KernelError(f"it answers in another way than expected ({error})") from error
+    return told if isinstance(told, Serving) else None
 
 
 def _changed_tables(plan: Plan, observed: kernel.Observed | None) -> tuple[str, ...]:
@@ -207,7 +226,11 @@ def _children(process: Process) -> tuple[Process, ...]:
             pids |= set(map(int, (task / "children").read_text(encoding="ascii").split()))
         except OSError:
             continue
-    return tuple(child for pid in sorted(pids) if (child := read_process(pid)) and "worker.py" in child.command)
+    return tuple(
+        child
+        for pid in sorted(pids)
+        if (child := read_process(pid)) and any("worker.py" in one for one in child.command)
+    )
 
 
 def _networkd_spares_us() -> bool:

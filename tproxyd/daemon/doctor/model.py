@@ -10,9 +10,12 @@ import msgspec
 
 from tproxyd.config import Config, is_interface
 from tproxyd.config.wording import printable
+from tproxyd.daemon.status import Serving
 from tproxyd.kernel import ForeignChain, ForeignRoute, ForeignRule, Link, Observed
+from tproxyd.kernel.routing import rule_key
 from tproxyd.net.processes import Process
 from tproxyd.net.sock_diag import LISTEN, TcpSocket
+from tproxyd.net.sockets import format_address
 from tproxyd.plan import STATE, Family, Marks, Plan, Surroundings
 
 __all__ = ["Check", "Crossing", "Evidence", "Finding", "of_tproxy_mode", "quoted", "setting"]
@@ -68,7 +71,8 @@ class Evidence(Crossing, frozen=True, kw_only=True):
 
     `sysctls` by path below /proc/sys, `counters` from /proc/net/netstat. `rule_tables` are the tables that foreign rules look up and in
     which there are routes, with whether one of them is a local default route. `holders` are the pids that hold a listening socket,
-    by its inode. `serves`: a daemon does, or a program that embeds it, of which there is no `holder`. `refused_start`: where nothing of
+    by its inode. `serves`: a daemon does, or a program that embeds it, of which there is no `holder`. `told` is what the
+    daemon tells about itself, if it does. `refused_start`: where nothing of
     ours is, why a daemon would not start. `has_own_rules` is known without privileges, other than `observed`. `foreign_destinations`:
     configured destinations that are not addresses of this namespace.
     """
@@ -90,6 +94,7 @@ class Evidence(Crossing, frozen=True, kw_only=True):
     holder: Process | None
     holder_trusted: bool
     serves: bool
+    told: Serving | None
     refused_start: str | None
     relays: tuple[Process, ...]
     sockets: tuple[TcpSocket, ...]
@@ -112,7 +117,26 @@ class Evidence(Crossing, frozen=True, kw_only=True):
     @property
     def is_meant_to_capture(self) -> bool:
         """Whether a daemon serves, or `tproxyd apply` has put the state there for another listener."""
-        return self.serves or self.is_applied
+        return (self.serves or self.is_applied) and not self.is_reverted
+
+    @property
+    def is_reverted(self) -> bool:
+        """Whether `tproxyd revert` has taken everything away from a daemon that lives."""
+        told = self.told
+        return told is not None and not told.capturing and bool(told.differences) and not self.draining
+
+    @property
+    def runs_another_configuration(self) -> bool:
+        """Whether a daemon finds nothing wrong where this configuration would."""
+        told, observed = self.told, self.observed
+        if told is None or not told.capturing or told.differences or observed is None:
+            return False
+        return (
+            bool(self.changed_tables)
+            or set(self.plan.tables) != set(observed.tables)
+            or any(rule_key(rule) not in observed.rules for rule in self.plan.rules)
+            or set(told.listen) != {format_address(address) for address in self.plan.listen}
+        )
 
     @property
     def forwards(self) -> bool:
@@ -124,7 +148,17 @@ class Evidence(Crossing, frozen=True, kw_only=True):
 
     def restart(self) -> str:
         """The command that makes the kernel's state anew."""
-        return "systemctl restart tproxyd" if self.serves else f"tproxyd apply{self.option}"
+        return f"tproxyd apply{self.option}" if self.is_applied and not self.serves else self.start()
+
+    def start(self, command: str | None = None) -> str:
+        """The command that makes a daemon serve with the configuration: as the one that serves was started, unless a command is given."""
+        if not self.serves:
+            return f"tproxyd run{self.option}"
+        if self.holder is None:
+            return f"# stop what serves here, and start it again, or:\ntproxyd run{self.option}"
+        pid, again = self.holder.pid, command or shlex.join(map(printable, self.holder.command))
+        stop = "" if self.draining else f"kill {pid}; "
+        return f"# stop it, and start it again once it has ended:\n{stop}tail --pid={pid} -f /dev/null\n{again}"
 
     @property
     def option(self) -> str:

@@ -18,7 +18,7 @@ import msgspec
 
 from tproxyd import kernel
 from tproxyd.config import Config, is_interface
-from tproxyd.daemon.doctor.model import Evidence, Finding
+from tproxyd.daemon.doctor.model import Evidence, Finding, quoted
 from tproxyd.errors import TproxydError
 from tproxyd.kernel import PROBE_INTERFACE, ProbeWay
 from tproxyd.net.capabilities import missing_capabilities
@@ -56,6 +56,8 @@ def why_not(e: Evidence) -> str | None:
     capture = e.config.capture
     if not e.serves:
         return "no daemon serves this network namespace"
+    if e.is_reverted:
+        return "`tproxyd revert` was given to the daemon"
     if not e.config.captures:
         return "the configuration captures nothing"
     missing = missing_capabilities(["CAP_NET_ADMIN", "CAP_SYS_ADMIN"])
@@ -219,8 +221,11 @@ def _finding(e: Evidence, one: Probe) -> Finding | None:
         "unmade": ("was answered, but never made", "the client's ACK goes elsewhere, as it does with SYN cookies"),
         "bypassed": ("reached an app directly", "it was not captured"),
     }[one.result]
+    link = next((link.name for link in e.captured_links if link.up), None)
+    where = f" --in {quoted(link)}" if link else ""
     return Finding(
         seen=f"a connection from {one.source} to {target}, through the ruleset as it is, {happened[0]}",
         why=f"so will clients: {happened[1]}; the other findings may say why",
-        remedy=f"tproxyd explain {one.source} {target} --in {PROBE_INTERFACE}{e.option}",
+        # The probe's own interface is gone; what arrives on the others is treated alike.
+        remedy=f"tproxyd explain {one.source} {quoted(target)}{where}{e.option}",
     )

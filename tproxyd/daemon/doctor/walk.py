@@ -23,12 +23,14 @@ _DEEPEST = 16  # jumps; the kernel's own limit (NFT_JUMP_STACK_SIZE)
 
 
 class Packet(msgspec.Struct, frozen=True, kw_only=True):
-    """What is known of a TCP packet. `port` None: any. `states` are its conntrack states, None: not known yet; `status` is what conntrack has
-    done with its connection."""
+    """What is known of a TCP packet. It arrives on `interface` and leaves by another, "": on none. `port` and `source_port` None: any.
+    `states` are its conntrack states, None: not known yet; `status` is what conntrack has done with its connection."""
 
     family: int
     interface: str
+    leaves_by: str = ""
     port: int | None
+    source_port: int | None = None
     mark: int
     flags: frozenset[str] = frozenset({"syn"})
     states: frozenset[str] | None = frozenset({"untracked"})
@@ -214,8 +216,8 @@ _ALWAYS, _NOT, _NEVER = 1, 0, -1
 
 
 def _order(operator: Any, left: Any, right: Any, packet: Packet) -> bool | None:
-    if operator in ("<", ">", "<=", ">=") and isinstance(right, int) and _is_port(left) and packet.port is not None:
-        port = packet.port
+    port = _port(left, packet)
+    if operator in ("<", ">", "<=", ">=") and isinstance(right, int) and port is not None:
         return {"<": port < right, ">": port > right, "<=": port <= right, ">=": port >= right}[operator]
     return None
 
@@ -239,6 +241,8 @@ def _compare(left: Any, right: Any, packet: Packet) -> int | None:
     if kind == "meta":
         if key in ("iifname", "iif"):
             return _among(right, packet.interface)
+        if key in ("oifname", "oif"):
+            return _among(right, packet.leaves_by)
         known: dict[str, int | str] = {
             "mark": packet.mark,
             "l4proto": "tcp",
@@ -270,8 +274,9 @@ def _conntrack(key: Any, right: Any, packet: Packet) -> int | None:
 
 def _payload(content: _Statement, right: Any, packet: Packet) -> int | None:
     protocol, field = content.get("protocol"), content.get("field")
-    if _is_port({"payload": content}):
-        return None if packet.port is None else _among(right, packet.port)
+    if protocol in ("tcp", "th") and field in ("sport", "dport"):
+        port = _port({"payload": content}, packet)
+        return None if port is None else _among(right, port)
     if (protocol, field) == ("tcp", "flags"):
         return _any_of(right, packet.flags)
     if (protocol, field) in (("ip", "protocol"), ("ip6", "nexthdr")):
@@ -290,11 +295,14 @@ def _payload(content: _Statement, right: Any, packet: Packet) -> int | None:
     return None
 
 
-def _is_port(left: Any) -> bool:
-    return left in (
-        {"payload": {"protocol": "tcp", "field": "dport"}},
-        {"payload": {"protocol": "th", "field": "dport"}},
-    )
+def _port(left: Any, packet: Packet) -> int | None:
+    """What the packet has there; None: any, or it is no port."""
+    match left:
+        case {"payload": {"protocol": "tcp" | "th", "field": "dport"}}:
+            return packet.port
+        case {"payload": {"protocol": "tcp" | "th", "field": "sport"}}:
+            return packet.source_port
+    return None
 
 
 def _listed(right: Any) -> list[Any]:
