@@ -190,7 +190,7 @@ async def test_01_to_03_a_start_after_a_kill_at_every_single_kernel_step(
 
     After every step in the full run, after every third one in the short one.
     """
-    steps = range(0, KERNEL_STEPS + 1, 1 if counted(10) == 10 else 3)
+    steps = range(0, KERNEL_STEPS + 1, 1 if counted(10) == 10 else 4)
     await plant_foreign(way.proxy)
     before = await way.proxy.dump()
     await nursery.start(serve_identity, way.app, 8080)

@@ -183,7 +183,7 @@ async def test_ctrl_c_during_apply_leaves_all_or_nothing(way: Way) -> None:
     await way.proxy.run(*TPROXYD, "apply", "-c", file)
     applied = await way.proxy.dump()
     await way.proxy.run(*TPROXYD, "revert")
-    for milliseconds in range(60, 420, 20):
+    for milliseconds in range(60, 420, 30):
         async with way.proxy.process(*TPROXYD, "apply", "-c", file, collect=True) as process:
             await trio.sleep(milliseconds / 1000)
             process.send_signal(signal.SIGINT)
@@ -200,7 +200,7 @@ async def test_ctrl_c_during_a_start_ends_it_and_leaves_nothing(way: Way) -> Non
     """At no moment does the daemon crash, or go on as if nothing had been said."""
     before = await way.proxy.dump()
     file = str(way.file(CONFIG))
-    for milliseconds in range(60, 500, 40):
+    for milliseconds in range(60, 500, 60):
         async with way.proxy.process(*TPROXYD, "run", "-c", file, collect=True) as process:
             await trio.sleep(milliseconds / 1000)
             process.send_signal(signal.SIGINT)

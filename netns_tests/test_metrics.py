@@ -11,7 +11,7 @@ import pytest
 import trio
 
 from netns_tests.watch import METRICS, attempt, get, many, metrics, outcomes, processes, reset, until, works
-from netns_tests.way import BOTH_LAYOUTS, GATEWAY_V4, Way
+from netns_tests.way import GATEWAY_V4, Way
 from tproxyd.testing import LabError, serve_echo
 from tproxyd.testing.daemon import TPROXYD, open_daemon
 
@@ -79,8 +79,7 @@ table inet firewall {
 """
 
 
-@BOTH_LAYOUTS
-@pytest.mark.parametrize("mode", ["tproxy", "redirect"])
+@pytest.mark.parametrize(("way", "mode"), [("gateway v4", "tproxy"), ("sidecar v6", "redirect")], indirect=["way"])
 async def test_10_readyz_names_a_default_drop_input_chain(way: Way, mode: str, nursery: trio.Nursery) -> None:
     """One that is there at the start, one that comes; until it goes, or admits what is captured."""
     await nursery.start(serve_echo, way.app, 8080)

@@ -463,7 +463,7 @@ async def test_a_signal_at_any_moment_leaves_what_was_there_before(way: Way) -> 
     """SIGTERM while the change is made, waited for, or taken back."""
     before = await way.proxy.dump()
     command = (*TPROXYD, "apply", "-c", str(way.file(CONFIG)), "--confirm", "1")
-    for milliseconds in range(200, 1800, 300):
+    for milliseconds in range(200, 1800, 400):
         async with way.proxy.process(*command, collect=True) as process:
             await trio.sleep(milliseconds / 1000)
             process.send_signal(signal.SIGTERM)
@@ -479,7 +479,7 @@ async def test_a_ctrl_c_that_is_held_reaches_no_program_that_takes_the_change_ba
     await tproxyd(way.proxy, "apply", "-c", str(way.file(OTHER)))
     before = await way.proxy.dump()
     command = ("setsid", *TPROXYD, "apply", "-c", str(way.file(CONFIG)), "--confirm", "1")
-    for _ in range(8):
+    for _ in range(4):
         async with way.proxy.process(*command, collect=True) as process:
             await process.wait_for_output("s to confirm the change")
             for _ in range(20):

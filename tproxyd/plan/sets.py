@@ -22,6 +22,8 @@ __all__ = [
     "special_sets",
 ]
 
+_FEW = 32  # ports that are listed one by one
+
 Address = IPv4Address | IPv6Address
 Element = PortRange | Network | str
 """Ports, a network, or an interface's name, perhaps with an asterisk at its end."""
@@ -36,7 +38,6 @@ class NamedSet(NamedTuple):
 
     def __str__(self) -> str:
         listed = ",\n\t\t\t     ".join(map(_spelled, self.elements))
-        # A look-up among single ports costs a fraction of one among intervals, and every packet that passes by makes one.
         singles = all(isinstance(element, PortRange) and element.first == element.last for element in self.elements)
         flags = "" if singles else "\t\tflags interval\n"
         return f"\tset {self.name} {{\n\t\ttype {self.kind}\n{flags}\t\telements = {{ {listed} }}\n\t}}\n"
@@ -89,7 +90,12 @@ def special_sets(config: Config, families: Sequence[Family]) -> list[NamedSet]:
 
 
 def _port_set(name: str, ports: Iterable[PortRange]) -> NamedSet:
-    return NamedSet(name, "inet_service", tuple(sorted(ports)))
+    # A look-up among single ports costs a fraction of one among intervals, and every packet that passes by makes some.
+    ranges = sorted(ports)
+    singles = [
+        PortRange(port, port) for one in ranges for port in range(one.first, min(one.last, one.first + _FEW) + 1)
+    ]
+    return NamedSet(name, "inet_service", tuple(singles if len(singles) <= _FEW else ranges))
 
 
 def _network_sets(name: str, networks: Sequence[Network | str]) -> list[NamedSet]:
