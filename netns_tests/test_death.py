@@ -30,7 +30,6 @@ ROUNDS = 3
 DEATHS = """
 import os, signal, sys
 from pathlib import Path
-import pyroute2  # once, not in every child
 from tproxyd import kernel, load_config, make_plan
 
 plan = make_plan(load_config(Path(sys.argv[1])))

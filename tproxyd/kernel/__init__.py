@@ -1,4 +1,4 @@
-"""What the kernel holds: looked at, put there, taken away. Blocking calls, no trio; the only room that imports pyroute2.
+"""What the kernel holds: looked at, put there, taken away. Blocking calls, no trio.
 
 Everything acts on the network namespace of the calling thread, and only on what is ours: nft tables `inet tproxyd` and
 `inet tproxyd_*`, ip rules and local default routes with protocol 133. Nothing else is ever changed or removed.

@@ -1,5 +1,5 @@
-"""What netlink tells when it is asked for everything of a kind. Standard library only: `tproxyd plan` asks, too, and pyroute2 takes as
-long to load as all of the rest.
+"""Netlink: what it tells when it is asked for everything of a kind, and single requests. Standard library only: pyroute2 takes as long to
+load as all of the rest.
 
 Bodies and attributes are given as bytes; what they mean is known to who asks.
 """
@@ -11,7 +11,7 @@ import socket
 import struct
 from collections.abc import Iterator
 
-__all__ = ["ask", "attributes", "dump", "dump_all", "each_attribute"]
+__all__ = ["ask", "attribute", "attributes", "dump", "dump_all", "each_attribute"]
 
 _HEADER = struct.Struct("=IHHII")  # struct nlmsghdr: length, type, flags, sequence, port
 _ATTRIBUTE = struct.Struct("=HH")  # struct nlattr: length, type
@@ -71,6 +71,11 @@ def dump(protocol: int, kind: int, body: bytes, interrupted: list[bool] | None =
                     return
                 yield content
                 data = data[(length + 3) & ~3 :]
+
+
+def attribute(kind: int, content: bytes) -> bytes:
+    """One attribute, padded as netlink wants it."""
+    return _ATTRIBUTE.pack(_ATTRIBUTE.size + len(content), kind) + content + bytes(-len(content) % 4)
 
 
 def attributes(data: bytes) -> dict[int, bytes]:

@@ -6,6 +6,7 @@ as long as a descriptor of this process. So nothing outlives the process either,
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import time
@@ -17,7 +18,7 @@ from typing import Any
 import msgspec
 
 from tproxyd.errors import KernelError
-from tproxyd.kernel.routing import open_netlink
+from tproxyd.kernel.routing import refusal
 from tproxyd.net.namespaces import call_in_namespace, new_namespace
 
 __all__ = ["PROBE_INTERFACE", "ProbeWay", "open_probe_link"]
@@ -67,8 +68,25 @@ def open_probe_link(ways: Sequence[ProbeWay]) -> Iterator[tuple[int, dict[int, s
         os.close(here)
 
 
+@contextmanager
+def _open_netlink(step: str, *, gone: bool = False) -> Iterator[Any]:
+    """An open pyroute2 connection for one step; its errors become ours, with the step named. `gone`: absent is fine."""
+    from pyroute2 import IPRoute  # 150 ms and 24 MB: only for who probes
+    from pyroute2.netlink.exceptions import NetlinkError
+
+    try:
+        with IPRoute() as netlink:
+            yield netlink
+    except NetlinkError as error:
+        if gone and error.code in (errno.ENOENT, errno.ESRCH):
+            return
+        raise refusal(step, error.code, _EXISTS) from error
+    except OSError as error:
+        raise refusal(step, error.errno or 0, _EXISTS) from error
+
+
 def _make(here: int) -> None:
-    with open_netlink(f"make the interface {PROBE_INTERFACE}", exists=_EXISTS) as netlink:
+    with _open_netlink(f"make the interface {PROBE_INTERFACE}") as netlink:
         peer = {"ifname": PROBE_INTERFACE, "net_ns_fd": here}
         netlink.link("add", kind="veth", ifname=_FAR_END, index=_FAR_INDEX, peer=peer)
         netlink.link("set", index=_FAR_INDEX, state="up")
@@ -79,13 +97,13 @@ def _make(here: int) -> None:
 
 
 def _remove() -> None:
-    with open_netlink(f"remove the interface {PROBE_INTERFACE}", gone=True) as netlink:
+    with _open_netlink(f"remove the interface {PROBE_INTERFACE}", gone=True) as netlink:
         for index in netlink.link_lookup(ifname=PROBE_INTERFACE):
             netlink.link("del", index=index)
 
 
 def _lay_ways(far: int, ways: Sequence[ProbeWay]) -> dict[int, str]:
-    with open_netlink(f"set up the interface {PROBE_INTERFACE}") as netlink:
+    with _open_netlink(f"set up the interface {PROBE_INTERFACE}") as netlink:
         (index,) = netlink.link_lookup(ifname=PROBE_INTERFACE)
         netlink.link("set", index=index, state="up")
         far_address = call_in_namespace(far, _wait_for_carrier, _FAR_INDEX)
@@ -116,7 +134,7 @@ def _has_ipv6() -> bool:
 def _wait_for_carrier(index: int) -> str:
     """The link's hardware address, once packets can go over it."""
     end = time.monotonic() + _CARRIER_SECONDS
-    with open_netlink("wait for the probe's cable") as netlink:
+    with _open_netlink("wait for the probe's cable") as netlink:
         while True:
             (link,) = netlink.get_links(index)
             if link.get_attr("IFLA_OPERSTATE") == "UP":
@@ -142,7 +160,7 @@ def _add_near(netlink: Any, index: int, way: ProbeWay, far_address: str) -> None
 
 
 def _add_far(way: ProbeWay, near_address: str) -> None:
-    with open_netlink("set up the far end of the probe's cable") as netlink:
+    with _open_netlink("set up the far end of the probe's cable") as netlink:
         _add_address(netlink, _FAR_INDEX, way.family, way.source)
         _add_route(netlink, _FAR_INDEX, way.family, way.destination)
         _add_neighbour(netlink, _FAR_INDEX, way.destination, near_address)

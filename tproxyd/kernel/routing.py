@@ -1,21 +1,22 @@
-"""ip rules and local routes, each change through a pyroute2 connection of its own, opened, used and closed within one call.
+"""ip rules and local routes, each change a netlink message of its own.
 
-Only what is stamped with our protocol is looked at or deleted; the stamp is part of every request. What there is comes from a dump
-that the kernel itself has filtered: pyroute2 would read every route of a full table first, for seconds.
+Only what is stamped with our protocol is looked at or deleted; the stamp is part of every request. Not through pyroute2: it takes a
+third of a daemon's start to load, and 24 MB, for four kinds of messages of some fixed fields; and it would read every route of a full
+table before it filters, for seconds. (It makes the doctor's probe, which needs much more of netlink: probe_link.py.)
 """
 
 from __future__ import annotations
 
 import errno
+import os
 import socket
 import struct
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from itertools import starmap
+from typing import NamedTuple
 
-from tproxyd.errors import CapabilityError, KernelError
-from tproxyd.kernel.dumps import ask, attributes, dump_all
+from tproxyd.errors import CapabilityError, KernelError, TproxydError
+from tproxyd.kernel.dumps import ask, attribute, attributes, dump_all
 from tproxyd.plan import PROTOCOL, LocalRoute, Rule
 
 __all__ = [
@@ -28,7 +29,7 @@ __all__ = [
     "describe_rule",
     "dump_routes",
     "dump_rules",
-    "open_netlink",
+    "refusal",
     "route_key",
     "rule_key",
 ]
@@ -56,10 +57,10 @@ class RouteKey(NamedTuple):
 
 
 _AF = {4: socket.AF_INET, 6: socket.AF_INET6}
-_DEFAULT = {4: "0.0.0.0/0", 6: "::/0"}
 _GETROUTE, _GETRULE = 26, 34  # linux/rtnetlink.h
 _LOOPBACK = 1  # the index of lo, in every namespace
-_FR_ACT_GOTO = 2
+_FR_ACT_TO_TABLE, _FR_ACT_GOTO = 1, 2
+_U32 = struct.Struct("=I")
 _RTN_LOCAL = 2
 _RTA_DST, _RTA_OIF, _RTA_PRIORITY, _RTA_TABLE, _RTA_CACHEINFO, _RTA_PREF = 1, 4, 6, 15, 12, 20
 _METRIC = {4: 0, 6: 1024}  # what a route has of which nothing is said
@@ -152,63 +153,54 @@ def _number(has: dict[int, bytes], kind: int) -> int:
 
 def add_rule(key: RuleKey) -> None:
     """Adds one rule; an equal one with another protocol, somebody else's, is another rule to the kernel."""
-    with open_netlink(f"add ip rule {describe_rule(key)}") as netlink:
-        if key.raw:
-            ask(socket.NETLINK_ROUTE, _NEWRULE, key.raw, _CREATE)
-            return
-        netlink.rule("add", protocol=PROTOCOL, **_rule_arguments(key))
+    _change(f"add ip rule {describe_rule(key)}", _NEWRULE, key.raw or _rule_message(key), _CREATE)
 
 
 def delete_rule(key: RuleKey) -> None:
     """Deletes one rule of ours; fine if it is gone already."""
-    with open_netlink(f"delete ip rule {describe_rule(key)}", gone=True) as netlink:
-        if key.raw:
-            ask(socket.NETLINK_ROUTE, _DELRULE, key.raw)
-            return
-        netlink.rule("del", protocol=PROTOCOL, **_rule_arguments(key))
+    _change(f"delete ip rule {describe_rule(key)}", _DELRULE, key.raw or _rule_message(key))
 
 
 def add_route(key: RouteKey) -> None:
     """Adds one local default route. Raises KernelError if the table has an equal one of somebody else."""
-    with open_netlink(f"add the IPv{key.family} local route to table {key.table}") as netlink:
-        if key.raw:
-            ask(socket.NETLINK_ROUTE, _NEWROUTE, key.raw, _CREATE)
-            return
-        netlink.route("add", **_route_arguments(key))
+    step = f"add the IPv{key.family} local route to table {key.table}"
+    _change(step, _NEWROUTE, key.raw or _route_message(key), _CREATE)
 
 
 def delete_route(key: RouteKey) -> None:
     """Deletes one local default route of ours; fine if it is gone already."""
-    with open_netlink(f"delete the IPv{key.family} local route of table {key.table}", gone=True) as netlink:
-        if key.raw:
-            ask(socket.NETLINK_ROUTE, _DELROUTE, key.raw)
+    step = f"delete the IPv{key.family} local route of table {key.table}"
+    _change(step, _DELROUTE, key.raw or _route_message(key))
+
+
+def _change(step: str, kind: int, body: bytes, flags: int = 0) -> None:
+    """Makes one change, and names the step where the kernel refuses it. What is to be deleted may be gone."""
+    try:
+        ask(socket.NETLINK_ROUTE, kind, body, flags)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ESRCH) and kind in (_DELRULE, _DELROUTE):
             return
-        netlink.route("del", **_route_arguments(key))
+        raise refusal(step, error.errno or 0, _EXISTS) from error
 
 
-def _rule_arguments(key: RuleKey) -> dict[str, Any]:
+def _rule_message(key: RuleKey) -> bytes:
+    """struct fib_rule_hdr and attributes."""
     family, priority, mark, mask, iif, table, goto, _ = key
-    arguments: dict[str, Any] = {"family": _AF[family], "priority": priority}
+    words = [(_PRIORITY, _U32.pack(priority)), (_PROTOCOL, bytes([PROTOCOL]))]
     if mask:
-        arguments |= {"fwmark": mark, "fwmask": mask}
+        words += [(_MARK, _U32.pack(mark)), (_MASK, _U32.pack(mask))]
     if iif is not None:
-        arguments["iifname"] = iif
-    if goto is not None:
-        return arguments | {"action": "goto", "goto": goto}
-    return arguments | {"table": table}
+        words.append((_IIF, iif.encode() + b"\0"))
+    words.append((_TABLE, _U32.pack(table or 0)) if goto is None else (_GOTO, _U32.pack(goto)))
+    action = _FR_ACT_TO_TABLE if goto is None else _FR_ACT_GOTO
+    return struct.pack("=8BI", _AF[family], 0, 0, 0, 0, 0, 0, action, 0) + b"".join(starmap(attribute, words))
 
 
-def _route_arguments(key: RouteKey) -> dict[str, Any]:
-    family, table, _ = key
-    return {
-        "family": _AF[family],
-        "dst": _DEFAULT[family],
-        "type": "local",
-        "scope": _RT_SCOPE_HOST if family == 4 else 0,
-        "table": table,
-        "oif": _LOOPBACK,
-        "proto": PROTOCOL,
-    }
+def _route_message(key: RouteKey) -> bytes:
+    """struct rtmsg and attributes."""
+    scope = _RT_SCOPE_HOST if key.family == 4 else 0
+    header = struct.pack("=8BI", _AF[key.family], 0, 0, 0, 0, PROTOCOL, scope, _RTN_LOCAL, 0)
+    return header + attribute(_RTA_TABLE, _U32.pack(key.table)) + attribute(_RTA_OIF, _U32.pack(_LOOPBACK))
 
 
 def describe_rule(key: RuleKey) -> str:
@@ -221,29 +213,12 @@ def describe_rule(key: RuleKey) -> str:
     return " ".join(words) + (" and something else" if raw else "")
 
 
-@contextmanager
-def open_netlink(step: str, *, gone: bool = False, exists: str = _EXISTS) -> Iterator[Any]:
-    """An open pyroute2 connection for one step; its errors become ours, with the step named. `gone`: absent is fine. `exists`: what to
-    say where there is an equal one already."""
-    from pyroute2 import IPRoute  # 150 ms and 24 MB: only once the kernel is really asked
-    from pyroute2.netlink.exceptions import NetlinkError
-
-    try:
-        with IPRoute() as netlink:
-            yield netlink
-    except NetlinkError as error:
-        if gone and error.code in (errno.ENOENT, errno.ESRCH):
-            return
-        if error.code == errno.EPERM:
-            raise CapabilityError(
-                f"cannot {step}: that needs CAP_NET_ADMIN in this network namespace; run as root"
-            ) from error
-        if error.code == errno.EEXIST:
-            raise KernelError(f"cannot {step}: {exists}") from error
-        raise KernelError(
-            f"cannot {step}: the kernel says {error.args[1] if len(error.args) > 1 else error}"
-        ) from error
-    except OSError as error:
-        raise KernelError(
-            f"cannot {step}: {error.strerror or error}; is the machine out of files or memory?"
-        ) from error
+def refusal(step: str, number: int, exists: str) -> TproxydError:
+    """The kernel's refusal of a step, in words. `exists`: what to say where there is an equal one already."""
+    if number == errno.EPERM:
+        return CapabilityError(f"cannot {step}: that needs CAP_NET_ADMIN in this network namespace; run as root")
+    if number == errno.EEXIST:
+        return KernelError(f"cannot {step}: {exists}")
+    if number in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):
+        return KernelError(f"cannot {step}: {os.strerror(number)}; is the machine out of files or memory?")
+    return KernelError(f"cannot {step}: the kernel says {os.strerror(number)}")
