@@ -117,7 +117,10 @@ def test_an_early_room_gets_by_on_little(room: str) -> None:
         ("tproxyd.policy", ["trio", "pyroute2", "msgspec"]),
         ("tproxyd.plan", ["trio", "pyroute2"]),
         ("tproxyd.kernel", ["trio", "pyroute2"]),
-        ("tproxyd.daemon.run", ["pyroute2", "prometheus_client", "h11", "tproxyd.daemon.doctor"]),  # a start takes what it must
+        (
+            "tproxyd.daemon.run",
+            ["pyroute2", "prometheus_client", "h11", "tproxyd.daemon.doctor"],
+        ),  # a start takes what it must
         # A relay process stays small and starts fast.
         ("tproxyd.datapath.loop", ["trio", "pyroute2", "asyncio", "tomllib", "subprocess", "tproxyd.config.load"]),
         ("tproxyd.testing.plugin", ["trio", "pyroute2", "msgspec"]),  # in every pytest run of every user
