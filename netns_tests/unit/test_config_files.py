@@ -514,6 +514,11 @@ def test_what_only_a_mapping_can_hold(key: Any, value: Any) -> None:
     assert "a date or time" not in problem
 
 
+def test_a_path_that_cannot_be_written_in_toml() -> None:
+    (problem,) = problems_of(lambda: config_from_mapping({"upstream": {"target": "unix:/run/\ud800"}}))
+    assert problem.startswith('config: `upstream.target` = "unix:/run/\\ud800" has a character that no path can have; ')
+
+
 def test_a_tuple_is_a_list_and_any_mapping_a_table() -> None:
     mapping = MappingProxyType({"capture": MappingProxyType({"ports": (80, "90-91"), "destinations": ("local",)})})
     assert config_from_mapping(mapping).capture.ports == (PortRange(80, 80), PortRange(90, 91))
@@ -538,6 +543,9 @@ TEXTS = (
             "0x1/0x3",
             "[::1]:80",
             "forward",
+            "127.0.0.6",
+            "192.0.2.1:80",
+            "unix:/run/app.sock",
             "::1%lo",
             "::ffff:1.2.3.4",
             "10.0.0.1/8",

@@ -23,7 +23,7 @@ from tproxyd.config.schema import (
     Routing,
     Upstream,
 )
-from tproxyd.config.values import Endpoint, Mark, Network, PortRange, is_interface
+from tproxyd.config.values import Endpoint, Mark, Network, PortRange, UnixPath, is_interface
 
 if TYPE_CHECKING:
     from tproxyd.config.load import DEFAULT_FILE, config_from_mapping, load_config
@@ -45,6 +45,7 @@ __all__ = [
     "PortRange",
     "Relay",
     "Routing",
+    "UnixPath",
     "Upstream",
     "config_from_mapping",
     "is_interface",

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from ipaddress import ip_address
 from typing import Any
 
-from tproxyd.config.values import Endpoint, InvalidError, PortRange, endpoint, ports
+from tproxyd.config.values import Endpoint, InvalidError, PortRange, host_endpoint, ports
 from tproxyd.config.wording import shown, toml_kind
 
 __all__ = ["MOST_RULES", "action", "rule_name", "rule_ports"]
@@ -19,7 +18,7 @@ MOST_RULES = 10_000
 """Each rule is a bit in every entry of the compiled policy."""
 
 _ACTIONS = '"forward", "refuse" or { forward = "192.0.2.1:80" }'
-_LOOPBACK = {4: "127.0.0.1", 6: "::1"}
+_TARGET = 'an address and a port, such as "192.0.2.1:80" or "[2001:db8::1]:80"'
 
 
 def rule_name(value: Any) -> str:
@@ -54,20 +53,6 @@ def action(value: Any) -> str | Endpoint:
     if not value:
         raise InvalidError(f"has no key; write {_ACTIONS}")
     try:
-        return _target(value["forward"])
+        return host_endpoint(value["forward"], _TARGET)
     except InvalidError as invalid:
         raise InvalidError(items={"forward": invalid.cause}) from None
-
-
-def _target(value: Any) -> Endpoint:
-    read = endpoint(value, 'an address and a port, such as "192.0.2.1:80" or "[2001:db8::1]:80"')
-    address = ip_address(read.host)
-    if address.is_unspecified:
-        raise InvalidError(
-            f'is nobody\'s address; if this host is meant, write "{Endpoint(_LOOPBACK[address.version], read.port)}"'
-        )
-    if address.is_multicast or read.host == "255.255.255.255":
-        raise InvalidError("has an address to which no TCP connection can be made; write one host's address")
-    if address.version == 6 and address.is_link_local:
-        raise InvalidError("is link-local, which says nothing without an interface; write an address that is unique")
-    return read

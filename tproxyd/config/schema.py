@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from tproxyd.config import rules
+from tproxyd.config import rules, upstream
 from tproxyd.config import values as read
-from tproxyd.config.values import ALL_PORTS, Endpoint, Mark, Network, PortRange
+from tproxyd.config.values import ALL_PORTS, Endpoint, Mark, Network, PortRange, UnixPath
 from tproxyd.errors import ConfigError
 
 __all__ = [
@@ -67,10 +67,14 @@ class Capture(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Listen(msgspec.Struct, frozen=True, kw_only=True):
-    """The listeners: on 127.0.0.1 and ::1, or with `capture.mode` "redirect" on every address."""
+    """The listeners: on 127.0.0.1 and ::1, or with `capture.mode` "redirect" on every address.
+
+    `proxy_protocol_from`: clients whose connections begin with a PROXY header, which says for whom they speak.
+    """
 
     port: Annotated[int, read.integer(1, 65535)] = 15006
     backlog: Annotated[int, read.integer(1, 1_000_000)] = 4096
+    proxy_protocol_from: Annotated[tuple[Network, ...], read.named_networks] = ()
 
 
 class Routing(msgspec.Struct, frozen=True, kw_only=True):
@@ -87,11 +91,14 @@ class Routing(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Upstream(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a connection goes and as whom. `connect_timeout` in seconds."""
+    """Where a connection goes, as whom, and how the server is told who its client is. `connect_timeout` in seconds.
 
-    target: Annotated[Literal["original"], read.upstream_target] = "original"
-    source: Annotated[Literal["auto", "proxy"], read.upstream_source] = "auto"
-    proxy_protocol: Annotated[Literal["off"], read.choice("off", later=("v1", "v2"))] = "off"
+    A tuple of sources has addresses in their usual spelling, at least one.
+    """
+
+    target: Annotated[Literal["original", "loopback"] | Endpoint | UnixPath, upstream.target] = "original"
+    source: Annotated[Literal["client", "auto", "proxy"] | tuple[str, ...], upstream.source] = "auto"
+    proxy_protocol: Annotated[Literal["off", "v1", "v2"], read.choice("off", "v1", "v2")] = "off"
     connect_timeout: Annotated[float, read.some_seconds] = 5.0
 
 
@@ -100,7 +107,7 @@ class Relay(msgspec.Struct, frozen=True, kw_only=True):
 
     engine: Annotated[Literal["auto", "copy", "splice"], read.choice("auto", "copy", "splice")] = "auto"
     workers: Annotated[int | Literal["auto"], read.or_auto(read.integer(0, 64))] = 1
-    busy_poll: Annotated[float, read.spinning_seconds] = 0.0
+    busy_poll: Annotated[float, read.brief_seconds("0us", "10ms", why="it would burn a core for nothing")] = 0.0
     idle_timeout: Annotated[float, read.some_seconds] = 3600.0
     half_close_timeout: Annotated[float, read.some_seconds] = 60.0
 
@@ -126,12 +133,16 @@ class PolicyRule(msgspec.Struct, frozen=True, kw_only=True):
 class Policy(msgspec.Struct, frozen=True, kw_only=True):
     """What becomes of a connection: the first rule that matches says it, else `default`.
 
-    `allow_special`: special destinations for which that is so, too; the others are refused before any rule.
+    `allow_special`: special destinations for which that is so, too; the others are refused before any rule. `sniff_timeout`: how
+    long, in seconds, the first bytes of a client are waited for where something depends on them.
     """
 
     default: Annotated[Literal["forward", "refuse"], read.choice("forward", "refuse")] = "forward"
     rule: Annotated[tuple[PolicyRule, ...], PolicyRule] = ()
     allow_special: Annotated[tuple[Network, ...], read.special_networks] = ()
+    sniff_timeout: Annotated[
+        float, read.brief_seconds("0s", "10s", why="who waits for the server to speak first would wait as long")
+    ] = 0.3
 
 
 class Drain(msgspec.Struct, frozen=True, kw_only=True):
@@ -199,7 +210,6 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
 
 
 LATER: dict[str, tuple[str, ...] | None] = {
-    "policy": ("sniff_timeout",),
     "policy.rule": ("interfaces", "workloads", "sni", "alpn", "http_host"),
     "admin": ("socket",),
     "workload": None,

@@ -23,16 +23,21 @@ __all__ = [
     "Network",
     "PortRange",
     "Reader",
+    "UnixPath",
+    "brief_seconds",
     "choice",
     "destinations",
     "endpoint",
     "excluded_interfaces",
     "flag",
+    "host_endpoint",
     "integer",
     "interfaces",
     "is_interface",
+    "list_of",
     "listen_endpoint",
     "mark",
+    "named_networks",
     "networks",
     "or_auto",
     "ports",
@@ -40,9 +45,6 @@ __all__ = [
     "seconds",
     "some_seconds",
     "special_networks",
-    "spinning_seconds",
-    "upstream_source",
-    "upstream_target",
     "wildcard_over",
 ]
 
@@ -52,9 +54,9 @@ Network = IPv4Network | IPv6Network
 
 _LATER = "is not in this version of tproxyd"
 _LONGEST = 30 * 86400  # seconds; a longer time-out is a slip of the unit
-_LONGEST_SPIN = 0.01  # seconds
 _UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 _MAPPED = IPv6Network("::ffff:0:0/96")
+_LOOPBACK = {4: "127.0.0.1", 6: "::1"}
 _INTERFACES = 'interface names, such as ["eth0", "eth*"]'
 
 
@@ -100,6 +102,15 @@ class Endpoint(msgspec.Struct, frozen=True):
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
+class UnixPath(msgspec.Struct, frozen=True):
+    """Where a Unix socket is: an absolute path, short enough for the address of a socket."""
+
+    path: str
+
+    def __str__(self) -> str:
+        return f"unix:{self.path}"
+
+
 class Mark(msgspec.Struct, frozen=True, kw_only=True):
     """A packet mark: `value` in the bits of `mask`. The other bits belong to others and are never changed."""
 
@@ -126,20 +137,6 @@ def choice(*allowed: str, later: Sequence[str] = ()) -> Reader:
         raise InvalidError(f"is none of its values; use {_or(allowed)}")
 
     return read
-
-
-def upstream_source(value: Any) -> str:
-    """ "auto" or "proxy"; the client's address as a must, or addresses, come later."""
-    if isinstance(value, list | tuple) or (isinstance(value, str) and (value == "client" or _is_address(value))):
-        raise InvalidError(f'{_LATER}; use "auto" or "proxy"')
-    return str(choice("auto", "proxy")(value))
-
-
-def upstream_target(value: Any) -> str:
-    """ "original"; everything else comes later."""
-    if isinstance(value, str) and (value == "loopback" or value.startswith("unix:") or ":" in value):
-        raise InvalidError(f'{_LATER}; use "original"')
-    return str(choice("original")(value))
 
 
 def flag(value: Any) -> bool:
@@ -198,14 +195,19 @@ def some_seconds(value: Any) -> float:
     return duration
 
 
-def spinning_seconds(value: Any) -> float:
-    """A duration for which a loop may keep a core busy."""
-    if not isinstance(value, str):
-        raise InvalidError(f'is {toml_kind(value)}; write "0us" to "10ms", in quotes')
-    duration = seconds(value)
-    if duration > _LONGEST_SPIN:
-        raise InvalidError('is longer than 10ms: it would burn a core for nothing; write "0us" to "10ms"')
-    return duration
+def brief_seconds(shortest: str, longest: str, *, why: str) -> Reader:
+    """A duration from `shortest` (zero, in the unit that fits) to `longest`, both included; `why` says why not longer."""
+    most = seconds(longest)
+
+    def read(value: Any) -> float:
+        if not isinstance(value, str):
+            raise InvalidError(f'is {toml_kind(value)}; write "{shortest}" to "{longest}", in quotes')
+        duration = seconds(value)
+        if duration > most:
+            raise InvalidError(f'is longer than {longest}: {why}; write "{shortest}" to "{longest}"')
+        return duration
+
+    return read
 
 
 def mark(value: Any) -> Mark | str:
@@ -247,7 +249,7 @@ def ports(value: Any) -> tuple[PortRange, ...]:
     """A list of ports and ranges, or "all". Overlaps are a mistake: one of the two is not what was meant."""
     if isinstance(value, str) and value == "all":
         return ALL_PORTS
-    return _list(
+    return list_of(
         value, port_range, 'ports and ranges, such as ["8080", "9000-9099"], or the word "all"', fit=_overlapping
     )
 
@@ -273,6 +275,21 @@ def endpoint(value: Any, example: str) -> Endpoint:
     if not 1 <= port <= 65535:
         raise InvalidError("has a port out of range; ports are 1 to 65535")
     return Endpoint(str(address), port)
+
+
+def host_endpoint(value: Any, example: str) -> Endpoint:
+    """As `endpoint`, but one to which a connection can be made."""
+    read = endpoint(value, example)
+    address = ip_address(read.host)
+    if address.is_unspecified:
+        raise InvalidError(
+            f'is nobody\'s address; if this host is meant, write "{Endpoint(_LOOPBACK[address.version], read.port)}"'
+        )
+    if address.is_multicast or read.host == "255.255.255.255":
+        raise InvalidError("has an address to which no TCP connection can be made; write one host's address")
+    if address.version == 6 and address.is_link_local:
+        raise InvalidError("is link-local, which says nothing without an interface; write an address that is unique")
+    return read
 
 
 def listen_endpoint(value: Any) -> Endpoint | None:
@@ -310,12 +327,27 @@ def special_network(value: Any) -> Network:
 
 def networks(value: Any) -> tuple[Network, ...]:
     """A list of networks."""
-    return _list(value, network, 'networks, such as ["192.0.2.0/24"]')
+    return list_of(value, network, 'networks, such as ["192.0.2.0/24"]')
+
+
+def named_networks(value: Any) -> tuple[Network, ...]:
+    """A list of networks that are trusted with something, so none that is everybody."""
+
+    def read(item: Any) -> Network:
+        named = network(item)
+        if not named.prefixlen:
+            raise InvalidError(
+                "is everybody, and whoever may say whom a connection comes from must be named; write the networks of your "
+                "load balancers"
+            )
+        return named
+
+    return list_of(value, read, 'networks, such as ["192.0.2.0/24"]')
 
 
 def special_networks(value: Any) -> tuple[Network, ...]:
     """A list of networks that are refused unless they stand here, those of mapped IPv4 among them."""
-    return _list(value, special_network, 'networks, such as ["192.0.2.0/24"]')
+    return list_of(value, special_network, 'networks, such as ["192.0.2.0/24"]')
 
 
 def destinations(value: Any) -> tuple[Network | str, ...]:
@@ -324,7 +356,7 @@ def destinations(value: Any) -> tuple[Network | str, ...]:
     def read(item: Any) -> Network | str:
         return "local" if isinstance(item, str) and item == "local" else network(item)
 
-    return _list(value, read, 'networks, or "local", such as ["local", "192.0.2.0/24"]')
+    return list_of(value, read, 'networks, or "local", such as ["local", "192.0.2.0/24"]')
 
 
 def interface(value: Any) -> str:
@@ -367,17 +399,17 @@ def interfaces(value: Any) -> tuple[str, ...]:
             )
         return name
 
-    return _list(value, read, _INTERFACES, fit=_taken_in)
+    return list_of(value, read, _INTERFACES, fit=_taken_in)
 
 
 def excluded_interfaces(value: Any) -> tuple[str, ...]:
     """A list of interfaces not to capture on; lo is never captured, naming it is harmless."""
-    return _list(value, interface, _INTERFACES, fit=_taken_in)
+    return list_of(value, interface, _INTERFACES, fit=_taken_in)
 
 
 def protocols(value: Any) -> tuple[str, ...]:
     """["tcp"]; udp comes later."""
-    read: tuple[str, ...] = _list(value, choice("tcp", later=("udp",)), '["tcp"]')
+    read: tuple[str, ...] = list_of(value, choice("tcp", later=("udp",)), '["tcp"]')
     if not read:
         raise InvalidError('is empty; write ["tcp"], or switch capture off with mode = "off"')
     return read
@@ -420,7 +452,7 @@ def _taken_in(good: Mapping[int, str]) -> dict[int, str]:
     }
 
 
-def _list(
+def list_of(
     value: Any, read: Callable[[Any], T], example: str, *, fit: Callable[[Mapping[int, T]], dict[int, str]] = _repeated
 ) -> tuple[T, ...]:
     """Reads every item; `fit` finds, by index, those of the good ones that cannot stand beside the others."""
