@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from ipaddress import ip_network
 from typing import Any
 
+import msgspec
 import pytest
 
 from tproxyd.config import (
@@ -19,6 +20,8 @@ from tproxyd.config import (
     Endpoint,
     Mark,
     Network,
+    Policy,
+    PolicyRule,
     PortRange,
     UnixPath,
     Upstream,
@@ -752,6 +755,18 @@ async def test_a_program_is_refused_what_the_data_path_cannot_do() -> None:
 def test_a_target_is_told_as_it_is_written() -> None:
     for text in ("192.0.2.1:80", "[2001:db8::1]:80", "unix:/run/app.sock"):
         assert str(keys_of(Upstream)["target"](text)) == text
+
+
+def test_an_upstream_target_has_a_port_to_which_connections_are_made() -> None:
+    captured = config_from_mapping({"capture": {"ports": ["8080"]}})
+    rule = PolicyRule(name="x", action=Endpoint("192.0.2.1", 81))
+    for upstream, ports in (
+        (Upstream(target=Endpoint("192.0.2.1", 80)), {80, 81, 8080}),
+        (Upstream(target=UnixPath("/run/app.sock")), {81, 8080}),
+        (Upstream(target="loopback"), {81, 8080}),
+    ):
+        config = msgspec.structs.replace(captured, upstream=upstream, policy=Policy(rule=(rule,)))
+        assert {port for port in (79, 80, 81, 8080) if config.relays_port(port)} == ports
 
 
 def test_redirect_mode_cannot_promise_the_clients_address() -> None:

@@ -22,7 +22,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tproxyd.config import Config, Mark, config_from_mapping, load_config
+from tproxyd.config import Config, Endpoint, Mark, Upstream, config_from_mapping, load_config
 from tproxyd.errors import ConfigError
 from tproxyd.plan import (
     FORMATS,
@@ -234,6 +234,15 @@ def test_equal_configs_give_equal_plans() -> None:
     assert make_plan(TWO_LINES) != make_plan(EVERYTHING)
     # What the kernel has no part in changes nothing in it.
     assert make_plan(TWO_LINES) == plan_of(log={"level": "debug"}, drain={"timeout": "1s"}, listen={"backlog": 1})
+
+
+def test_a_target_brings_its_port_into_the_ruleset_as_a_rule_does() -> None:
+    def plan_to(target: Endpoint) -> Plan:
+        return make_plan(msgspec.structs.replace(TWO_LINES, upstream=Upstream(target=target)))
+
+    by_rule = plan_of(policy={"rule": [{"name": "x", "action": {"forward": "192.0.2.1:81"}}]})
+    assert plan_to(Endpoint("192.0.2.1", 81)) == by_rule
+    assert plan_to(Endpoint("192.0.2.1", 8080)) == make_plan(TWO_LINES) != by_rule  # a captured port is there anyway
 
 
 def test_a_plan_is_frozen() -> None:

@@ -196,10 +196,14 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         return port == self.listen.port if self.redirects else self.capture.takes_port(port)
 
     def relays_port(self, port: int) -> bool:
-        """Whether connections may be made to this port: a captured one, or one that a policy rule forwards to."""
-        return self.capture.takes_port(port) or any(
-            isinstance(rule.action, Endpoint) and rule.action.port == port for rule in self.policy.rule
-        )
+        """Whether connections may be made to this port: a captured one, or one of `target_ports`."""
+        return self.capture.takes_port(port) or port in self.target_ports
+
+    @property
+    def target_ports(self) -> frozenset[int]:
+        """The ports of the addresses that connections are made to in place of their own: by policy rules, and by `upstream.target`."""
+        targets = (self.upstream.target, *(rule.action for rule in self.policy.rule))
+        return frozenset(target.port for target in targets if isinstance(target, Endpoint))
 
     def require_captures(self) -> None:
         """Raises ConfigError if nothing would be captured."""

@@ -150,7 +150,7 @@ def foreign_ports(config: Config) -> list[Selector]:
     """Matches packets with no captured port on either side; nothing if every port is captured.
 
     What keeps other programs' transparent sockets (squid, HAProxy) out of it: a packet of ours has the captured port on one side,
-    or the one that a policy rule forwards to.
+    or the one that a policy rule or `upstream.target` says.
     """
     if has_all_ports(config.capture.ports):
         return []

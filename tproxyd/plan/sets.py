@@ -70,10 +70,9 @@ def capture_sets(config: Config) -> list[NamedSet]:
 
 
 def relayed_sets(config: Config) -> list[NamedSet]:
-    """The captured ports and those that policy rules forward to; nothing if the former have all of the latter."""
+    """The captured ports, and those of policy rules' targets and `upstream.target`; nothing if the former have all of the latter."""
     captured = config.capture.ports
-    targets = {rule.action.port for rule in config.policy.rule if not isinstance(rule.action, str)}
-    others = [PortRange(port, port) for port in targets if element_of(captured, port) is None]
+    others = [PortRange(port, port) for port in config.target_ports if element_of(captured, port) is None]
     return [_port_set("relayed_ports", [*captured, *others])] if others else []
 
 
