@@ -769,13 +769,6 @@ def test_an_upstream_target_has_a_port_to_which_connections_are_made() -> None:
         assert {port for port in (79, 80, 81, 8080) if config.relays_port(port)} == ports
 
 
-def test_redirect_mode_cannot_promise_the_clients_address() -> None:
-    """ "auto" is "proxy" there; whoever demands more is refused."""
-    assert problems_in('capture.mode = "redirect"\nupstream.source = "client"')
-    for source in ("auto", "proxy"):
-        assert config_from_mapping({"capture": {"mode": "redirect"}, "upstream": {"source": source}}).redirects
-
-
 # Values that do not fit together
 
 TOGETHER = [
@@ -815,6 +808,41 @@ TOGETHER = [
         '`policy.rule[1].action.forward` (rule "b") = "[::1]:15006" is tproxyd\'s own listener (`listen.port`), which',
     ),
     (
+        "a rule that forwards to the listener of redirect mode",
+        'capture.mode = "redirect"\npolicy.rule = [{ name = "b", action = { forward = "127.0.0.2:15006" } }]',
+        '`policy.rule[0].action.forward` (rule "b") = "127.0.0.2:15006" is tproxyd\'s own listener',
+    ),
+    (
+        "the listener as a target",
+        'listen.port = 80\nupstream.target = "[0::1]:80"',
+        '`upstream.target` = "[::1]:80" is tproxyd\'s own listener (`listen.port`), which would call itself; name another',
+    ),
+    (
+        "the listener of redirect mode as a target",
+        'capture.mode = "redirect"\nupstream.target = "127.9.9.9:15006"',
+        '`upstream.target` = "127.9.9.9:15006" is tproxyd\'s own listener (`listen.port`), which would call itself; name an',
+    ),
+    (
+        "the listener's port at loopback",
+        'upstream.target = "loopback"\ncapture.ports = ["15005-15006"]\ncapture.exclude_ports = [15005]',
+        '`upstream.target` = "loopback" and `capture.ports`, which has 15006 alone, lead every connection to tproxyd\'s own',
+    ),
+    (
+        "the client's address in redirect mode",
+        'capture.mode = "redirect"\nupstream.source = "client"',
+        '`upstream.source` = "client" is impossible with `capture.mode` = "redirect": the answers to the client\'s address would',
+    ),
+    (
+        "the client's address and a Unix socket",
+        'capture.mode = "redirect"\nupstream = { source = "client", target = "unix:/run/app.sock" }',
+        '`upstream.source` = "client" does not go with `upstream.target` = "unix:/run/app.sock": a Unix socket has no source',
+    ),
+    (
+        "an address and a Unix socket",
+        'upstream = { source = "127.0.0.6", target = "unix:/run/app.sock" }',
+        '`upstream.source` = ["127.0.0.6"] does not go with `upstream.target` = "unix:/run/app.sock": a Unix socket has no',
+    ),
+    (
         "metrics where clients arrive",
         'admin.metrics = "0.0.0.0:15006"',
         '`admin.metrics` = "0.0.0.0:15006" has the port of `listen.port`, where clients arrive; choose another',
@@ -846,6 +874,37 @@ TOGETHER = [
 def test_values_that_exclude_each_other(text: str, expected: str) -> None:
     (problem,) = problems_in(text)
     assert expected in problem
+
+
+TOGETHER_LATER = [
+    ("redirect mode and addresses", 'capture.mode = "redirect"\nupstream.source = ["127.0.0.6"]', ["source"]),
+    (
+        "a Unix socket",
+        'upstream = { target = "unix:/run/app.sock", proxy_protocol = "v2" }',
+        ["target", "proxy_protocol"],
+    ),
+    ("a Unix socket as the proxy", 'upstream = { target = "unix:/run/app.sock", source = "proxy" }', ["target"]),
+    ("the listener's port of another", 'upstream.target = "192.0.2.1:15006"', ["target"]),
+    ("the listener's port of another loopback address", 'upstream.target = "127.0.0.2:15006"', ["target"]),
+    ("the listener's port among others", 'upstream.target = "loopback"\ncapture.ports = ["15005-15006"]', ["target"]),
+    ("every port at loopback", 'upstream.target = "loopback"\ncapture.ports = "all"', ["target"]),
+    ("nothing is captured", 'upstream.target = "loopback"\ncapture = { ports = [15006], mode = "off" }', ["target"]),
+]
+"""What fits together: nothing but what the data path cannot carry out yet is wrong with it."""
+
+
+@pytest.mark.parametrize(("text", "keys"), **table(TOGETHER_LATER))
+def test_values_that_fit_together_and_come_later(text: str, keys: list[str]) -> None:
+    for key, problem in zip(keys, problems_in(text), strict=True):
+        assert problem.startswith(f"config: `upstream.{key}` = ")
+        assert "is not in this version of tproxyd; " in problem
+
+
+def test_redirect_mode_takes_what_it_can_promise() -> None:
+    for source in ("auto", "proxy"):
+        assert config_from_mapping({"capture": {"mode": "redirect"}, "upstream": {"source": source}}).redirects
+    rule = {"name": "x", "action": {"forward": "192.0.2.1:15006"}}  # whose address that is cannot be known here
+    config_from_mapping({"capture": {"mode": "redirect"}, "policy": {"rule": [rule]}})
 
 
 def test_a_port_excluded_by_default_is_named() -> None:
@@ -892,6 +951,12 @@ AT_ONCE = [
         "a bad key and values that exclude each other",
         'listen.prot = 1\nrouting.mark = "0x1/0x1"\nrouting.upstream_mark = "0x1/0x1"',
         ["`listen.prot`", "`routing.upstream_mark`"],
+    ),
+    (
+        "a bad port of the listener, and no targets that would be the default one",
+        'listen.port = 0\nupstream.target = "[::1]:15006"\n'
+        'policy.rule = [{ name = "x", action = { forward = "127.0.0.1:15006" } }]',
+        ["`listen.port`", '`upstream.target` = "[::1]:15006" is not in this version'],
     ),
     (
         "a bad value and only what does not depend on it",

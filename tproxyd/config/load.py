@@ -10,6 +10,7 @@ import os
 import stat
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import msgspec
 
 from tproxyd.config.rules import MOST_RULES
 from tproxyd.config.schema import LATER, Capture, Config, keys_of
-from tproxyd.config.values import ALL_PORTS, Endpoint, InvalidError, Mark, PortRange, wildcard_over
+from tproxyd.config.values import ALL_PORTS, Endpoint, InvalidError, Mark, PortRange, UnixPath, wildcard_over
 from tproxyd.config.values import ports as read_ports
 from tproxyd.config.wording import printable, short, shown, toml_kind
 from tproxyd.errors import ConfigError, UsageError
@@ -203,7 +204,7 @@ def _make(tree: _Tree, *, added: tuple[PortRange, ...] = (), unread: Sequence[st
         config = msgspec.structs.replace(config, capture=_with_ports(config.capture, added))
         for sentence in _check_added(config.capture, added):
             say(sentence, ("capture", "exclude_ports"))
-    if good((_RULES, _LISTEN_PORT)):
+    if good((_RULES, _LISTEN_PORT, _MODE)):
         for index, sentence in _check_targets(config):
             say(f"`{tree.path(_RULES, index)}.action.forward` {sentence}", (*_RULES, index))
     for places, check in _TOGETHER:
@@ -287,12 +288,49 @@ def _make_tables(
 
 def _check_targets(config: Config) -> Iterator[tuple[int, str]]:
     for index, rule in enumerate(config.policy.rule):
-        if rule.action in (Endpoint("127.0.0.1", config.listen.port), Endpoint("::1", config.listen.port)):
-            yield (
-                index,
-                f"(rule {shown(rule.name)}) = {shown(str(rule.action))} is tproxyd's own listener (`listen.port`), which would "
-                "call itself; name another",
-            )
+        if _is_listener(rule.action, config.listen.port, config.capture.mode):
+            yield index, f"(rule {shown(rule.name)}) = {shown(str(rule.action))} {_CALLS_ITSELF}"
+
+
+_CALLS_ITSELF = "is tproxyd's own listener (`listen.port`), which would call itself; name another"
+
+
+def _is_listener(target: object, port: int, mode: str) -> bool:
+    # In redirect mode it is on every address. Which those of this host are is not known here, but for loopback.
+    if not isinstance(target, Endpoint) or target.port != port:
+        return False
+    return target.host in ("127.0.0.1", "::1") or (mode == "redirect" and ip_address(target.host).is_loopback)
+
+
+def _check_target(target: object, port: int, mode: str) -> Iterator[str]:
+    if _is_listener(target, port, mode):
+        yield f"`upstream.target` = {shown(str(target))} {_CALLS_ITSELF}"
+
+
+def _check_loopback(
+    target: object, port: int, mode: str, ports: tuple[PortRange, ...], exclude_ports: tuple[PortRange, ...]
+) -> Iterator[str]:
+    # Beside other ports, that of the listener may be within a range or "all"; such a connection is refused when it comes.
+    if target != "loopback" or mode == "off":
+        return
+    if Capture(ports=ports, exclude_ports=exclude_ports).taken_ports == [(port, port)]:
+        yield (
+            f'`upstream.target` = "loopback" and `capture.ports`, which has {port} alone, lead every connection to tproxyd\'s own '
+            "listener (`listen.port`), which would call itself; choose another listen.port"
+        )
+
+
+def _check_source(source: str | Sequence[str], target: object, mode: str) -> Iterator[str]:
+    if isinstance(target, UnixPath) and (source == "client" or not isinstance(source, str)):
+        yield (
+            f"`upstream.source` = {shown(source)} does not go with `upstream.target` = {shown(str(target))}: a Unix socket has no "
+            'source address; use "auto", and upstream.proxy_protocol = "v2" to tell the app who its client is'
+        )
+    elif source == "client" and mode == "redirect":
+        yield (
+            '`upstream.source` = "client" is impossible with `capture.mode` = "redirect": the answers to the client\'s address would '
+            'not come back here; use "auto", or mode = "tproxy"'
+        )
 
 
 def _check_marks(mark: Mark | str, upstream_mark: Mark | str) -> Iterator[str]:
@@ -339,10 +377,11 @@ def _check_metrics(metrics: Endpoint | None, port: int, mode: str) -> Iterator[s
 
 
 _LISTEN_PORT = ("listen", "port")
+_MODE = ("capture", "mode")
 _RULES = ("policy", "rule")
 _SOURCE = ("upstream", "source")
 _TARGET = ("upstream", "target")
-_PORTS = (("capture", "mode"), ("capture", "ports"), ("capture", "exclude_ports"))
+_PORTS = (_MODE, ("capture", "ports"), ("capture", "exclude_ports"))
 
 
 def _check_shares(workers: int | str, most: int | str) -> Iterator[str]:
@@ -356,7 +395,10 @@ def _check_shares(workers: int | str, most: int | str) -> Iterator[str]:
 _TOGETHER: tuple[tuple[Sequence[tuple[str, str]], Callable[..., Iterator[str]]], ...] = (
     ((("routing", "mark"), ("routing", "upstream_mark")), _check_marks),
     (_PORTS, _check_ports),
-    ((("admin", "metrics"), ("listen", "port"), ("capture", "mode")), _check_metrics),
+    ((("admin", "metrics"), _LISTEN_PORT, _MODE), _check_metrics),
+    ((_TARGET, _LISTEN_PORT, _MODE), _check_target),
+    ((_TARGET, _LISTEN_PORT, *_PORTS), _check_loopback),
+    ((_SOURCE, _TARGET, _MODE), _check_source),
     ((("relay", "workers"), ("limits", "max_connections")), _check_shares),
     ((("capture", "interfaces"), ("capture", "exclude_interfaces")), _check_interfaces),
 )
