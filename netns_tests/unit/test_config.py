@@ -953,6 +953,11 @@ AT_ONCE = [
         ["`listen.prot`", "`routing.upstream_mark`"],
     ),
     (
+        "two that do not go with the same third",
+        'capture = { mode = "redirect", ports = [22] }\nupstream.source = "client"\nadmin.metrics = "192.0.2.1:15006"',
+        ["`capture.exclude_ports`", "`upstream.source`", "`admin.metrics`"],
+    ),
+    (
         "a bad port of the listener, and no targets that would be the default one",
         'listen.port = 0\nupstream.target = "[::1]:15006"\n'
         'policy.rule = [{ name = "x", action = { forward = "127.0.0.1:15006" } }]',

@@ -207,10 +207,10 @@ def _make(tree: _Tree, *, added: tuple[PortRange, ...] = (), unread: Sequence[st
     if good((_RULES, _LISTEN_PORT, _MODE)):
         for index, sentence in _check_targets(config):
             say(f"`{tree.path(_RULES, index)}.action.forward` {sentence}", (*_RULES, index))
-    for places, check in _TOGETHER:
-        if good(places):
-            for sentence in check(*(getattr(getattr(config, table), key) for table, key in places)):
-                say(sentence, *places)
+    # All chosen before the first has found something: a key of two checks would hide the other's problem.
+    for places, check in [one for one in _TOGETHER if good(one[0])]:
+        for sentence in check(*(getattr(getattr(config, table), key) for table, key in places)):
+            say(sentence, *places)
     for place, sentence in not_yet(config):
         if good((place,)):  # a value of which more is wrong than its time is told that alone
             say(sentence, place)
