@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from ipaddress import ip_address
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -190,6 +191,19 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     def redirects(self) -> bool:
         """Whether NAT brings connections to the listeners, and not tproxy."""
         return self.capture.mode == "redirect"
+
+    @property
+    def spoofs(self) -> bool:
+        """Whether upstream sockets may bear an address that is none of this host's: the client's, or one that is given."""
+        return not self.redirects and self.upstream.source != "proxy"
+
+    @property
+    def targets_loopback(self) -> bool:
+        """Whether connections may be made to a loopback address: there the kernel sends no answer to another host's address."""
+        targets = [self.upstream.target, *(rule.action for rule in self.policy.rule)]
+        return "loopback" in targets or any(
+            isinstance(target, Endpoint) and ip_address(target.host).is_loopback for target in targets
+        )
 
     def arrives_at_port(self, port: int) -> bool:
         """Whether this is the local port of a client's connection, as its socket here has it."""

@@ -36,7 +36,7 @@ __all__ = [
 
 
 class RuleKey(NamedTuple):
-    """An ip rule as compared. `raw` is the whole message of one that has anything besides: such a rule is none of a plan's."""
+    """An ip rule as compared; with neither `table` nor `goto` it is an `unreachable` one. `raw` is the whole message of one that has anything besides: such a rule is none of a plan's."""
 
     family: int
     priority: int
@@ -45,6 +45,7 @@ class RuleKey(NamedTuple):
     iif: str | None
     table: int | None
     goto: int | None
+    source: str | None = None
     raw: bytes = b""
 
 
@@ -59,13 +60,13 @@ class RouteKey(NamedTuple):
 _AF = {4: socket.AF_INET, 6: socket.AF_INET6}
 _GETROUTE, _GETRULE = 26, 34  # linux/rtnetlink.h
 _LOOPBACK = 1  # the index of lo, in every namespace
-_FR_ACT_TO_TABLE, _FR_ACT_GOTO = 1, 2
+_FR_ACT_TO_TABLE, _FR_ACT_GOTO, _FR_ACT_UNREACHABLE = 1, 2, 7
 _U32 = struct.Struct("=I")
 _RTN_LOCAL = 2
 _RTA_DST, _RTA_OIF, _RTA_PRIORITY, _RTA_TABLE, _RTA_CACHEINFO, _RTA_PREF = 1, 4, 6, 15, 12, 20
 _METRIC = {4: 0, 6: 1024}  # what a route has of which nothing is said
 # FRA_ attributes, linux/fib_rules.h
-_IIF, _GOTO, _PRIORITY, _MARK, _SUPPRESS, _TABLE, _MASK, _PROTOCOL = 3, 4, 6, 10, 14, 15, 16, 21
+_SRC, _IIF, _GOTO, _PRIORITY, _MARK, _SUPPRESS, _TABLE, _MASK, _PROTOCOL = 2, 3, 4, 6, 10, 14, 15, 16, 21
 _INVERT = 2  # FIB_RULE_INVERT
 _NEWROUTE, _DELROUTE, _NEWRULE, _DELRULE = 24, 25, 32, 33
 _CREATE = 0x600  # NLM_F_CREATE | NLM_F_EXCL
@@ -78,7 +79,8 @@ _RT_SCOPE_HOST = 254  # what an IPv4 local route has, on add and on delete; IPv6
 
 def rule_key(rule: Rule) -> RuleKey:
     """What of a planned rule is compared with the kernel's."""
-    return RuleKey(rule.family, rule.priority, rule.mark.value, rule.mark.mask, rule.iif, rule.table, rule.goto)
+    value, mask = (rule.mark.value, rule.mark.mask) if rule.mark is not None else (0, 0)
+    return RuleKey(rule.family, rule.priority, value, mask, rule.iif, rule.table, rule.goto, rule.source)
 
 
 def route_key(route: LocalRoute) -> RouteKey:
@@ -94,15 +96,16 @@ def dump_rules() -> tuple[RuleKey, ...]:
             has = attributes(body[12:])
             if _number(has, _PROTOCOL) != PROTOCOL:
                 continue
-            jumps = body[7] == _FR_ACT_GOTO
+            action = body[7]
             key = RuleKey(
                 family,
                 _number(has, _PRIORITY),
                 _number(has, _MARK),
                 _number(has, _MASK),
                 has[_IIF].rstrip(b"\0").decode(errors="replace") if _IIF in has else None,
-                None if jumps else _number(has, _TABLE),
-                _number(has, _GOTO) if jumps else None,
+                _number(has, _TABLE) if action == _FR_ACT_TO_TABLE else None,
+                _number(has, _GOTO) if action == _FR_ACT_GOTO else None,
+                _network(af, has[_SRC], body[2]) if body[2] and _SRC in has else None,
             )
             keys.append(key if _is_plain_rule(body, has) else key._replace(raw=body))
     return tuple(keys)
@@ -110,10 +113,11 @@ def dump_rules() -> tuple[RuleKey, ...]:
 
 def _is_plain_rule(body: bytes, has: dict[int, bytes]) -> bool:
     """Whether a key says all of it: no address, port, user, inversion or the like besides."""
-    _, dst_len, src_len, tos, _, _, _, _, flags = struct.unpack_from("=8BI", body)  # struct fib_rule_hdr
-    known = {_IIF, _GOTO, _PRIORITY, _MARK, _TABLE, _MASK, _PROTOCOL}
+    _, dst_len, _, tos, _, _, _, action, flags = struct.unpack_from("=8BI", body)  # struct fib_rule_hdr
+    known = {_SRC, _IIF, _GOTO, _PRIORITY, _MARK, _TABLE, _MASK, _PROTOCOL}
     return (
-        not (dst_len or src_len or tos or flags & _INVERT)
+        not (dst_len or tos or flags & _INVERT)
+        and action in (_FR_ACT_TO_TABLE, _FR_ACT_GOTO, _FR_ACT_UNREACHABLE)
         and has.keys() - known <= {_SUPPRESS}
         and has.get(_SUPPRESS, b"\xff" * 4) == b"\xff" * 4
     )
@@ -185,15 +189,28 @@ def _change(step: str, kind: int, body: bytes, flags: int = 0) -> None:
 
 def _rule_message(key: RuleKey) -> bytes:
     """struct fib_rule_hdr and attributes."""
-    family, priority, mark, mask, iif, table, goto, _ = key
+    family, priority, mark, mask, iif, table, goto, source, _ = key
     words = [(_PRIORITY, _U32.pack(priority)), (_PROTOCOL, bytes([PROTOCOL]))]
     if mask:
         words += [(_MARK, _U32.pack(mark)), (_MASK, _U32.pack(mask))]
     if iif is not None:
         words.append((_IIF, iif.encode() + b"\0"))
-    words.append((_TABLE, _U32.pack(table or 0)) if goto is None else (_GOTO, _U32.pack(goto)))
-    action = _FR_ACT_TO_TABLE if goto is None else _FR_ACT_GOTO
-    return struct.pack("=8BI", _AF[family], 0, 0, 0, 0, 0, 0, action, 0) + b"".join(starmap(attribute, words))
+    action, length = _FR_ACT_UNREACHABLE, 0
+    if goto is not None:
+        action = _FR_ACT_GOTO
+        words.append((_GOTO, _U32.pack(goto)))
+    elif table is not None:
+        action = _FR_ACT_TO_TABLE
+        words.append((_TABLE, _U32.pack(table)))
+    if source is not None:
+        host, _, bits = source.partition("/")
+        length = int(bits)
+        words.append((_SRC, socket.inet_pton(_AF[family], host)))
+    return struct.pack("=8BI", _AF[family], 0, length, 0, 0, 0, 0, action, 0) + b"".join(starmap(attribute, words))
+
+
+def _network(family: int, address: bytes, length: int) -> str:
+    return f"{socket.inet_ntop(family, address)}/{length}"
 
 
 def _route_message(key: RouteKey) -> bytes:
@@ -205,11 +222,18 @@ def _route_message(key: RouteKey) -> bytes:
 
 def describe_rule(key: RuleKey) -> str:
     """A rule key as `ip rule` would spell it."""
-    family, priority, mark, mask, iif, table, goto, raw = key
-    words = [f"-{family} priority {priority} fwmark {mark:#x}/{mask:#x}"]
+    family, priority, mark, mask, iif, table, goto, source, raw = key
+    words = [f"-{family} priority {priority}"]
+    if source is not None:
+        words.append(f"from {source}")
+    if mask:
+        words.append(f"fwmark {mark:#x}/{mask:#x}")
     if iif is not None:
         words.append(f"iif {iif}")
-    words.append(f"goto {goto}" if goto is not None else f"lookup {table}")
+    if goto is not None:
+        words.append(f"goto {goto}")
+    else:
+        words.append("unreachable" if table is None else f"lookup {table}")
     return " ".join(words) + (" and something else" if raw else "")
 
 

@@ -21,7 +21,7 @@ from tproxyd.errors import KernelError, TproxydError
 from tproxyd.kernel import routing
 from tproxyd.kernel.nft import Nft, Program, list_names, list_tables, spelled
 from tproxyd.kernel.routing import RouteKey, RuleKey
-from tproxyd.plan import STATE, Plan, is_owned, remove_tables
+from tproxyd.plan import STATE, Plan, exchange_tables, is_owned, remove_tables
 
 __all__ = [
     "Change",
@@ -227,8 +227,7 @@ def _steps(wanted: Observed, observed: Observed, changed: list[str], nft: Nft) -
         # there for a packet for which the new one was not there yet (seen: one in some thousand connections slipped through).
         old = {name: observed.tables.get(name, "") for name in [*changed, *left_over]}
         new = {name: wanted.tables.get(name, "") for name in old}
-        load = remove_tables(old) + "\n".join(new.values())
-        undo = remove_tables(new) + "\n".join(old.values())
+        load, undo = exchange_tables(old, new), exchange_tables(new, old)
         change = Change("ruleset", few(what, ", "))
         steps.append(Step(change, partial(nft.run, load), partial(nft.run, undo), partial(nft.check, load)))
     steps += [_delete_rule(key) for key in sorted(observed.rules, key=_when_deleted) if key not in wanted.rules]

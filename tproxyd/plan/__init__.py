@@ -10,7 +10,7 @@ from tproxyd.plan.diff import Sections, unified_diff
 from tproxyd.plan.model import Family, LocalRoute, Marks, Plan, Rule, Surroundings
 from tproxyd.plan.plan import PROTOCOL, SUPPORTED_MARKS, UNOWNED_BYPASS, make_marks, make_plan
 from tproxyd.plan.render import FORMATS, render
-from tproxyd.plan.ruleset import GUARD, STATE, STEERING, is_owned, match_mark, remove_tables
+from tproxyd.plan.ruleset import GUARD, STATE, STEERING, exchange_tables, is_owned, match_mark, remove_tables
 from tproxyd.plan.ssh import spared_in, ssh_remarks
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "Rule",
     "Sections",
     "Surroundings",
+    "exchange_tables",
     "is_owned",
     "make_marks",
     "make_plan",

@@ -46,11 +46,13 @@ class Surroundings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Rule(msgspec.Struct, frozen=True, kw_only=True):
-    """One ip rule. Exactly one of `table` and `goto` is set; `goto` is the priority to jump to."""
+    """One ip rule, for packets with a mark or from a network. `table` is looked up, or `goto` is the priority to jump to; with neither
+    there is no way for them (`unreachable`)."""
 
     family: Family
     priority: int
-    mark: Mark
+    mark: Mark | None = None
+    source: str | None = None
     iif: str | None
     table: int | None = None
     goto: int | None = None
@@ -58,10 +60,17 @@ class Rule(msgspec.Struct, frozen=True, kw_only=True):
 
     def selector(self) -> str:
         """The rule as `ip rule add` takes it, without the protocol."""
-        words = [f"priority {self.priority} fwmark {self.mark}"]
+        words = [f"priority {self.priority}"]
+        if self.source is not None:
+            words.append(f"from {self.source}")
+        if self.mark is not None:
+            words.append(f"fwmark {self.mark}")
         if self.iif is not None:
             words.append(f"iif {self.iif}")
-        words.append(f"goto {self.goto}" if self.goto is not None else f"lookup {self.table}")
+        if self.goto is not None:
+            words.append(f"goto {self.goto}")
+        else:
+            words.append("unreachable" if self.table is None else f"lookup {self.table}")
         return " ".join(words)
 
 

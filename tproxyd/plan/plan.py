@@ -105,7 +105,11 @@ def make_plan(
         LocalRoute(family=family, table=table, why="deliver what the rules below send here to this host")
         for family in families
     )
-    rules = tuple(rule for family in families for rule in _rules(family, marks, first, table))
+    rules = tuple(
+        rule
+        for family in families
+        for rule in _rules(family, marks, first, table, to_loopback=config.spoofs and config.targets_loopback)
+    )
     tables = {}
     if config.captures:
         make_table = redirecting_table if config.redirects else steering_table
@@ -123,7 +127,7 @@ def make_plan(
         routes=routes,
         rules=rules,
         tables=tables,
-        sysctls={},  # the layouts of this version work with every setting; nothing has to be changed
+        sysctls={},  # every way works with every setting (ruleset.py: answers of local apps are sent back by their addresses)
         ruleset=transaction(tables),
         # With `add` before it, `flush` succeeds where somebody has flushed the whole ruleset: capture is off there already. A table
         # with an owner cannot be flushed by others, nor added again.
@@ -146,12 +150,19 @@ def _losses(config: Config, *, owned: bool) -> tuple[str, ...]:
     return tuple(losses)
 
 
-def _rules(family: Family, marks: Marks, first: int, table: int) -> tuple[Rule, ...]:
-    # In the order in which they are added: a jump's target comes before the jump.
-    return (
+def _rules(family: Family, marks: Marks, first: int, table: int, *, to_loopback: bool) -> tuple[Rule, ...]:
+    # In the order in which they are added: a jump's target comes before the jump. Rules of one priority are about different packets.
+    rules = [
         Rule(
             family=family,
             priority=first + 2,
+            mark=marks.upstream,
+            iif="lo",
+            why="where the rule or route below is missing: not to the client, which knows no such connection and would reset it",
+        ),
+        Rule(
+            family=family,
+            priority=first,
             mark=marks.upstream,
             iif="lo",
             table=table,
@@ -174,4 +185,20 @@ def _rules(family: Family, marks: Marks, first: int, table: int) -> tuple[Rule, 
             table=table,
             why="a steered packet is delivered to this host, whatever its destination address",
         ),
-    )
+    ]
+    if to_loopback:
+        rules.insert(
+            2,
+            Rule(
+                family=family,
+                priority=first,
+                source=_LOOPBACK[family],
+                iif="lo",
+                table=table,
+                why="answers of an app on a loopback address to a client's: they leave by no interface, so they can only be meant for us",
+            ),
+        )
+    return tuple(rules)
+
+
+_LOOPBACK: dict[Family, str] = {4: "127.0.0.0/8", 6: "::1/128"}

@@ -35,6 +35,7 @@ from tproxyd.plan.selectors import (
     LOOPBACK,
     OPENS,
     SYN,
+    Finding,
     Selector,
     arrival_rules,
     capture_rules,
@@ -49,6 +50,7 @@ __all__ = [
     "GUARD",
     "STATE",
     "STEERING",
+    "exchange_tables",
     "guard_table",
     "is_owned",
     "listen_addresses",
@@ -80,6 +82,7 @@ _TPROXY: dict[Family, str] = {
 _IP: dict[Family, str] = {4: "ip", 6: "ip6"}
 """nft's word for a family's header."""
 
+_DECLARED = re.compile(r"^\t(chain|set) (\S+) \{$(?:\n\t\t(?!flags)[^\n]*)*(\n\t\tflags dynamic)?", re.MULTILINE)
 _OWNED = "\tflags owner\n"
 _OWNED_HEADER = re.compile(rf"\Atable [^\n]*\n{_OWNED}")  # further down it may stand in a comment
 _ACK_ONLY = "tcp flags ack / fin,syn,rst,ack"
@@ -109,6 +112,29 @@ def remove_tables(tables: Mapping[str, str]) -> str:
     )
 
 
+def exchange_tables(old: Mapping[str, str], new: Mapping[str, str]) -> str:
+    """What puts the `new` tables in place of the `old` ones (listed so; an empty text is no table), in one transaction.
+
+    A table that stays keeps the sets that packets fill: with them answers of local apps are sent back to connections that live.
+    """
+    staying = [
+        name for name in old if old[name] and new.get(name) and _filled_sets(old[name]) & _filled_sets(new[name])
+    ]
+    staying = [name for name in staying if is_owned(old[name]) == is_owned(new[name])]
+    emptied = "".join(_empty_table(name, old[name], _filled_sets(new[name])) for name in staying)
+    removed = remove_tables({name: listing for name, listing in old.items() if name not in staying})
+    return removed + emptied + "\n".join(new.values())
+
+
+def _filled_sets(listing: str) -> set[str]:
+    return {name for kind, name, dynamic in _DECLARED.findall(listing) if kind == "set" and dynamic}
+
+
+def _empty_table(name: str, listing: str, kept: set[str]) -> str:
+    declared = [(kind, one) for kind, one, _ in _DECLARED.findall(listing) if kind == "chain" or one not in kept]
+    return f"flush table inet {name}\n" + "".join(f"delete {kind} inet {name} {one}\n" for kind, one in declared)
+
+
 def is_owned(listing: str) -> bool:
     """Whether this table lives as long as its owner, and nobody else can change it."""
     return _OWNED_HEADER.match(listing) is not None
@@ -122,11 +148,6 @@ def steering_table(
     set_mark = f"meta mark set {_set_mark(marks.steering)}"
     # First the cheapest question, because it is asked of every packet that passes by.
     to_captured = "" if has_all_ports(config.capture.ports) else "tcp dport @ports "
-    ours = [
-        'socket transparent 1 notrack accept comment "sent by a socket of ours: no conntrack entry"',
-        f"{match_mark(marks.upstream)} notrack accept"
-        ' comment "a connection to a local app as somebody else, and its answers: no conntrack entry"',
-    ]
     chains = [
         _chain(
             "intercept",
@@ -159,26 +180,31 @@ def steering_table(
         ),
         _chain(
             "untrack",
-            "type filter hook output priority raw; policy accept;",
+            # A type `route` chain makes the kernel route a packet again whose mark it has changed.
+            f"type {'route' if config.spoofs else 'filter'} hook output priority raw; policy accept;",
             'meta l4proto != tcp accept comment "only TCP is captured"',
             *foreign_ports(config),
             'oif "lo" goto loopback comment "to a local app, and its answers"',
-            *ours,
+            'socket transparent 1 notrack accept comment "sent by a socket of ours: no conntrack entry"',
+            *(_sending_back(marks) if config.spoofs else []),
         ),
         _chain(
             "loopback",
             None,
-            *_legs_rules(),
-            *ours,
+            *_ending(),
+            'socket transparent 1 goto sent comment "our connection to a local app"',
             *(
                 f"{_leg(ip, 'daddr', 'saddr')} @legs{family} notrack accept"
                 ' comment "answer of a local app to our connection: no conntrack entry"'
                 for family, ip in _IP.items()
             ),
         ),
+        _chain("sent", None, *_remembering()),
     ]
-    sets = [*capture_sets(config), *relayed_sets(config), *special_sets(config, families)]
-    return _table(STEERING, [*sets, *map(_legs_set, _IP)], chains, owned=owned)
+    # Those that packets fill come first, and stay where they are when the rest of the table is exchanged.
+    filled: list[str | NamedSet] = [_filled_set(name, family) for family in _IP for name in _FILLED]
+    sets = [*filled, *capture_sets(config), *relayed_sets(config), *special_sets(config, families)]
+    return _table(STEERING, sets, chains, owned=owned)
 
 
 def redirecting_table(
@@ -332,6 +358,15 @@ def take_rules(config: Config, marks: Marks, families: Sequence[Family]) -> list
             )
             for family in families
         ),
+        *(
+            Selector(
+                f"{SYN} {_leg(_IP[family], 'saddr', 'daddr')} @legs{family}",
+                "counter drop",
+                "the client's new port is the one of a connection of ours to the app, in its name: it tries again in a second",
+                lambda _: Finding(False, ""),  # of first packets nobody foretells that
+            )
+            for family in (families if config.spoofs else ())
+        ),
     ]
 
 
@@ -343,32 +378,65 @@ def _leg(ip: str, ours: str, theirs: str) -> str:
     return f"{ip} {ours} . tcp {ours[0]}port . {ip} {theirs} . tcp {theirs[0]}port"
 
 
-def _legs_rules() -> list[str]:
-    """What fills and empties the sets of our connections to local apps, all in the output hook, where both sides pass.
+# Our connections to local apps ("legs"). The app's answers are known by their addresses alone: to an app, such a connection is any
+# client's. So a set remembers them, which is filled and emptied in the output hook, where both sides pass, and by which answers to a
+# client's address are sent back to us, and not to the client. It has to have what lives, and should not have much else:
+#
+# - A leg enters with our SYN, and what we send keeps it in for _KEPT. Who lives sends: keepalive probes after a minute of silence, probes
+#   of a closed window every two minutes.
+# - A reset of either side leaves it _LEAVING, and so does a FIN of the app, which is usually the last word, ours having come before.
+# - What we send then enters it if it has left, but does not keep it in (@ended): our ACK of that FIN is not a sign of life. An app may
+#   end its direction first and still be sent something.
+#
+# The kernel's own way would be net.ipv4.tcp_fwmark_accept and fwmark_reflect, which let an app's socket inherit a mark of our SYN. But
+# these are switches for all sockets of the namespace: with the marks of other programs (Tailscale, kube-proxy) on it, every accepted
+# connection would be routed by them.
+_KEPT, _LEAVING = "2m30s", "10s"
 
-    A connection enters with our SYN. A FIN or RST, of either side, leaves it five seconds; what we still send in a half-closed one
-    enters it again, and does not prolong those seconds while it is in (`add`, not `update`). The day is for what ends in silence.
-    """
+
+def _ending() -> list[str]:
+    return [
+        f"tcp flags fin,rst {theirs} @legs{family} update @legs{family} {{ {theirs} timeout {_LEAVING} }} "
+        f'update @ended{family} {{ {theirs} timeout {_LEAVING} }} comment "the app ends our connection: soon forgotten"'
+        for family, ip in _IP.items()
+        for theirs in [_leg(ip, "daddr", "saddr")]
+    ]
+
+
+def _sending_back(marks: Marks) -> list[str]:
+    return _ending() + [
+        f"{_leg(ip, 'daddr', 'saddr')} @legs{family} meta mark set {_set_mark(marks.upstream)} notrack accept"
+        ' comment "answer of a local app to a client whose address our connection bears: back to us, no conntrack entry"'
+        for family, ip in _IP.items()
+    ]
+
+
+def _remembering() -> list[str]:
     rules = []
-    for family, ip in _IP.items():
-        ours, theirs = _leg(ip, "saddr", "daddr"), _leg(ip, "daddr", "saddr")
-        rules += [
-            f"tcp flags fin,rst {theirs} @legs{family} update @legs{family} {{ {theirs} timeout 5s }}"
-            ' comment "the app ends our connection: soon forgotten"',
-            f"tcp flags fin,rst socket transparent 1 update @legs{family} {{ {ours} timeout 5s }}"
-            ' comment "we end our connection to a local app: soon forgotten"',
-            f"tcp flags ! fin,rst socket transparent 1 add @legs{family} {{ {ours} timeout 1d }}"
-            ' comment "our connection to a local app: remembered for the app\'s answers"',
-        ]
-    return rules
+    for why, match, verb, seconds in (
+        ("we break it off: soon forgotten", "tcp flags rst ", "update", _LEAVING),
+        ("the app has ended its direction: entered again where it has left", "{ours} @ended{family} ", "add", _KEPT),
+        ("remembered for the app's answers", "", "update", _KEPT),
+    ):
+        for family, ip in _IP.items():
+            ours = _leg(ip, "saddr", "daddr")
+            rules.append(
+                f"{match.format(ours=ours, family=family)}{verb} @legs{family} {{ {ours} timeout {seconds} }} notrack accept"
+                f' comment "{why}"'
+            )
+    return [*rules, 'notrack accept comment "a set is full: not remembered"']
 
 
-def _legs_set(family: Family) -> str:
-    # Filled and emptied by the rules themselves. The kernel takes memory for what is in it; full, it costs conntrack entries.
+# How much of each there may be; full, new connections to local apps fail that bear a client's address. A second brings what it brings
+# for _LEAVING, besides what lives. The kernel takes 16 bytes a place at once, and some hundred for what is in it.
+_FILLED = {"legs": 262144, "ended": 131072}
+
+
+def _filled_set(name: str, family: Family) -> str:
     address = f"ipv{family}_addr"
     return (
-        f"\tset legs{family} {{\n\t\ttype {address} . inet_service . {address} . inet_service\n"
-        "\t\tsize 262144\n\t\tflags dynamic,timeout\n\t}\n"
+        f"\tset {name}{family} {{\n\t\ttype {address} . inet_service . {address} . inet_service\n"
+        f"\t\tsize {_FILLED[name]}\n\t\tflags dynamic,timeout\n\t}}\n"
     )
 
 

@@ -16,10 +16,12 @@ done
 
 ip -4 route add local default dev lo table 4294967295 proto 133
 ip -6 route add local default dev lo table 4294967295 proto 133
-ip -4 rule add priority 32765 fwmark 0x20/0x30 iif lo lookup 4294967295 protocol 133
+ip -4 rule add priority 32765 fwmark 0x20/0x30 iif lo unreachable protocol 133
+ip -4 rule add priority 32763 fwmark 0x20/0x30 iif lo lookup 4294967295 protocol 133
 ip -4 rule add priority 32763 fwmark 0x10/0x30 iif lo goto 32765 protocol 133
 ip -4 rule add priority 32764 fwmark 0x10/0x30 lookup 4294967295 protocol 133
-ip -6 rule add priority 32765 fwmark 0x20/0x30 iif lo lookup 4294967295 protocol 133
+ip -6 rule add priority 32765 fwmark 0x20/0x30 iif lo unreachable protocol 133
+ip -6 rule add priority 32763 fwmark 0x20/0x30 iif lo lookup 4294967295 protocol 133
 ip -6 rule add priority 32763 fwmark 0x10/0x30 iif lo goto 32765 protocol 133
 ip -6 rule add priority 32764 fwmark 0x10/0x30 lookup 4294967295 protocol 133
 
@@ -32,6 +34,30 @@ table inet tproxyd_state
 delete table inet tproxyd_state
 
 table inet tproxyd {
+	set legs4 {
+		type ipv4_addr . inet_service . ipv4_addr . inet_service
+		size 262144
+		flags dynamic,timeout
+	}
+
+	set ended4 {
+		type ipv4_addr . inet_service . ipv4_addr . inet_service
+		size 131072
+		flags dynamic,timeout
+	}
+
+	set legs6 {
+		type ipv6_addr . inet_service . ipv6_addr . inet_service
+		size 262144
+		flags dynamic,timeout
+	}
+
+	set ended6 {
+		type ipv6_addr . inet_service . ipv6_addr . inet_service
+		size 131072
+		flags dynamic,timeout
+	}
+
 	set ports {
 		type inet_service
 		flags interval
@@ -163,18 +189,6 @@ table inet tproxyd {
 		elements = { fd00:ec2::254 }
 	}
 
-	set legs4 {
-		type ipv4_addr . inet_service . ipv4_addr . inet_service
-		size 262144
-		flags dynamic,timeout
-	}
-
-	set legs6 {
-		type ipv6_addr . inet_service . ipv6_addr . inet_service
-		size 262144
-		flags dynamic,timeout
-	}
-
 	chain intercept {
 		type filter hook prerouting priority raw; policy accept;
 		iif "lo" accept comment "what this host sends to itself is never captured"
@@ -231,20 +245,24 @@ table inet tproxyd {
 		tcp dport != @ports tcp sport != @ports accept comment "no captured port on either side: no connection of ours"
 		oif "lo" goto loopback comment "to a local app, and its answers"
 		socket transparent 1 notrack accept comment "sent by a socket of ours: no conntrack entry"
-		meta mark & 0x00000030 == 0x00000020 notrack accept comment "a connection to a local app as somebody else, and its answers: no conntrack entry"
 	}
 
 	chain loopback {
-		tcp flags fin,rst ip daddr . tcp dport . ip saddr . tcp sport @legs4 update @legs4 { ip daddr . tcp dport . ip saddr . tcp sport timeout 5s } comment "the app ends our connection: soon forgotten"
-		tcp flags fin,rst socket transparent 1 update @legs4 { ip saddr . tcp sport . ip daddr . tcp dport timeout 5s } comment "we end our connection to a local app: soon forgotten"
-		tcp flags ! fin,rst socket transparent 1 add @legs4 { ip saddr . tcp sport . ip daddr . tcp dport timeout 1d } comment "our connection to a local app: remembered for the app's answers"
-		tcp flags fin,rst ip6 daddr . tcp dport . ip6 saddr . tcp sport @legs6 update @legs6 { ip6 daddr . tcp dport . ip6 saddr . tcp sport timeout 5s } comment "the app ends our connection: soon forgotten"
-		tcp flags fin,rst socket transparent 1 update @legs6 { ip6 saddr . tcp sport . ip6 daddr . tcp dport timeout 5s } comment "we end our connection to a local app: soon forgotten"
-		tcp flags ! fin,rst socket transparent 1 add @legs6 { ip6 saddr . tcp sport . ip6 daddr . tcp dport timeout 1d } comment "our connection to a local app: remembered for the app's answers"
-		socket transparent 1 notrack accept comment "sent by a socket of ours: no conntrack entry"
-		meta mark & 0x00000030 == 0x00000020 notrack accept comment "a connection to a local app as somebody else, and its answers: no conntrack entry"
+		tcp flags fin,rst ip daddr . tcp dport . ip saddr . tcp sport @legs4 update @legs4 { ip daddr . tcp dport . ip saddr . tcp sport timeout 10s } update @ended4 { ip daddr . tcp dport . ip saddr . tcp sport timeout 10s } comment "the app ends our connection: soon forgotten"
+		tcp flags fin,rst ip6 daddr . tcp dport . ip6 saddr . tcp sport @legs6 update @legs6 { ip6 daddr . tcp dport . ip6 saddr . tcp sport timeout 10s } update @ended6 { ip6 daddr . tcp dport . ip6 saddr . tcp sport timeout 10s } comment "the app ends our connection: soon forgotten"
+		socket transparent 1 goto sent comment "our connection to a local app"
 		ip daddr . tcp dport . ip saddr . tcp sport @legs4 notrack accept comment "answer of a local app to our connection: no conntrack entry"
 		ip6 daddr . tcp dport . ip6 saddr . tcp sport @legs6 notrack accept comment "answer of a local app to our connection: no conntrack entry"
+	}
+
+	chain sent {
+		tcp flags rst update @legs4 { ip saddr . tcp sport . ip daddr . tcp dport timeout 10s } notrack accept comment "we break it off: soon forgotten"
+		tcp flags rst update @legs6 { ip6 saddr . tcp sport . ip6 daddr . tcp dport timeout 10s } notrack accept comment "we break it off: soon forgotten"
+		ip saddr . tcp sport . ip daddr . tcp dport @ended4 add @legs4 { ip saddr . tcp sport . ip daddr . tcp dport timeout 2m30s } notrack accept comment "the app has ended its direction: entered again where it has left"
+		ip6 saddr . tcp sport . ip6 daddr . tcp dport @ended6 add @legs6 { ip6 saddr . tcp sport . ip6 daddr . tcp dport timeout 2m30s } notrack accept comment "the app has ended its direction: entered again where it has left"
+		update @legs4 { ip saddr . tcp sport . ip daddr . tcp dport timeout 2m30s } notrack accept comment "remembered for the app's answers"
+		update @legs6 { ip6 saddr . tcp sport . ip6 daddr . tcp dport timeout 2m30s } notrack accept comment "remembered for the app's answers"
+		notrack accept comment "a set is full: not remembered"
 	}
 }
 

@@ -16,10 +16,12 @@ done
 
 ip -4 route add local default dev lo table 133 proto 133
 ip -6 route add local default dev lo table 133 proto 133
-ip -4 rule add priority 5235 fwmark 0x2000000/0x3000000 iif lo lookup 133 protocol 133
+ip -4 rule add priority 5235 fwmark 0x2000000/0x3000000 iif lo unreachable protocol 133
+ip -4 rule add priority 5233 fwmark 0x2000000/0x3000000 iif lo lookup 133 protocol 133
 ip -4 rule add priority 5233 fwmark 0x1000000/0x3000000 iif lo goto 5235 protocol 133
 ip -4 rule add priority 5234 fwmark 0x1000000/0x3000000 lookup 133 protocol 133
-ip -6 rule add priority 5235 fwmark 0x2000000/0x3000000 iif lo lookup 133 protocol 133
+ip -6 rule add priority 5235 fwmark 0x2000000/0x3000000 iif lo unreachable protocol 133
+ip -6 rule add priority 5233 fwmark 0x2000000/0x3000000 iif lo lookup 133 protocol 133
 ip -6 rule add priority 5233 fwmark 0x1000000/0x3000000 iif lo goto 5235 protocol 133
 ip -6 rule add priority 5234 fwmark 0x1000000/0x3000000 lookup 133 protocol 133
 
@@ -32,6 +34,30 @@ table inet tproxyd_state
 delete table inet tproxyd_state
 
 table inet tproxyd {
+	set legs4 {
+		type ipv4_addr . inet_service . ipv4_addr . inet_service
+		size 262144
+		flags dynamic,timeout
+	}
+
+	set ended4 {
+		type ipv4_addr . inet_service . ipv4_addr . inet_service
+		size 131072
+		flags dynamic,timeout
+	}
+
+	set legs6 {
+		type ipv6_addr . inet_service . ipv6_addr . inet_service
+		size 262144
+		flags dynamic,timeout
+	}
+
+	set ended6 {
+		type ipv6_addr . inet_service . ipv6_addr . inet_service
+		size 131072
+		flags dynamic,timeout
+	}
+
 	set ports {
 		type inet_service
 		elements = { 8080 }
@@ -82,18 +108,6 @@ table inet tproxyd {
 			     ff00::/8 }
 	}
 
-	set legs4 {
-		type ipv4_addr . inet_service . ipv4_addr . inet_service
-		size 262144
-		flags dynamic,timeout
-	}
-
-	set legs6 {
-		type ipv6_addr . inet_service . ipv6_addr . inet_service
-		size 262144
-		flags dynamic,timeout
-	}
-
 	chain intercept {
 		type filter hook prerouting priority raw; policy accept;
 		iif "lo" accept comment "what this host sends to itself is never captured"
@@ -127,6 +141,8 @@ table inet tproxyd {
 		tcp flags syn / fin,syn,rst,ack ip6 daddr @special6 meta nfproto ipv6 meta l4proto tcp tproxy ip6 to [::1]:15006 counter reject with tcp reset comment "loopback, link-local, metadata, multicast or mapped: never relayed (policy.allow_special)"
 		meta nfproto ipv4 meta l4proto tcp tproxy ip to 127.0.0.1:15006 meta mark set meta mark & 0xfdffffff | 0x01000000 counter notrack accept comment "new connection: to our listener; no listener: this rule breaks off here"
 		meta nfproto ipv6 meta l4proto tcp tproxy ip6 to [::1]:15006 meta mark set meta mark & 0xfdffffff | 0x01000000 counter notrack accept comment "new connection: to our listener; no listener: this rule breaks off here"
+		tcp flags syn / fin,syn,rst,ack ip saddr . tcp sport . ip daddr . tcp dport @legs4 counter drop comment "the client's new port is the one of a connection of ours to the app, in its name: it tries again in a second"
+		tcp flags syn / fin,syn,rst,ack ip6 saddr . tcp sport . ip6 daddr . tcp dport @legs6 counter drop comment "the client's new port is the one of a connection of ours to the app, in its name: it tries again in a second"
 	}
 
 	chain stray {
@@ -135,25 +151,33 @@ table inet tproxyd {
 	}
 
 	chain untrack {
-		type filter hook output priority raw; policy accept;
+		type route hook output priority raw; policy accept;
 		meta l4proto != tcp accept comment "only TCP is captured"
 		tcp dport != @ports tcp sport != @ports accept comment "no captured port on either side: no connection of ours"
 		oif "lo" goto loopback comment "to a local app, and its answers"
 		socket transparent 1 notrack accept comment "sent by a socket of ours: no conntrack entry"
-		meta mark & 0x03000000 == 0x02000000 notrack accept comment "a connection to a local app as somebody else, and its answers: no conntrack entry"
+		tcp flags fin,rst ip daddr . tcp dport . ip saddr . tcp sport @legs4 update @legs4 { ip daddr . tcp dport . ip saddr . tcp sport timeout 10s } update @ended4 { ip daddr . tcp dport . ip saddr . tcp sport timeout 10s } comment "the app ends our connection: soon forgotten"
+		tcp flags fin,rst ip6 daddr . tcp dport . ip6 saddr . tcp sport @legs6 update @legs6 { ip6 daddr . tcp dport . ip6 saddr . tcp sport timeout 10s } update @ended6 { ip6 daddr . tcp dport . ip6 saddr . tcp sport timeout 10s } comment "the app ends our connection: soon forgotten"
+		ip daddr . tcp dport . ip saddr . tcp sport @legs4 meta mark set meta mark & 0xfeffffff | 0x02000000 notrack accept comment "answer of a local app to a client whose address our connection bears: back to us, no conntrack entry"
+		ip6 daddr . tcp dport . ip6 saddr . tcp sport @legs6 meta mark set meta mark & 0xfeffffff | 0x02000000 notrack accept comment "answer of a local app to a client whose address our connection bears: back to us, no conntrack entry"
 	}
 
 	chain loopback {
-		tcp flags fin,rst ip daddr . tcp dport . ip saddr . tcp sport @legs4 update @legs4 { ip daddr . tcp dport . ip saddr . tcp sport timeout 5s } comment "the app ends our connection: soon forgotten"
-		tcp flags fin,rst socket transparent 1 update @legs4 { ip saddr . tcp sport . ip daddr . tcp dport timeout 5s } comment "we end our connection to a local app: soon forgotten"
-		tcp flags ! fin,rst socket transparent 1 add @legs4 { ip saddr . tcp sport . ip daddr . tcp dport timeout 1d } comment "our connection to a local app: remembered for the app's answers"
-		tcp flags fin,rst ip6 daddr . tcp dport . ip6 saddr . tcp sport @legs6 update @legs6 { ip6 daddr . tcp dport . ip6 saddr . tcp sport timeout 5s } comment "the app ends our connection: soon forgotten"
-		tcp flags fin,rst socket transparent 1 update @legs6 { ip6 saddr . tcp sport . ip6 daddr . tcp dport timeout 5s } comment "we end our connection to a local app: soon forgotten"
-		tcp flags ! fin,rst socket transparent 1 add @legs6 { ip6 saddr . tcp sport . ip6 daddr . tcp dport timeout 1d } comment "our connection to a local app: remembered for the app's answers"
-		socket transparent 1 notrack accept comment "sent by a socket of ours: no conntrack entry"
-		meta mark & 0x03000000 == 0x02000000 notrack accept comment "a connection to a local app as somebody else, and its answers: no conntrack entry"
+		tcp flags fin,rst ip daddr . tcp dport . ip saddr . tcp sport @legs4 update @legs4 { ip daddr . tcp dport . ip saddr . tcp sport timeout 10s } update @ended4 { ip daddr . tcp dport . ip saddr . tcp sport timeout 10s } comment "the app ends our connection: soon forgotten"
+		tcp flags fin,rst ip6 daddr . tcp dport . ip6 saddr . tcp sport @legs6 update @legs6 { ip6 daddr . tcp dport . ip6 saddr . tcp sport timeout 10s } update @ended6 { ip6 daddr . tcp dport . ip6 saddr . tcp sport timeout 10s } comment "the app ends our connection: soon forgotten"
+		socket transparent 1 goto sent comment "our connection to a local app"
 		ip daddr . tcp dport . ip saddr . tcp sport @legs4 notrack accept comment "answer of a local app to our connection: no conntrack entry"
 		ip6 daddr . tcp dport . ip6 saddr . tcp sport @legs6 notrack accept comment "answer of a local app to our connection: no conntrack entry"
+	}
+
+	chain sent {
+		tcp flags rst update @legs4 { ip saddr . tcp sport . ip daddr . tcp dport timeout 10s } notrack accept comment "we break it off: soon forgotten"
+		tcp flags rst update @legs6 { ip6 saddr . tcp sport . ip6 daddr . tcp dport timeout 10s } notrack accept comment "we break it off: soon forgotten"
+		ip saddr . tcp sport . ip daddr . tcp dport @ended4 add @legs4 { ip saddr . tcp sport . ip daddr . tcp dport timeout 2m30s } notrack accept comment "the app has ended its direction: entered again where it has left"
+		ip6 saddr . tcp sport . ip6 daddr . tcp dport @ended6 add @legs6 { ip6 saddr . tcp sport . ip6 daddr . tcp dport timeout 2m30s } notrack accept comment "the app has ended its direction: entered again where it has left"
+		update @legs4 { ip saddr . tcp sport . ip daddr . tcp dport timeout 2m30s } notrack accept comment "remembered for the app's answers"
+		update @legs6 { ip6 saddr . tcp sport . ip6 daddr . tcp dport timeout 2m30s } notrack accept comment "remembered for the app's answers"
+		notrack accept comment "a set is full: not remembered"
 	}
 }
 
