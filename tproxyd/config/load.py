@@ -23,7 +23,7 @@ from tproxyd.config.values import ports as read_ports
 from tproxyd.config.wording import printable, short, shown, toml_kind
 from tproxyd.errors import ConfigError, UsageError
 
-__all__ = ["DEFAULT_FILE", "config_from_mapping", "load_config", "not_yet"]
+__all__ = ["DEFAULT_FILE", "config_from_mapping", "load_config"]
 
 DEFAULT_FILE = Path("/etc/tproxyd/tproxyd.toml")
 """Read without -c, then conf.d/*.toml beside it."""
@@ -211,9 +211,6 @@ def _make(tree: _Tree, *, added: tuple[PortRange, ...] = (), unread: Sequence[st
     for places, check in [one for one in _TOGETHER if good(one[0])]:
         for sentence in check(*(getattr(getattr(config, table), key) for table, key in places)):
             say(sentence, *places)
-    for place, sentence in not_yet(config):
-        if good((place,)):  # a value of which more is wrong than its time is told that alone
-            say(sentence, place)
     if problems:
         raise ConfigError(*problems)
     return config
@@ -470,34 +467,3 @@ def _check_added(capture: Capture, added: Sequence[PortRange]) -> Iterator[str]:
                 f"--port {one} would capture nothing, because of {_excluded(capture.exclude_ports)}; "
                 "leave it out, or name with -c a file whose [capture] says exclude_ports = []"
             )
-
-
-# What is read and checked, and not done by the data path yet. Goes as a whole, with its two callers, when it is.
-
-
-def not_yet(config: Config) -> Iterator[tuple[tuple[str, str], str]]:
-    """The keys whose values this version reads and cannot carry out, and a sentence about each: none is accepted in silence."""
-    upstream = config.upstream
-    if upstream.target != "original":
-        yield (
-            _TARGET,
-            f'`upstream.target` = {shown(str(upstream.target))} is not in this version of tproxyd; use "original"',
-        )
-    if upstream.source not in ("auto", "proxy"):
-        yield (
-            _SOURCE,
-            f'`upstream.source` = {shown(upstream.source)} is not in this version of tproxyd; use "auto" or "proxy"',
-        )
-    if upstream.proxy_protocol != "off":
-        yield (
-            ("upstream", "proxy_protocol"),
-            f'`upstream.proxy_protocol` = {shown(upstream.proxy_protocol)} is not in this version of tproxyd; use "off"',
-        )
-    if config.listen.proxy_protocol_from:
-        yield (
-            ("listen", "proxy_protocol_from"),
-            f"`listen.proxy_protocol_from` = {shown([str(one) for one in config.listen.proxy_protocol_from])} is not in this "
-            "version of tproxyd; remove it",
-        )
-    if config.policy.sniff_timeout != Config().policy.sniff_timeout:
-        yield ("policy", "sniff_timeout"), "`policy.sniff_timeout` is not in this version of tproxyd; remove it"

@@ -20,7 +20,7 @@ import msgspec
 from tproxyd.datapath import report
 from tproxyd.datapath.record import Outcome, Record
 from tproxyd.datapath.report import CONNECT_SECONDS, Counters, LogLine, Outbox
-from tproxyd.net.sockets import format_address
+from tproxyd.net.sockets import format_address, format_target
 
 if TYPE_CHECKING:
     from tproxyd.datapath.connection import Connection
@@ -190,7 +190,7 @@ class Books:
             id=f"{connection.identity:016x}",
             source=format_address(connection.client),
             original_destination=format_address(connection.destination) if connection.destination else None,
-            upstream=format_address(target) if target and upstream else None,
+            upstream=format_target(target) if target and upstream else None,
             upstream_source=format_address(source) if source else None,
             rule=connection.rule,
             bytes_from_client=connection.downstream.received,

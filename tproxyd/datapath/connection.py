@@ -26,7 +26,7 @@ from tproxyd.net.sockets import (
     Address,
     answer_at_once,
     format_address,
-    open_upstream,
+    format_target,
     round_trip_seconds,
     unsent_bytes,
     watch_peer,
@@ -60,6 +60,7 @@ _UPSTREAM: dict[int, Outcome] = {
     errno.EINVAL: "upstream_unreachable",  # a `blackhole` route
     errno.EADDRINUSE: "no_ports",
     errno.EADDRNOTAVAIL: "no_ports",
+    errno.ENOENT: "upstream_refused",  # no such Unix socket
 }
 
 # Bytes that a reset must not overtake: wait while the peer takes them, until it has taken none for this long, in seconds, or for
@@ -73,8 +74,6 @@ _LOOK = 0.002
 _LOOK_SELDOM = 0.064
 
 _DIALLING, _RELAYING, _FLUSHING, _HANDED, _CLOSED = range(5)
-
-_AS_CLIENT, _AS_ADDRESS, _AS_PROXY = range(3)  # whose address the upstream socket bears, in the order of trying
 
 
 class Connection(Timed):
@@ -122,7 +121,7 @@ class Connection(Timed):
         self.started = loop.now
         self.client = client
         self.destination: Address | None = None
-        self.target: Address | None = None
+        self.target: Address | str | None = None  # a str is the path of a Unix socket
         self.upstream_source: Address | None = None
         self.rule: str | None = None
         self.state = _DIALLING
@@ -169,7 +168,8 @@ class Connection(Timed):
             return False
         self.settled = True
         try:
-            watch_peer(upstream.sock)
+            if upstream.tcp:
+                watch_peer(upstream.sock)
             if not upstream.writable:
                 self.loop.note_blocked(upstream)  # what it was given for that is undone
         except OSError as error:
@@ -228,16 +228,19 @@ class Connection(Timed):
         if verdict.action == "refuse":
             return self.end("refused_by_policy")
         if verdict.target is None:
-            self.target = destination
+            target = self.target = loop.target_of(destination)
         else:
-            self.target = verdict.target
-            local = loop.is_local(verdict.target[0])
-            if loop.is_listener(verdict.target, local=local):
+            target = self.target = verdict.target
+        is_local = local
+        if target is not destination and not isinstance(target, str):
+            is_local = loop.is_local(target[0])
+            if loop.is_listener(target, local=is_local):
                 return self.end("self_call")
         if loop.asks:
             self.state = _HANDED
             return loop.hand_over(self)
-        return self._start(local)
+        loop.watch(self.downstream)
+        return self._dial(is_local, local)
 
     def take_back(self, sock: socket.SocketType, target: tuple[str, int] | None) -> None:
         """The embedding program has decided that it is forwarded, to another `target` or to the one that the configuration says."""
@@ -248,11 +251,14 @@ class Connection(Timed):
             if target is not None:
                 self.target = target
             assert self.target is not None
-            local = loop.is_local(self.target[0])
-            if loop.is_listener(self.target, local=local):
-                return self.end("self_call")
-            # The ruleset knows the answers to us by their ports. Those of a program's own choice it does not have.
-            return self._start(local or not loop.is_relayed_port(self.target[1]))
+            assert self.destination is not None
+            is_local = False
+            if not isinstance(self.target, str):
+                is_local = loop.is_local(self.target[0])
+                if loop.is_listener(self.target, local=is_local):
+                    return self.end("self_call")
+            loop.watch(self.downstream)
+            return self._dial(is_local, loop.is_local(self.destination[0]))
         except Exception as error:  # a target that is no address, for example
             return self._fail(error)
 
@@ -262,44 +268,46 @@ class Connection(Timed):
         self.handed_upstream = bytes_from_upstream
         self.end(outcome)
 
-    def _start(self, as_proxy: bool) -> None:
-        client, target = self.client, self.target
+    def _dial(self, is_local: bool, dialled_local: bool) -> None:
+        """Towards the target, as whom `upstream.source` says; whether it, and what the client has dialled, are addresses of this host."""
+        loop, target = self.loop, self.target
         assert target is not None
-        self.loop.watch(self.downstream)
-        keeps = self.loop.keeps_source and not as_proxy and (":" in client[0]) == (":" in target[0])
-        return self._dial(_AS_CLIENT if keeps else _AS_PROXY)
+        if isinstance(target, str):
+            return self._dial_unix()
+        assert self.destination is not None
+        choice = loop.choose_source(self.client[0], self.destination, target, is_local, dialled_local)  # type: ignore[arg-type]
+        if not choice.ways:
+            loop.remark(
+                f'a connection is refused: upstream.source = "client", and {format_address(target)} would see {choice.why}'
+            )
+            return self.end("refused_by_policy")
+        sock, number, way = loop.dialler.dial(choice, self.client, target)
+        if sock is None:
+            return self._not_connected(number)
+        if way == "client":
+            self.upstream_source = self.client
+        return self._begin_connecting(sock, number)
 
-    def _dial(self, source: int) -> None:
-        """Towards another host with the client's own address and port, if that is asked for; where the port cannot be had (a
-        wildcard listener has it, a connection before is in TIME_WAIT) with the address alone, and else as the proxy. Towards an
-        address of this host as the proxy: with the client's address the 4-tuple would be the one that was just intercepted."""
-        target, client = self.target, self.client
-        assert target is not None
-        family = socket.AF_INET6 if ":" in target[0] else socket.AF_INET
-        while True:
-            address: Address | None = None
-            if source == _AS_CLIENT:
-                address = client
-            elif source == _AS_ADDRESS:
-                address = (client[0], 0, *client[2:])  # an IPv6 one keeps its scope
-            sock: socket.SocketType | None = None
-            try:
-                sock = open_upstream(family, source=address, transparent=self.loop.transparent)
-                number = sock.connect_ex(target)
-            except OSError as error:
-                number = error.errno or errno.EIO
-            if number in (errno.EINPROGRESS, 0):
-                break
-            if sock is not None:
-                sock.close()  # not in the loop's table yet
-            if source == _AS_PROXY or number not in (errno.EADDRINUSE, errno.EADDRNOTAVAIL):
-                return self._not_connected(number)
-            source += 1
-        assert sock is not None
+    def dial_again(self) -> None:
+        """There may be room in the queue of the Unix socket."""
+        try:
+            self._dial_unix()
+        except Exception as error:  # a surprise costs this connection only
+            self._fail(error)
+
+    def _dial_unix(self) -> None:
+        assert isinstance(self.target, str)
+        sock, number = self.loop.dialler.dial_unix(self.target)
+        if sock is not None:
+            return self._begin_connecting(sock, number)
+        if number != errno.EAGAIN:
+            return self._not_connected(number)
+        self.loop.waiting.add(self)  # until connect_timeout
+        return self.loop.dialling.add(self)
+
+    def _begin_connecting(self, sock: socket.SocketType, number: int) -> None:
         upstream = self.upstream = Leg(self.loop, self, sock, accepted=False)
         upstream.other, self.downstream.other = self.downstream, upstream
-        if source == _AS_CLIENT:
-            self.upstream_source = client
         self.loop.watch(upstream)
         if number == 0:
             return self._connected()
@@ -343,7 +351,7 @@ class Connection(Timed):
         upstream = self.upstream
         assert upstream is not None
         loop = self.loop
-        if self.upstream_source is None:
+        if self.upstream_source is None and upstream.tcp:
             self.upstream_source = upstream.sock.getsockname()
             if self.upstream_source[:2] == self.target[:2]:  # type: ignore[index]  # it has been dialled
                 # Nobody listens, and the kernel happened to pick the very port: the socket is connected to itself.
@@ -358,7 +366,8 @@ class Connection(Timed):
             self._relay(downstream, 0)
             if self.state != _RELAYING:
                 return None
-        answer_at_once(upstream.sock)
+        if upstream.tcp:
+            answer_at_once(upstream.sock)
         if upstream.readable:
             self._relay(upstream, 0)
         return None
@@ -366,13 +375,14 @@ class Connection(Timed):
     def _not_connected(self, number: int) -> None:
         outcome = _UPSTREAM.get(number, "error")
         error = OSError(number, os.strerror(number))
+        assert self.target is not None
         if outcome == "error":
-            self.loop.complain(error, "cannot connect to %s", format_address(self.target))  # type: ignore[arg-type]
+            self.loop.complain(error, "cannot connect to %s", format_target(self.target))
         elif outcome == "no_ports":
             self.loop.complain(
                 error,
-                "no free port for a connection to %s; widen net.ipv4.ip_local_port_range",
-                format_address(self.target),  # type: ignore[arg-type]
+                "no free port for a connection to %s; widen net.ipv4.ip_local_port_range, or give upstream.source more addresses",
+                format_target(self.target),
             )
         self.end(outcome)
 

@@ -19,9 +19,11 @@ from typing import Any, cast
 
 import msgspec
 
+from tproxyd.config import Config, Endpoint
 from tproxyd.datapath import report
 from tproxyd.datapath.books import Books
 from tproxyd.datapath.connection import Connection
+from tproxyd.datapath.dial import Dialler
 from tproxyd.datapath.pipes import PipePool
 from tproxyd.datapath.record import Outcome
 from tproxyd.datapath.report import Setup
@@ -37,7 +39,7 @@ from tproxyd.net.sockets import (
     wait_for_reader,
     watch_peer,
 )
-from tproxyd.policy import compile_policy
+from tproxyd.policy import compile_policy, compile_source
 
 __all__ = ["RelayLoop", "serve_loop"]
 
@@ -45,6 +47,7 @@ _EVENTS = 256  # taken at a time
 _ACCEPTS = 64  # new connections between two looks at the old ones, of each listener
 _ORDERS = 128  # of the owner, taken at a time: with a policy there are as many as connections
 _FLUSH = 0.002  # seconds between two looks at what a peer has taken
+_KNOCK = 0.01  # seconds between two tries to get into the queue of a Unix socket
 _PAUSE = 0.1  # seconds; without files the queue waits, connections that end give them back
 _STALLS = 20.0  # seconds between two looks for peers that do not read; the kernel gives them two minutes
 _SETTLE = 5.0  # seconds after which a connection is worth the four system calls that watch its server
@@ -92,19 +95,18 @@ class RelayLoop:
         channel.setblocking(False)
         self._channel = channel
         self._books = Books(self, channel, per_source=config.limits.max_connections_per_source)
-        self.enter, self.complain, self.count_connect = (
+        self.enter, self.complain, self.remark, self.count_connect = (
             self._books.enter,
             self._books.complain,
+            self._books.remark,
             self._books.count_connect,
         )
         self.engine = config.relay.engine
         self.pipes = PipePool(setup.pipes if self.engine != "copy" else 0)
-        # The answers to a client's own address would need what only tproxy's rules do.
-        self.transparent = not config.redirects
-        self.keeps_source = self.transparent and config.upstream.source == "auto"
+        self.choose_source = compile_source(config)
+        self.target_of = _target_of(config)
         self.original_destination = redirected_destination if config.redirects else original_destination
         self.decide = compile_policy(config.policy)
-        self.is_relayed_port = config.relays_port
         shortest = min(config.relay.idle_timeout, config.relay.half_close_timeout)
         self.dialling: Wheel[Connection] = Wheel(config.upstream.connect_timeout)
         self.settling: Wheel[Connection] = Wheel(min(_SETTLE, shortest))
@@ -114,6 +116,7 @@ class RelayLoop:
         # ended by then, and have entered one wheel instead of three.
         self.lazy = self.dialling.seconds <= self.settling.seconds
         self.flushing: set[Connection] = set()
+        self.waiting: set[Connection] = set()  # for room in the queue of a Unix socket
 
         self.asks = setup.asks
         self._alone = setup.alone
@@ -141,6 +144,7 @@ class RelayLoop:
         self._resume_due = math.inf
 
         self._epoll = select.epoll()
+        self.dialler = Dialler(config)
         self._locality = Locality()
         self.is_local = self._locality.is_local
         self._handlers: dict[int, Callable[[int], None]] = {
@@ -215,6 +219,7 @@ class RelayLoop:
             self._report()
         self._epoll.close()
         self._locality.close()
+        self.dialler.close()
         self.pipes.close()
 
     # For connections.
@@ -235,6 +240,8 @@ class RelayLoop:
 
     def note_blocked(self, leg: Leg) -> None:
         """Its peer does not read: if that goes on, it is looked whether it lives."""
+        if not leg.tcp:
+            return
         self._blocked.add(leg)
         if self._stalls_due == math.inf:
             self._stalls_due = self.now + _STALLS
@@ -272,7 +279,7 @@ class RelayLoop:
             id=f"{connection.identity:016x}",
             source=connection.client[:2],
             original_destination=connection.destination[:2] if connection.destination else ("", 0),
-            target=connection.target[:2] if connection.target else ("", 0),
+            target=connection.target if isinstance(connection.target, str) else (connection.target or ("", 0))[:2],
             rule=connection.rule,
         )
         self._handed[handed.id] = connection
@@ -283,6 +290,7 @@ class RelayLoop:
         """It has ended."""
         books = self._books
         self.flushing.discard(connection)
+        self.waiting.discard(connection)
         books.leave(connection, outcome)
         if self._tells_idle and not books.connections:
             books.due = self.now
@@ -306,6 +314,8 @@ class RelayLoop:
         )
         if self.flushing:
             due = min(due, self.now + _FLUSH)
+        if self.waiting:
+            due = min(due, self.now + _KNOCK)
         if due == math.inf:
             return None
         return max(0.0, due - self.now)
@@ -325,6 +335,10 @@ class RelayLoop:
             for connection in list(self.flushing):
                 if now >= connection.look_at:
                     connection.flush()
+        if self.waiting:
+            for connection in list(self.waiting):
+                self.waiting.discard(connection)
+                connection.dial_again()
         if now >= self.dialling.due:
             for connection in self.dialling.expire(now, also_active=True):
                 if not connection.settle():
@@ -468,3 +482,14 @@ class RelayLoop:
         self._books.renew(connection)
         family = socket.AF_INET6 if ":" in connection.client[0] else socket.AF_INET
         connection.take_back(accepted_socket(family, fd), order.target)
+
+
+def _target_of(config: Config) -> Callable[[Address], Address | str]:
+    """From what a client has dialled to what is dialled then, where no policy rule says it: `upstream.target`."""
+    target = config.upstream.target
+    if target == "original":
+        return lambda destination: destination
+    if target == "loopback":
+        return lambda destination: ("::1" if ":" in destination[0] else "127.0.0.1", destination[1])
+    fixed = (target.host, target.port) if isinstance(target, Endpoint) else target.path
+    return lambda destination: fixed

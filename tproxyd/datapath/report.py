@@ -65,7 +65,7 @@ class HandedOver(msgspec.Struct):
     id: str
     source: tuple[str, int]
     original_destination: tuple[str, int]
-    target: tuple[str, int]
+    target: tuple[str, int] | str
     rule: str | None
     data: bytes = b""
 

@@ -41,6 +41,7 @@ _IN_OUT = select.EPOLLIN | select.EPOLLOUT
 _READABLE = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR | select.EPOLLPRI
 _DOUBTFUL = select.EPOLLERR | select.EPOLLPRI
 _RDHUP = select.EPOLLRDHUP
+_UNIX = socket.AF_UNIX
 _DONTWAIT = socket.MSG_DONTWAIT
 _MORE = socket.MSG_DONTWAIT | socket.MSG_MORE
 _SPLICE = os.SPLICE_F_NONBLOCK | os.SPLICE_F_MOVE
@@ -105,6 +106,7 @@ class Leg:
         "received",
         "sent",
         "sock",
+        "tcp",
         "usual",
         "watched",
         "watches_out",
@@ -118,6 +120,7 @@ class Leg:
         self.connection = connection
         self.sock = sock
         self.fd = sock.fileno()
+        self.tcp = sock.family != _UNIX  # else nothing can be asked of it or set that is TCP's
         self.watched = False
         self.readable = False
         self.writable = True
@@ -132,7 +135,7 @@ class Leg:
         )
         self.watches_out = not accepted  # the upstream's connect is waited for
         self.nonblocking = not accepted
-        self.nodelay = accepted  # accepted sockets have it from the listener
+        self.nodelay = accepted or not self.tcp  # accepted sockets have it from the listener
         self.sent = False
         self.held: bytes = b""
         self.pipe: Pipe | None = None

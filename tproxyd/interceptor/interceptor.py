@@ -20,7 +20,6 @@ import trio
 
 from tproxyd import kernel
 from tproxyd.config import Config
-from tproxyd.config.load import not_yet
 from tproxyd.datapath import Counters, Record, Setup, splice_error
 from tproxyd.errors import ConfigError, KernelError, MissingError, TproxydError
 from tproxyd.interceptor.keeper import Keeper
@@ -153,12 +152,10 @@ async def open_interceptor(
     kernel holds what was planned, and the relay loops have answered. On exit, living connections are reset; call `drain` before
     to let them end.
 
-    Raises ConfigError (nothing to capture, what this version cannot do yet, too many connections), CapabilityError, MissingError, and KernelError (another program's
+    Raises ConfigError (nothing to capture, too many connections), CapabilityError, MissingError, and KernelError (another program's
     marks, routes or rules in the way, a port in use, too few files, a step that the kernel refused); then nothing was changed. What the block itself raises arrives in an
     ExceptionGroup, as from a nursery.
     """
-    if refused := [sentence for _, sentence in not_yet(config)]:
-        raise ConfigError(*refused)
     config.require_captures()
     require_capabilities("capturing connections", ("CAP_NET_ADMIN", "CAP_NET_RAW"))
     config = _with_engine(config)

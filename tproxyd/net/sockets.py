@@ -28,7 +28,9 @@ __all__ = [
     "bound_receive_buffer",
     "filter_messages",
     "format_address",
+    "format_target",
     "open_listener",
+    "open_unix_upstream",
     "open_upstream",
     "original_destination",
     "redirected_destination",
@@ -200,6 +202,11 @@ def open_upstream(family: int, *, source: Address | None = None, transparent: bo
     return sock
 
 
+def open_unix_upstream() -> socket.SocketType:
+    """A non-blocking Unix stream socket, not yet connected. The caller closes it."""
+    return socket.SocketType(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+
+
 def answer_at_once(sock: socket.SocketType) -> None:
     """Sends the ACK that `open_upstream` holds back, if no data has taken it along by now."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
@@ -266,6 +273,11 @@ def format_address(address: Address) -> str:
     """`192.0.2.1:80` or `[2001:db8::1]:80`, as in the access log."""
     host, port = address[0], address[1]
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def format_target(target: Address | str) -> str:
+    """The same of what is dialled: an address, or the path of a Unix socket."""
+    return f"unix:{target}" if isinstance(target, str) else format_address(target)
 
 
 def _set_transparent(sock: socket.SocketType) -> None:

@@ -15,14 +15,15 @@ __all__ = ["Connection", "ConnectionStream", "Forward", "Handle", "Policy", "Ref
 class Connection(msgspec.Struct, frozen=True, kw_only=True):
     """A connection that has been accepted and not been decided about.
 
-    `source`, `original_destination` and `target`, where the configuration would forward it to, are (address, port). `id` is that of
+    `source`, `original_destination` and `target`, where the configuration would forward it to, are (address, port); a `target` that is a
+    text is the path of a Unix socket. `id` is that of
     the access log, and `rule` the name of the configured rule that let it through, if one did.
     """
 
     id: str
     source: tuple[str, int]
     original_destination: tuple[str, int]
-    target: tuple[str, int]
+    target: tuple[str, int] | str
     workload: str = "host"
     rule: str | None = None
 

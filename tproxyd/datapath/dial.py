@@ -1,0 +1,120 @@
+"""The upstream socket: bound as `policy.sources` has chosen, and connecting. Knows ports; refuses to know what the connection is for.
+
+A port that is chosen here, towards an app of this host and in a client's name, must not be one that the client has itself to that app: our
+SYN would reach the client's connection, and the answers end it. The kernel cannot tell (for it these are two different ends), so it is
+asked whether there is such a connection. When the client chooses our port afterwards, its SYN is dropped by the ruleset, and it tries
+again.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+from collections.abc import Callable
+
+from tproxyd.config import Config
+from tproxyd.net.ports import read_port_choice
+from tproxyd.net.sock_diag import TIME_WAIT, TcpStates
+from tproxyd.net.sockets import Address, open_unix_upstream, open_upstream
+from tproxyd.policy import Choice, Way
+
+__all__ = ["Dialled", "Dialler"]
+
+Dialled = tuple[socket.SocketType | None, int]
+"""A socket that is connecting (EINPROGRESS), or connected (0); or None, and the kernel's number for why not."""
+
+_TAKEN = (errno.EADDRINUSE, errno.EADDRNOTAVAIL)
+# Ports that are tried: of the parity that clients leave alone, and only free ones at first; then those in TIME_WAIT, too, which are from
+# connections of ours to the app most likely; then any. With nine of ten ports in use the last one fails once in a thousand times.
+_FREE, _OTHER, _TRIES = 8, 32, 64
+
+
+class Dialler:
+    """Opens upstream sockets, for one relay loop, in the namespace in which it was made. Close it."""
+
+    def __init__(self, config: Config) -> None:
+        self._transparent = not config.redirects
+        self._ports = read_port_choice()
+        self._states = TcpStates()
+        self._next = 0
+        self._ways: dict[Way, Callable[[Choice, Address, Address], Dialled]] = {
+            "client": self._as_client,
+            "client_ip": self._as_address,
+            "chosen_port": self._with_chosen_port,
+            "pool": self._from_pool,
+            "proxy": lambda choice, client, target: self._try(None, target),
+        }
+
+    def close(self) -> None:
+        """Closes what it asks with; sockets that it has opened are their callers'."""
+        self._states.close()
+
+    def dial(self, choice: Choice, client: Address, target: Address) -> tuple[socket.SocketType | None, int, Way]:
+        """Tries the ways of the choice in their order, of which there is one; the next one where a port cannot be had. With the last one that
+        was tried. The caller closes the socket."""
+        for way in choice.ways:
+            sock, number = self._ways[way](choice, client, target)
+            if number not in _TAKEN:
+                break
+        return sock, number, way
+
+    def dial_unix(self, path: str) -> Dialled:
+        """To a Unix socket. EAGAIN: its queue is full at the moment."""
+        sock = open_unix_upstream()
+        try:
+            number = sock.connect_ex(path)
+        except BaseException:
+            sock.close()
+            raise
+        if number:
+            sock.close()
+            return None, number
+        return sock, 0
+
+    def _as_client(self, choice: Choice, client: Address, target: Address) -> Dialled:
+        if "chosen_port" in choice.ways and self._states.state(target[:2], client[:2]) is not None:
+            return None, errno.EADDRINUSE  # the client itself is connected so, past us
+        return self._try(client, target)
+
+    def _as_address(self, _: Choice, client: Address, target: Address) -> Dialled:
+        return self._try((client[0], 0, *client[2:]), target)  # an IPv6 one keeps its scope
+
+    def _with_chosen_port(self, _: Choice, client: Address, target: Address) -> Dialled:
+        host, rest = client[0], client[2:]
+        sock, number = None, errno.EADDRNOTAVAIL
+        for count in range(_TRIES):
+            port = self._ports.other() if count < _OTHER else self._ports.any()
+            state = self._states.state(target[:2], (host, port))
+            if state is None or (state == TIME_WAIT and count >= _FREE):
+                sock, number = self._try((host, port, *rest), target)
+                if number not in _TAKEN:
+                    break
+        return sock, number
+
+    def _from_pool(self, choice: Choice, _: Address, target: Address) -> Dialled:
+        """The addresses in turn. Where all their ports are taken, ports in TIME_WAIT can be had again by binding to them."""
+        pool = choice.pool
+        sock, number = None, errno.EADDRNOTAVAIL
+        for count in range(len(pool) + _TRIES):
+            self._next = (self._next + 1) % len(pool)
+            port = 0 if count < len(pool) else self._ports.any()
+            sock, number = self._try((pool[self._next], port), target)
+            if number not in _TAKEN:
+                break
+        return sock, number
+
+    def _try(self, source: Address | None, target: Address) -> Dialled:
+        family = socket.AF_INET6 if ":" in target[0] else socket.AF_INET
+        sock: socket.SocketType | None = None
+        try:
+            sock = open_upstream(family, source=source, transparent=self._transparent)
+            number = sock.connect_ex(target)
+        except OSError as error:
+            number = error.errno or errno.EIO
+            if number == errno.EACCES and sock is None:
+                number = errno.EADDRINUSE  # a port below 1024, without CAP_NET_BIND_SERVICE
+        if number in (errno.EINPROGRESS, 0):
+            return sock, number
+        if sock is not None:
+            sock.close()
+        return None, number
