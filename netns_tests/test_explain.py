@@ -551,6 +551,8 @@ def assert_real(row: Row, own: str, account: Account, answer: Answer, record: di
             assert answer.local == record["upstream"] == explanation.upstream
             assert answer.peer == record["upstream_source"]
             assert (answer.peer == own) == (explanation.upstream_source == "client")
+            host, client = answer.peer.rpartition(":")[0], own.rpartition(":")[0]
+            assert (host == client) == (explanation.upstream_source in ("client", "client_ip"))
         case "refused_by_policy" | "self_call" | "upstream_unreachable" | "upstream_timeout":
             assert record is not None
             assert record["outcome"] == explanation.outcome

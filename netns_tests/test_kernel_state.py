@@ -51,7 +51,7 @@ async def test_apply_of_another_config_changes_the_difference_only(way: Way) -> 
     changes = done.stdout.splitlines()
     first_removal = next(index for index, line in enumerate(changes) if line.startswith("delete"))
     assert all(line.startswith("delete") for line in changes[first_removal:])  # add before remove
-    assert len(changes) == 16
+    assert len(changes) == 20
     done = await node.run(*TPROXYD, "apply", "-c", str(way.file('[capture]\nports = ["8080"]\n')))
     assert "delete table inet tproxyd_guard" in done.stdout
     await node.run(*TPROXYD, "revert")

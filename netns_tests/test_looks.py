@@ -172,12 +172,16 @@ async def test_rules_and_routes_that_have_something_else_besides_are_seen_and_re
     before = await host.dump()
     async with open_daemon(host, CONFIG) as daemon:
         planned = await host.dump()
-        for command in (
+        # One process for all: rules that were put right in between would be in the way of the next.
+        commands = (
             "rule del priority 5234",
             "rule add priority 5234 not fwmark 0x1000000/0x3000000 lookup 133 protocol 133",
             "rule add priority 5235 from 203.0.113.0/24 fwmark 0x2000000/0x3000000 iif lo lookup 133 protocol 133",
-            "-6 rule add priority 9 ipproto tcp dport 80 lookup 133 protocol 133",
             "route add local default dev eth0 table 133 metric 7 proto 133",
+        )
+        await host.run("ip", "-batch", "-", input="\n".join(commands) + "\n")
+        for command in (
+            "-6 rule add priority 9 ipproto tcp dport 80 lookup 133 protocol 133",
             "-6 route add local default dev eth0 table 200 proto 133",
         ):
             await host.run("ip", *command.split())

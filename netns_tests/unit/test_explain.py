@@ -186,7 +186,7 @@ def test_the_account_says_as_whom_the_server_sees_the_client(source: str) -> Non
     away = explained(config, packet_to())[2]
     assert (away.upstream, away.upstream_source) == ("203.0.113.9:8080", "client" if source == "auto" else "proxy")
     here = explained(config, packet_to("192.0.2.1"))[2]
-    assert (here.upstream, here.upstream_source) == ("192.0.2.1:8080", "proxy")
+    assert (here.upstream, here.upstream_source) == ("192.0.2.1:8080", "client_ip" if source == "auto" else "proxy")
     other = explained(config, packet_to("203.0.113.6"))[2]
     assert (other.rule, other.upstream, other.upstream_source) == ("six", "[2001:db8:f::6]:80", "proxy")
 

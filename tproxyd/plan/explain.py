@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 
 import msgspec
 
-from tproxyd.config import Config, Endpoint
+from tproxyd.config import Config, Endpoint, UnixPath
 from tproxyd.plan.model import Surroundings
 from tproxyd.plan.plan import make_plan
 from tproxyd.plan.ruleset import GUARD, STEERING, listen_addresses, match_mark, take_rules
@@ -27,9 +27,9 @@ from tproxyd.plan.selectors import (
     capture_rules,
 )
 from tproxyd.plan.sets import element_of, has_all_ports
-from tproxyd.policy import Verdict, compile_policy
+from tproxyd.policy import Verdict, Way, compile_policy, compile_source
 
-__all__ = ["Explanation", "Foreseen", "Machine", "Route", "Stage", "explain"]
+__all__ = ["Explanation", "Foreseen", "Machine", "Route", "Seen", "Stage", "explain"]
 
 Foreseen = Literal[
     "forwarded",
@@ -47,6 +47,18 @@ Foreseen = Literal[
 rest are the kernel's: a reset in place of a special destination, or because nobody took what was selected; given to a program that
 listens where `tproxyd apply` brings connections; on its way as if tproxyd were not there; lost in this host's routing."""
 
+
+Seen = Literal["client", "client_ip", "given", "proxy"]
+"""What an upstream sees as the client: its address and port, as far as that port can be had; its address, from another port; an address
+of `upstream.source`; this host."""
+
+_SEEN: dict[Way, Seen] = {
+    "client": "client",
+    "client_ip": "client_ip",
+    "chosen_port": "client_ip",
+    "pool": "given",
+    "proxy": "proxy",
+}
 
 _SELF_CALL = "is the destination, or the client, this daemon?"
 
@@ -100,7 +112,7 @@ class Explanation(msgspec.Struct, frozen=True, kw_only=True):
     kernel_rule: Stage
     rule: str | None
     upstream: str | None
-    upstream_source: Literal["client", "proxy"] | None
+    upstream_source: Seen | None
     stages: tuple[Stage, ...]
 
 
@@ -274,11 +286,25 @@ class _Account:
         self.add("policy", *self.policy_words(verdict), decides=True)
         if verdict.action == "refuse":
             return self.end("refused_by_policy", f"reset by the daemon: {self.stages[-1].rule}", verdict)
-        if verdict.target is None:
-            return self.dialled(verdict, self.destination)
-        if self.is_listener(Endpoint(*verdict.target)):
-            return self.self_call("the rule forwards to the listener itself", verdict)
-        return self.dialled(verdict, Endpoint(*verdict.target))
+        target = self.target_of(verdict)
+        if isinstance(target, UnixPath):
+            because = "a Unix socket, where connections have no addresses"
+            self.add("dial", str(target), True, because)
+            return self.end("forwarded", f"relayed to {target}: {because}", verdict, target)
+        if target != self.destination and self.is_listener(target):
+            by = "the rule" if verdict.target is not None else "upstream.target"
+            return self.self_call(f"{by} forwards to the listener itself", verdict)
+        return self.dialled(verdict, target)
+
+    def target_of(self, verdict: Verdict) -> Endpoint | UnixPath:
+        if verdict.target is not None:
+            return Endpoint(*verdict.target)
+        target = self.config.upstream.target
+        if target == "original":
+            return self.destination
+        if target == "loopback":
+            return Endpoint("::1" if self.packet.family == 6 else "127.0.0.1", self.packet.port)
+        return target
 
     def policy_words(self, verdict: Verdict) -> tuple[str, bool, str]:
         policy, packet = self.config.policy, self.packet
@@ -313,19 +339,22 @@ class _Account:
             self.add("dial", str(upstream), False, route.error)
             what = f"reset by the daemon after connect_timeout: {route.error}"
             return self.end("upstream_timeout", what, verdict, upstream)
-        source: Literal["client", "proxy"] = "proxy"
-        if route.kind == "local":
-            because = "an app of this host sees an address of this host as the client"
-        elif self.config.upstream.source == "proxy":
-            because = 'upstream.source = "proxy": the server sees this host as the client'
-        elif self.config.redirects:
-            because = 'capture.mode = "redirect": the server sees this host as the client'
-        elif (":" in upstream.host) != (self.packet.family == 6):
-            because = "the client is of the other family: the server sees this host as the client"
-        else:
-            source, because = "client", "the server sees the client's own address, and its port where that can be had"
-        self.add("dial", str(upstream), True, because)
-        return self.end("forwarded", f"relayed to {upstream}; {because}", verdict, upstream, source)
+        dialled = (self.destination.host, self.destination.port)
+        choice = compile_source(self.config)(
+            str(self.packet.source),
+            dialled,
+            dialled if upstream == self.destination else (upstream.host, upstream.port),
+            route.kind == "local",
+            self.is_local(self.destination.host),
+        )
+        if not choice.ways:
+            self.add("dial", str(upstream), False, f"it would see {choice.why}", decides=True)
+            what = f'reset by the daemon: upstream.source = "client", but {upstream} would see {choice.why}'
+            return self.end("refused_by_policy", what, verdict)
+        self.add("dial", str(upstream), True, f"it sees {choice.why}")
+        return self.end(
+            "forwarded", f"relayed to {upstream}, which sees {choice.why}", verdict, upstream, _SEEN[choice.ways[0]]
+        )
 
     def self_call(self, because: str, verdict: Verdict | None = None) -> Explanation:
         self.add("self-call", _SELF_CALL, True, because, decides=True)
@@ -367,8 +396,8 @@ class _Account:
         outcome: Foreseen,
         what: str,
         verdict: Verdict | None = None,
-        upstream: Endpoint | None = None,
-        source: Literal["client", "proxy"] | None = None,
+        upstream: Endpoint | UnixPath | None = None,
+        source: Seen | None = None,
     ) -> Explanation:
         assert self.kernel_rule is not None
         return Explanation(

@@ -103,5 +103,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     ruleset: str
     capture_off: str
     """What makes the plan one that does not capture, without a moment in between."""
+    sources: tuple[tuple[str, str], ...] = ()
+    """Whom connections are made to, and what is seen there as the client."""
     losses: tuple[str, ...] = ()
     """What this mode of capture loses against tproxy, a line each."""

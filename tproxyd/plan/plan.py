@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from tproxyd.config import Config, Mark
+from ipaddress import ip_address
+
+from tproxyd.config import Config, Endpoint, Mark, UnixPath
 from tproxyd.errors import ConfigError
 from tproxyd.plan.model import Family, LocalRoute, Marks, Plan, Rule, Surroundings
 from tproxyd.plan.ruleset import (
@@ -17,6 +19,7 @@ from tproxyd.plan.ruleset import (
     steering_table,
     transaction,
 )
+from tproxyd.policy import compile_source
 
 __all__ = ["PROTOCOL", "SUPPORTED_MARKS", "UNOWNED_BYPASS", "make_marks", "make_plan"]
 
@@ -133,8 +136,43 @@ def make_plan(
         # with an owner cannot be flushed by others, nor added again.
         capture_off=("" if owned else f"add table inet {STEERING}\nadd chain inet {STEERING} {CAPTURE_CHAIN}\n")
         + f"flush chain inet {STEERING} {CAPTURE_CHAIN}\n",
+        sources=_sources(config) if config.captures else (),
         losses=_losses(config, owned=owned) if config.captures and config.redirects else (),
     )
+
+
+def _sources(config: Config) -> tuple[tuple[str, str], ...]:
+    """Each case that `upstream.target` makes, and what is seen there as the client."""
+    target, choose = config.upstream.target, compile_source(config)
+    if isinstance(target, UnixPath):
+        told = "its first bytes say who the client is" if config.upstream.proxy_protocol != "off" else _UNTOLD
+        return ((str(target), f"nobody's address, being a Unix socket; {told}"),)
+
+    def seen(is_local: bool, dialled_local: bool) -> str:
+        choice = choose(client, dialled, fixed or dialled, is_local, dialled_local)
+        return (
+            choice.why if choice.ways else f'nobody, as upstream.source = "client" refuses it: it would be {choice.why}'
+        )
+
+    dialled = ("203.0.113.1", config.capture.taken_ports[0][0])
+    client = "2001:db8::1" if isinstance(target, Endpoint) and ":" in target.host else "192.0.2.1"
+    fixed = None
+    if target == "original":
+        return ("an app of this host", seen(True, True)), ("another host", seen(False, False))
+    if target == "loopback":
+        fixed = ("127.0.0.1", dialled[1])
+        return (("127.0.0.1 or ::1", seen(True, True)),)
+    fixed = (target.host, target.port)
+    if ip_address(target.host).is_loopback:
+        return ((str(target), seen(True, True)),)
+    return (
+        (f"{target}, if that is this host", seen(True, False)),
+        (f"{target}, if that is another host", seen(False, False)),
+        (f"{target}, if that is another host and the client has dialled this one", seen(False, True)),
+    )
+
+
+_UNTOLD = 'upstream.proxy_protocol = "v2" tells it who the client is'
 
 
 def _losses(config: Config, *, owned: bool) -> tuple[str, ...]:

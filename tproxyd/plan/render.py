@@ -26,6 +26,8 @@ def _text(plan: Plan) -> str:
         sections += ["# What this mode loses", *(f"# - {loss}" for loss in plan.losses), ""]
     sections.append(f"# Listeners, {'' if plan.losses else 'transparent, '}opened before capture goes on")
     sections += [str(Endpoint(address, port)) for address, port in plan.listen]
+    sections += ["", "# What is seen as the client"]
+    sections += [f"by {who}: {what}" for who, what in plan.sources]
     sections += ["", "# Local routes"]
     for route in plan.routes:
         sections.append(f"ip -{route.family} route add {route.selector()} proto {PROTOCOL}    # {route.why}")
@@ -76,6 +78,7 @@ done
 def _json(plan: Plan) -> str:
     content = {
         "losses": plan.losses,
+        "sources": [{"upstream": who, "sees": what} for who, what in plan.sources],
         "listen": [str(Endpoint(address, port)) for address, port in plan.listen],
         "marks": {"steering": str(plan.marks.steering), "upstream": str(plan.marks.upstream)},
         "protocol": PROTOCOL,

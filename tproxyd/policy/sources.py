@@ -26,7 +26,7 @@ Way = Literal["client", "client_ip", "chosen_port", "pool", "proxy"]
 
 class Choice(NamedTuple):
     """`ways` in the order of trying: the next one where the kernel says that the port is taken. Without any the connection is refused.
-    `why` ends the sentence "the server sees ...". `pool`: the addresses of the way of this name."""
+    `why` ends the sentence "the server sees ..."; of a refused one, "... would see". `pool`: the addresses of the way of this name."""
 
     ways: tuple[Way, ...]
     why: str
@@ -69,7 +69,7 @@ def compile_source(config: Config) -> Choose:
         return Choice(ways if must else (*ways, "proxy"), why)
 
     def none(why: str) -> Choice:
-        return Choice((), f"nobody, because {why}") if must else Choice(("proxy",), f"this host as the client: {why}")
+        return Choice(() if must else ("proxy",), f"this host as the client: {why}")
 
     server, app, the_app = some(_TO_SERVER, _SERVER), some(_TO_APP, _APP), some(_TO_THE_APP, _THE_APP)
     on_loopback = some(_TO_APP, _ON_LOOPBACK)
