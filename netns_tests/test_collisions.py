@@ -80,7 +80,7 @@ def planned_mark(way: Way, config: str) -> str:
 
 async def steering_mark(node: Node) -> str:
     """The mark of our rules, from the kernel."""
-    marks = set(re.findall(r"523[34]:\s+from all fwmark (\S+) .*proto 133", (await node.run("ip", "rule")).stdout))
+    marks = set(re.findall(r"5234:\s+from all fwmark (\S+) .*proto 133", (await node.run("ip", "rule")).stdout))
     assert len(marks) == 1
     return str(marks.pop())
 

@@ -54,21 +54,23 @@ async def test_a_healthy_host_is_probed_in_silence_and_left_as_it_was(
         before = await node.dump()
         done = await node.run(*TPROXYD, "doctor", "-c", str(patient.file), check=False)
         assert (done.returncode, done.stderr) == (0, "")
-        first, second, last = done.stdout.splitlines()
-        assert first.startswith("IPv4 probed: ")
-        assert second.startswith("IPv6 probed: ")
-        assert first.endswith("port 8080 was captured")
+        *probed, last = done.stdout.splitlines()
+        for family, (there, back) in (("IPv4", probed[:2]), ("IPv6", probed[2:])):
+            assert there.startswith(f"{family} probed: a connection from ")
+            assert there.endswith("port 8080 was captured")
+            assert back.startswith(f"{family} probed: ")
+            assert back.endswith("port 8080 answers to a client's address, and we get it")
         assert last == f"{len(CHECKS) + 1} checks made: no failures, no warnings"
         assert await node.dump() == before
         # With an app that answers, too; and what was probed stands in the access log.
         await nursery.start(serve_echo, node, 8080)
         report = await patient.probed()
         assert report.findings == ()
-        assert [one.result for one in report.probes] == ["captured", "captured"]
+        assert [one.result for one in report.probes] == ["captured", "returned"] * 2
         assert await node.dump() == before
         assert await daemon.stop() == 0
     assert {record["original_destination"] for record in daemon.records()[-2:]} == {
-        format_address((one.destination, 8080)) for one in report.probes
+        format_address((one.destination, 8080)) for one in report.probes if one.half == "capture"
     }
     assert "another program" not in daemon.process.stderr_text
 
@@ -172,6 +174,36 @@ async def test_the_probe_meets_what_clients_would(gateway_lab: Lab, tmp_path: Pa
             assert seen in next(finding.seen for name, finding in report.findings if name == "probe")
             await patient.mend(report, check)
             assert (await patient.probed()).findings == ()
+        assert await daemon.stop() == 0
+
+
+@pytest.mark.parametrize(
+    ("upstream", "port", "found"),
+    [
+        ("", 8080, ["loopback-drops", "probe-return", "probe-return"]),
+        ('target = "loopback"\n', 8080, ["loopback-drops", "probe-return", "probe-return"]),
+        ('target = "192.0.2.1:9090"\n', 9090, ["probe-return"]),
+    ],
+)
+async def test_the_probe_connects_to_an_app_in_a_clients_name(
+    sidecar_lab: Lab, tmp_path: Path, upstream: str, port: int, found: list[str]
+) -> None:
+    """What arrives on lo is dropped, as some firewalls do with addresses that do not belong there: clients are accepted, and then wait."""
+    host = sidecar_lab["host"]
+    config = f"{HERE}[upstream]\n{upstream}"
+    patient = Patient(host, config, tmp_path)
+    async with open_daemon(host, config) as daemon:
+        healthy = await patient.probed()
+        assert healthy.findings == ()
+        assert [one.result for one in healthy.probes].count("returned") == found.count("probe-return")
+        await patient.sh(
+            table("type filter hook input priority 0;", f'iifname "lo" tcp dport {port} tcp flags syn drop')
+        )
+        report = await patient.probed()
+        assert names_of(report) == found
+        assert all("got no answer" in finding.seen for name, finding in report.findings if name == "probe-return")
+        patient.file.write_text(f'{config}source = "proxy"\n')
+        assert "probe-return" not in names_of(await patient.probed())  # nothing is asked of it then
         assert await daemon.stop() == 0
 
 
@@ -484,7 +516,7 @@ async def test_faults_of_a_gateway(gateway_lab: Lab, tmp_path: Path) -> None:
         await patient.sh(table("type nat hook postrouting priority srcnat;", 'oifname "eth1" masquerade'))
         assert await patient.found() == ["masquerade"]
         patient.file.write_text(THERE + '[upstream]\nsource = "proxy"\n')
-        assert await patient.found() == []
+        assert await patient.found() == ["table-changed"]  # what is applied would still send clients' answers back
         patient.file.write_text(THERE)
         await patient.sh(GONE)
         # Packets from a client to whom another interface leads.

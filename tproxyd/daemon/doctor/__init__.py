@@ -16,9 +16,9 @@ from tproxyd.config.wording import printable
 from tproxyd.daemon.doctor import checks_host, checks_others, checks_programs, checks_state
 from tproxyd.daemon.doctor.evidence import gather
 from tproxyd.daemon.doctor.model import Check, Evidence, Finding
-from tproxyd.daemon.doctor.probe import Probe, findings_of, probe
+from tproxyd.daemon.doctor.probe import PROBE_CHECKS, Probe, findings_of, probe
 
-__all__ = ["CHECKS", "PROBE_CHECK", "Report", "check_name", "doctor", "examine"]
+__all__ = ["CHECKS", "PROBE_CHECKS", "Report", "check_name", "doctor", "examine"]
 
 CHECKS: tuple[Check, ...] = (
     *checks_state.CHECKS,
@@ -26,7 +26,6 @@ CHECKS: tuple[Check, ...] = (
     *checks_host.CHECKS,
     *checks_others.CHECKS,
 )
-PROBE_CHECK = "probe"
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
@@ -61,7 +60,7 @@ def doctor(config: Config, file: str | None, *, probing: bool, as_json: bool) ->
 def examine(evidence: Evidence, probes: Sequence[Probe]) -> Report:
     """Runs every check."""
     findings = [(check_name(check), finding) for check in CHECKS for finding in check(evidence)]
-    findings += [(PROBE_CHECK, finding) for finding in findings_of(evidence, probes)]
+    findings += findings_of(evidence, probes)
     tried = any(one.result != "impossible" for one in probes)
     return Report(
         checks=len(CHECKS) + tried,
@@ -87,6 +86,10 @@ def _text(report: Report) -> str:
         elif one.result == "captured":
             notes.append(
                 f"IPv{one.family} probed: a connection from {one.source} to {one.destination} port {one.port} was captured\n"
+            )
+        elif one.result == "returned":
+            notes.append(
+                f"IPv{one.family} probed: {one.destination} port {one.port} answers to a client's address, and we get it\n"
             )
     notes += [f"not looked at: {printable(what)}\n" for what in report.unseen]
     notes += [f"redirect mode loses: {what}\n" for what in report.losses]

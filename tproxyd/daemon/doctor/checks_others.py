@@ -202,13 +202,14 @@ def foreign_notrack(e: Evidence) -> Iterator[Finding]:
 @of_tproxy_mode
 def masquerade(e: Evidence) -> Iterator[Finding]:
     local_only = set(e.config.capture.destinations) == {"local"}
-    if e.config.upstream.source != "auto" or not e.forwards or local_only or not e.config.captures:
+    source = e.config.upstream.source
+    if source not in ("auto", "client") or not e.forwards or local_only or not e.config.captures:
         return
     for chain in e.chains or ():
         for rule in chain.rules:
             if any(kind in statement for statement in rule.statements for kind in ("masquerade", "snat")):
                 yield Finding(
-                    seen=f'this gateway hides its clients\' addresses: {_rule(chain, rule)}, while upstream.source is "auto"',
+                    seen=f'this gateway hides its clients\' addresses: {_rule(chain, rule)}, while upstream.source is "{source}"',
                     why="captured connections bear the client's own address and are untracked, so this rule does not change it: servers "
                     "that cannot answer to it are not reached, and connections time out",
                     remedy=f'# in {e.configuration}, under [upstream]: source = "proxy"\n{e.restart()}',

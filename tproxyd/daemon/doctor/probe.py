@@ -1,7 +1,8 @@
 """The live probe: a client in a throwaway namespace connects to a captured port through the real ruleset.
 
-Its handshake completes only if capture, the rule, the route, the listener and the way back all work. Where the configuration
-leaves no address, port or interface for it, that is said, and nothing is guessed.
+Its handshake completes only if capture, the rule, the route, the listener and the way back all work. Then the other half: a connection to
+an app of this host in the client's name, made as the daemon makes it, whose answers (a reset is one, too) must come back. Where the
+configuration leaves no address, port or interface for either, that is said, and nothing is guessed.
 """
 
 from __future__ import annotations
@@ -17,17 +18,18 @@ from typing import Literal
 import msgspec
 
 from tproxyd import kernel
-from tproxyd.config import Config, is_interface
+from tproxyd.config import Config, Endpoint, UnixPath, is_interface
 from tproxyd.daemon.doctor.model import Evidence, Finding, quoted
 from tproxyd.errors import TproxydError
 from tproxyd.kernel import PROBE_INTERFACE, ProbeWay
 from tproxyd.net.capabilities import missing_capabilities
 from tproxyd.net.locality import Locality
 from tproxyd.net.namespaces import call_in_namespace
-from tproxyd.net.sock_diag import find_connection, tcp_sockets
-from tproxyd.net.sockets import abort, format_address
+from tproxyd.net.ports import read_port_choice
+from tproxyd.net.sock_diag import TcpStates, find_connection, tcp_sockets
+from tproxyd.net.sockets import abort, format_address, open_upstream
 
-__all__ = ["Probe", "choose_address", "findings_of", "probe", "why_not"]
+__all__ = ["PROBE_CHECKS", "Probe", "choose_address", "findings_of", "probe", "why_not"]
 
 _PATIENCE = 2.5  # seconds: a SYN, and its retransmission after one
 _DOCUMENTATION: dict[int, tuple[IPv4Network | IPv6Network, ...]] = {
@@ -37,13 +39,18 @@ _DOCUMENTATION: dict[int, tuple[IPv4Network | IPv6Network, ...]] = {
 _TRIED = 32  # addresses of a network
 _LOOKS, _LOOK = 20, 0.01  # for a connection that was answered
 
-Result = Literal["captured", "bypassed", "refused", "silent", "unmade", "impossible"]
+PROBE_CHECKS = {"capture": "probe", "return": "probe-return"}
+"""What its findings are called, by the half of a connection that they are about."""
+
+Result = Literal["captured", "bypassed", "refused", "silent", "unmade", "impossible", "returned"]
 
 
 class Probe(msgspec.Struct, frozen=True, kw_only=True):
-    """One connection that was tried. `result` "impossible": it was not, and `reason` says why."""
+    """One connection that was tried: of a client, or to an app in its name (`half` "return"). `result` "impossible": it was not, and
+    `reason` says why."""
 
     family: int
+    half: Literal["capture", "return"] = "capture"
     result: Result
     source: str = ""
     destination: str = ""
@@ -91,18 +98,25 @@ def probe(e: Evidence) -> list[Probe]:
                 done += [Probe(family=number, result="impossible", reason=why) for number, why in obstacles.items()]
                 free = [way for way in ways if way.family not in obstacles]
                 with ThreadPoolExecutor() as both:  # what hangs for one family often hangs for the other, too
-                    done += both.map(lambda way: _connect(e, far, way), free)
+                    for halves in both.map(lambda way: _probe_way(e, far, way), free):
+                        done += halves
     except (TproxydError, OSError) as error:
         tried = {one.family for one in done}
         done += [
             Probe(family=way.family, result="impossible", reason=str(error)) for way in ways if way.family not in tried
         ]
-    return sorted(done, key=lambda one: one.family)
+    return sorted(done, key=lambda one: (one.family, one.half))
 
 
-def findings_of(e: Evidence, probes: Sequence[Probe]) -> list[Finding]:
-    """What the probe has found out."""
-    return [finding for one in probes if (finding := _finding(e, one))]
+def _probe_way(e: Evidence, far: int, way: ProbeWay) -> list[Probe]:
+    there = _connect(e, far, way)
+    back = _connect_to_app(e, way) if there.result == "captured" and e.config.spoofs else None
+    return [there] if back is None else [there, back]
+
+
+def findings_of(e: Evidence, probes: Sequence[Probe]) -> list[tuple[str, Finding]]:
+    """What the probe has found out, with the half's name as a check."""
+    return [(PROBE_CHECKS[one.half], finding) for one in probes if (finding := _finding(e, one))]
 
 
 def choose_address(
@@ -211,10 +225,58 @@ def _local_port(near: str, listen_port: int, remote: tuple[str, int]) -> int | N
     return found[0] if found else None
 
 
+def _connect_to_app(e: Evidence, way: ProbeWay) -> Probe | None:
+    """As the daemon connects to an app of this host; None where it does not do so in a client's name."""
+    family = socket.AF_INET6 if way.family == 6 else socket.AF_INET
+    target = e.config.upstream.target
+    with Locality() as locality, TcpStates() as states:
+        if isinstance(target, UnixPath):
+            return None
+        if isinstance(target, Endpoint):
+            to = (target.host, target.port)
+        elif target == "loopback":
+            to = ("::1" if way.family == 6 else "127.0.0.1", e.captured_ports[0])
+        else:
+            to = (way.destination if way.local else _own_address(family, way.source), e.captured_ports[0])
+        if not to[0] or (":" in to[0]) != (way.family == 6) or not locality.is_local(to[0]):
+            return None
+        ports = read_port_choice()
+        port = next(port for port in iter(ports.other, 0) if states.state(to, (way.source, port)) is None)
+    result: Result = "returned"
+    sock = open_upstream(family, source=(way.source, port))
+    sock.settimeout(_PATIENCE)
+    try:
+        sock.connect(to)
+    except (ConnectionRefusedError, ConnectionResetError):
+        pass  # nobody listens; its answer has come back
+    except OSError:
+        result = "silent"
+    finally:
+        abort(sock)
+    return Probe(family=way.family, half="return", result=result, source=way.source, destination=to[0], port=to[1])
+
+
+def _own_address(family: socket.AddressFamily, client: str) -> str:
+    """That of this host by which the client is reached; "" if it has none of this family."""
+    with socket.socket(family, socket.SOCK_DGRAM) as sock:
+        try:
+            sock.connect((client, 9))
+        except OSError:
+            return ""
+        return str(sock.getsockname()[0])
+
+
 def _finding(e: Evidence, one: Probe) -> Finding | None:
-    if one.result in ("captured", "impossible"):
+    if one.result in ("captured", "impossible", "returned"):
         return None
     target = format_address((one.destination, one.port))
+    if one.half == "return":
+        return Finding(
+            seen=f"a connection to {target} that bears a client's address, {one.source}, got no answer",
+            why="so will those that the daemon makes to apps of this host, until connect_timeout: the SYN, or the answer to it, is dropped or "
+            "goes to the client; the other findings may say why",
+            remedy=f'# if nothing else helps, in {e.configuration}, under [upstream]: source = "proxy"\n{e.restart()}',
+        )
     happened = {
         "refused": ("was refused", "it met a rule that rejects, or the guard, or nobody listens"),
         "silent": ("got no answer", "the SYN, or the answer to it, is dropped or goes elsewhere"),
