@@ -186,7 +186,7 @@ def steering_table(
             *foreign_ports(config),
             'oif "lo" goto loopback comment "to a local app, and its answers"',
             'socket transparent 1 notrack accept comment "sent by a socket of ours: no conntrack entry"',
-            *(_sending_back(marks) if config.spoofs else []),
+            *(_sending_back(marks, families) if config.spoofs else []),
         ),
         _chain(
             "loopback",
@@ -386,7 +386,7 @@ def _leg(ip: str, ours: str, theirs: str) -> str:
 #   of a closed window every two minutes.
 # - A reset of either side leaves it _LEAVING, and so does a FIN of the app, which is usually the last word, ours having come before.
 # - What we send then enters it if it has left, but does not keep it in (@ended): our ACK of that FIN is not a sign of life. An app may
-#   end its direction first and still be sent something.
+#   end its direction first and still be sent something. A SYN is: with these ports a new connection begins.
 #
 # The kernel's own way would be net.ipv4.tcp_fwmark_accept and fwmark_reflect, which let an app's socket inherit a mark of our SYN. But
 # these are switches for all sockets of the namespace: with the marks of other programs (Tailscale, kube-proxy) on it, every accepted
@@ -403,10 +403,14 @@ def _ending() -> list[str]:
     ]
 
 
-def _sending_back(marks: Marks) -> list[str]:
-    return _ending() + [
-        f"{_leg(ip, 'daddr', 'saddr')} @legs{family} meta mark set {_set_mark(marks.upstream)} notrack accept"
+def _sending_back(marks: Marks, families: Sequence[Family]) -> list[str]:
+    back = (
+        f"meta mark set {_set_mark(marks.upstream)} notrack accept"
         ' comment "answer of a local app to a client whose address our connection bears: back to us, no conntrack entry"'
+    )
+    held = 'counter drop comment "the same, while lo has no IPv6: not to the client, which would reset it; it is sent again"'
+    return _ending() + [
+        f"{_leg(ip, 'daddr', 'saddr')} @legs{family} {back if family in families else held}"
         for family, ip in _IP.items()
     ]
 
@@ -415,7 +419,12 @@ def _remembering() -> list[str]:
     rules = []
     for why, match, verb, seconds in (
         ("we break it off: soon forgotten", "tcp flags rst ", "update", _LEAVING),
-        ("the app has ended its direction: entered again where it has left", "{ours} @ended{family} ", "add", _KEPT),
+        (
+            "the app has ended its direction: entered again where it has left",
+            "tcp flags ack {ours} @ended{family} ",
+            "add",
+            _KEPT,
+        ),
         ("remembered for the app's answers", "", "update", _KEPT),
     ):
         for family, ip in _IP.items():
