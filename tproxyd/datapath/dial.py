@@ -72,8 +72,9 @@ class Dialler:
         return sock, 0
 
     def _as_client(self, choice: Choice, client: Address, target: Address) -> Dialled:
-        if "chosen_port" in choice.ways and self._states.state(target[:2], client[:2]) is not None:
-            return None, errno.EADDRINUSE  # the client itself is connected so, past us
+        if "chosen_port" in choice.ways and self._states.state(target[:2], client[:2]) not in (None, TIME_WAIT):
+            # The client itself is connected so, past us; or the app has not done with our last one.
+            return None, errno.EADDRINUSE
         return self._try(client, target)
 
     def _as_address(self, _: Choice, client: Address, target: Address) -> Dialled:
