@@ -1,7 +1,7 @@
 """What the ruleset remembers of connections to local apps that bear a client's address: as long as one lives, the app's words come back to us,
 also the first one after a long silence; and soon after the end nothing is left.
 
-The daemon here forgets sooner than the real one, which takes minutes: one second instead of ten after an end, three instead of 150 without a
+The daemon here forgets sooner than the real one, which takes minutes: one second instead of ten after an end, two instead of 150 without a
 sign of life. Signs of life are asked for after one second instead of sixty.
 """
 
@@ -23,14 +23,14 @@ from tproxyd.net.sockets import format_address
 from tproxyd.testing import Node, activate_conntrack, conntrack_count
 from tproxyd.testing.daemon import LabDaemon
 
-LEAVING, KEPT = 1.0, 3.0
+LEAVING, KEPT = 1.0, 2.0
 HASTY = f"""
 from tproxyd.plan import ruleset
 from tproxyd.net import sockets
 from tproxyd.datapath import loop
 ruleset._LEAVING, ruleset._KEPT = "{LEAVING:.0f}s", "{KEPT:.0f}s"
 sockets.KEEPALIVE_IDLE = sockets.KEEPALIVE_INTERVAL = 1
-loop._SETTLE = 0.5
+loop._SETTLE = 0.2
 from tproxyd.daemon.cli import entry
 entry()
 """
