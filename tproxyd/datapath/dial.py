@@ -34,7 +34,7 @@ class Dialler:
 
     def __init__(self, config: Config) -> None:
         self._transparent = not config.redirects
-        self._ports = read_port_choice()
+        self._ports = read_port_choice(config.listen.port)  # seen at the listener's port, it would be taken for it
         self._states = TcpStates()
         self._next = 0
         self._ways: dict[Way, Callable[[Choice, Address, Address], Dialled]] = {
