@@ -230,3 +230,37 @@ async def test_the_listeners_port_and_reserved_ones_are_not_chosen(way: Way, app
         assert chosen == {15005, 15008}
         refused = await attempt(way.client, way.address, source_port=50000)
         assert (await daemon.record(refused))["outcome"] == "no_ports"
+
+
+@GATEWAYS
+async def test_a_client_that_comes_again_before_its_last_connection_has_ended(way: Way, app: None) -> None:
+    """The server closes first, the client then, and the server does not hear of that yet: our socket with the client's port is still there."""
+    deaf = "table inet deaf {\nchain in {\ntype filter hook input priority 0;\ntcp flags fin drop\n}\n}\n"
+    async with open_daemon(way.proxy, CONFIG) as daemon, connections(way) as connect:
+        stream, _, port = await connect(source_port=50000)
+        assert port == 50000
+        await way.app.run("nft", "-f", "-", input=deaf)
+        await stream.send_all(CLOSE)
+        with trio.fail_after(5):
+            assert await stream.receive_some() == b""
+        await stream.aclose()
+        await until(daemon.records)
+        began = trio.current_time()
+        again, host, port = await connect(source_port=50000)
+        assert trio.current_time() - began < 0.9
+        assert host == client_address(way)
+        assert port != 50000
+        await works(again)
+        # The server hears of it, and the port can be had again.
+        await way.app.run("nft", "delete", "table", "inet", "deaf")
+        await again.aclose()
+        await until(lambda: len(daemon.records()) == 2)
+        with trio.fail_after(10):
+            while await states(way.proxy, 50000) & {"LAST-ACK", "CLOSING", "FIN-WAIT-1", "FIN-WAIT-2"}:
+                await trio.sleep(0.02)
+        assert (await connect(source_port=50000))[2] == 50000
+
+
+async def states(node: Node, port: int) -> set[str]:
+    """Of sockets with this local port."""
+    return {line.split()[0] for line in (await node.run("ss", "-Htan", f"sport = {port}")).stdout.splitlines()}
