@@ -426,7 +426,7 @@ class Connection(Timed):
         except OSError as error:
             raise LegBrokenError(leg.other, error) from error
         self.active = self.loop.now
-        if self.settled or not self.loop.lazy:
+        if self.settled:  # else `settle` does it
             self.loop.half_closed.add(self)
         return None
 

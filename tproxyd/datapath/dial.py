@@ -34,7 +34,7 @@ class Dialler:
 
     def __init__(self, config: Config) -> None:
         self._transparent = not config.redirects
-        self._ports = read_port_choice()
+        self._ports = read_port_choice(config.listen.port)  # seen at the listener's port, it would be taken for it
         self._states = TcpStates()
         self._next = 0
         self._ways: dict[Way, Callable[[Choice, Address, Address], Dialled]] = {
@@ -72,8 +72,9 @@ class Dialler:
         return sock, 0
 
     def _as_client(self, choice: Choice, client: Address, target: Address) -> Dialled:
-        if "chosen_port" in choice.ways and self._states.state(target[:2], client[:2]) is not None:
-            return None, errno.EADDRINUSE  # the client itself is connected so, past us
+        if "chosen_port" in choice.ways and self._states.state(target[:2], client[:2]) not in (None, TIME_WAIT):
+            # The client itself is connected so, past us; or the app has not done with our last one.
+            return None, errno.EADDRINUSE
         return self._try(client, target)
 
     def _as_address(self, _: Choice, client: Address, target: Address) -> Dialled:

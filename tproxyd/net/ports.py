@@ -42,10 +42,10 @@ class PortChoice:
         return port
 
 
-def read_port_choice() -> PortChoice:
-    """That of the calling thread's network namespace. Raises OSError."""
+def read_port_choice(*without: int) -> PortChoice:
+    """That of the calling thread's network namespace, `without` these ports. Raises OSError."""
     first, last = map(int, _RANGE.read_text(encoding="ascii").split())
-    reserved: set[int] = set()
+    reserved = set(without)
     for part in _RESERVED.read_text(encoding="ascii").strip().split(","):
         if part:
             begin, _, end = part.partition("-")

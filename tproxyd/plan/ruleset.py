@@ -186,7 +186,7 @@ def steering_table(
             *foreign_ports(config),
             'oif "lo" goto loopback comment "to a local app, and its answers"',
             'socket transparent 1 notrack accept comment "sent by a socket of ours: no conntrack entry"',
-            *(_sending_back(marks) if config.spoofs else []),
+            *(_sending_back(marks, families) if config.spoofs else []),
         ),
         _chain(
             "loopback",
@@ -387,6 +387,8 @@ def _leg(ip: str, ours: str, theirs: str) -> str:
 # - A reset of either side leaves it _LEAVING, and so does a FIN of the app, which is usually the last word, ours having come before.
 # - What we send then enters it if it has left, but does not keep it in (@ended): our ACK of that FIN is not a sign of life. An app may
 #   end its direction first and still be sent something.
+# - A SYN of ours begins a new connection with these ports, whatever was before. A SYN of an app's that has ended ours answers the client's
+#   own connection, which has gone past us: from then on its answers are the client's.
 #
 # The kernel's own way would be net.ipv4.tcp_fwmark_accept and fwmark_reflect, which let an app's socket inherit a mark of our SYN. But
 # these are switches for all sockets of the namespace: with the marks of other programs (Tailscale, kube-proxy) on it, every accepted
@@ -403,25 +405,43 @@ def _ending() -> list[str]:
     ]
 
 
-def _sending_back(marks: Marks) -> list[str]:
-    return _ending() + [
-        f"{_leg(ip, 'daddr', 'saddr')} @legs{family} meta mark set {_set_mark(marks.upstream)} notrack accept"
+def _sending_back(marks: Marks, families: Sequence[Family]) -> list[str]:
+    back = (
+        f"meta mark set {_set_mark(marks.upstream)} notrack accept"
         ' comment "answer of a local app to a client whose address our connection bears: back to us, no conntrack entry"'
-        for family, ip in _IP.items()
-    ]
+    )
+    others = 'accept comment "the client has this connection itself, past us: ours with its ports has ended"'
+    held = 'counter drop comment "the same, while lo has no IPv6: not to the client, which would reset it; it is sent again"'
+    rules = _ending()
+    for family, ip in _IP.items():
+        theirs = _leg(ip, "daddr", "saddr")
+        rules += [
+            f"tcp flags syn {theirs} @ended{family} delete @legs{family} {{ {theirs} }} {others}",
+            f"{theirs} @legs{family} {back if family in families else held}",
+        ]
+    return rules
 
 
 def _remembering() -> list[str]:
     rules = []
-    for why, match, verb, seconds in (
-        ("we break it off: soon forgotten", "tcp flags rst ", "update", _LEAVING),
-        ("the app has ended its direction: entered again where it has left", "{ours} @ended{family} ", "add", _KEPT),
-        ("remembered for the app's answers", "", "update", _KEPT),
+    for why, match, legs, seconds, ended in (
+        ("begins; a connection that had these ports before is over", "tcp flags syn ", "update", _KEPT, "delete"),
+        ("we break it off: soon forgotten", "tcp flags rst ", "update", _LEAVING, "update"),
+        (
+            "the app has ended its direction: entered again where it has left",
+            "{ours} @ended{family} ",
+            "add",
+            _KEPT,
+            "",
+        ),
+        ("remembered for the app's answers", "", "update", _KEPT, ""),
     ):
         for family, ip in _IP.items():
             ours = _leg(ip, "saddr", "daddr")
+            timeout = f" timeout {_LEAVING}" if ended == "update" else ""
+            end = f"{ended} @ended{family} {{ {ours}{timeout} }} " if ended else ""
             rules.append(
-                f"{match.format(ours=ours, family=family)}{verb} @legs{family} {{ {ours} timeout {seconds} }} notrack accept"
+                f"{match.format(ours=ours, family=family)}{end}{legs} @legs{family} {{ {ours} timeout {seconds} }} notrack accept"
                 f' comment "{why}"'
             )
     return [*rules, 'notrack accept comment "a set is full: not remembered"']

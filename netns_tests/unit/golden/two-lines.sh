@@ -158,7 +158,9 @@ table inet tproxyd {
 		socket transparent 1 notrack accept comment "sent by a socket of ours: no conntrack entry"
 		tcp flags fin,rst ip daddr . tcp dport . ip saddr . tcp sport @legs4 update @legs4 { ip daddr . tcp dport . ip saddr . tcp sport timeout 10s } update @ended4 { ip daddr . tcp dport . ip saddr . tcp sport timeout 10s } comment "the app ends our connection: soon forgotten"
 		tcp flags fin,rst ip6 daddr . tcp dport . ip6 saddr . tcp sport @legs6 update @legs6 { ip6 daddr . tcp dport . ip6 saddr . tcp sport timeout 10s } update @ended6 { ip6 daddr . tcp dport . ip6 saddr . tcp sport timeout 10s } comment "the app ends our connection: soon forgotten"
+		tcp flags syn ip daddr . tcp dport . ip saddr . tcp sport @ended4 delete @legs4 { ip daddr . tcp dport . ip saddr . tcp sport } accept comment "the client has this connection itself, past us: ours with its ports has ended"
 		ip daddr . tcp dport . ip saddr . tcp sport @legs4 meta mark set meta mark & 0xfeffffff | 0x02000000 notrack accept comment "answer of a local app to a client whose address our connection bears: back to us, no conntrack entry"
+		tcp flags syn ip6 daddr . tcp dport . ip6 saddr . tcp sport @ended6 delete @legs6 { ip6 daddr . tcp dport . ip6 saddr . tcp sport } accept comment "the client has this connection itself, past us: ours with its ports has ended"
 		ip6 daddr . tcp dport . ip6 saddr . tcp sport @legs6 meta mark set meta mark & 0xfeffffff | 0x02000000 notrack accept comment "answer of a local app to a client whose address our connection bears: back to us, no conntrack entry"
 	}
 
@@ -171,8 +173,10 @@ table inet tproxyd {
 	}
 
 	chain sent {
-		tcp flags rst update @legs4 { ip saddr . tcp sport . ip daddr . tcp dport timeout 10s } notrack accept comment "we break it off: soon forgotten"
-		tcp flags rst update @legs6 { ip6 saddr . tcp sport . ip6 daddr . tcp dport timeout 10s } notrack accept comment "we break it off: soon forgotten"
+		tcp flags syn delete @ended4 { ip saddr . tcp sport . ip daddr . tcp dport } update @legs4 { ip saddr . tcp sport . ip daddr . tcp dport timeout 2m30s } notrack accept comment "begins; a connection that had these ports before is over"
+		tcp flags syn delete @ended6 { ip6 saddr . tcp sport . ip6 daddr . tcp dport } update @legs6 { ip6 saddr . tcp sport . ip6 daddr . tcp dport timeout 2m30s } notrack accept comment "begins; a connection that had these ports before is over"
+		tcp flags rst update @ended4 { ip saddr . tcp sport . ip daddr . tcp dport timeout 10s } update @legs4 { ip saddr . tcp sport . ip daddr . tcp dport timeout 10s } notrack accept comment "we break it off: soon forgotten"
+		tcp flags rst update @ended6 { ip6 saddr . tcp sport . ip6 daddr . tcp dport timeout 10s } update @legs6 { ip6 saddr . tcp sport . ip6 daddr . tcp dport timeout 10s } notrack accept comment "we break it off: soon forgotten"
 		ip saddr . tcp sport . ip daddr . tcp dport @ended4 add @legs4 { ip saddr . tcp sport . ip daddr . tcp dport timeout 2m30s } notrack accept comment "the app has ended its direction: entered again where it has left"
 		ip6 saddr . tcp sport . ip6 daddr . tcp dport @ended6 add @legs6 { ip6 saddr . tcp sport . ip6 daddr . tcp dport timeout 2m30s } notrack accept comment "the app has ended its direction: entered again where it has left"
 		update @legs4 { ip saddr . tcp sport . ip daddr . tcp dport timeout 2m30s } notrack accept comment "remembered for the app's answers"
