@@ -70,7 +70,7 @@ for death in map(globals().get, sys.argv[3:]):
         say("reverted")
         sys.stdin.readline()
 """
-KERNEL_STEPS = 11  # two routes, six rules, the tables (put there in one step, removed one by one)
+KERNEL_STEPS = 13  # two routes, eight rules, the tables (put there in one step, removed one by one)
 
 
 async def peer_seen(way: Way) -> tuple[str, str]:
@@ -171,7 +171,7 @@ async def test_01_to_03_sigkill_between_any_two_kernel_steps(way: Way, nursery: 
         for _ in range(2 * (KERNEL_STEPS + 1)):
             died, _, of = (await deaths.stdout.receive_some()).decode().rpartition(" of ")
             assert died.startswith("died ")
-            assert 9 <= int(of) <= KERNEL_STEPS
+            assert 11 <= int(of) <= KERNEL_STEPS
             await expect_open_or_refused(way, allowed={OPEN: {"open"}, CLOSED: {"open", "refused"}}[config])
             await deaths.stdin.send_all(b"go on\n")
             assert await deaths.stdout.receive_some() == b"reverted\n"

@@ -283,12 +283,12 @@ async def test_status_of_a_daemon_tells_what_lives_and_what_it_has_counted(way: 
             "tproxyd": True,
             "tproxyd_guard": False,
         }
-        assert (len(told["observed"]["rules"]), len(told["observed"]["routes"])) == (6, 2)
+        assert (len(told["observed"]["rules"]), len(told["observed"]["routes"])) == (8, 2)
         text = (await tproxyd(node, "status")).stdout
         assert text.startswith(f"daemon       pid {daemon.process.pid}, version ")
         assert "\nlisten       127.0.0.1:15006, [::1]:15006\n" in text
         assert (
-            "\nkernel       6 ip rules, 2 local routes, tables inet: tproxyd (owned), tproxyd_guard\n"
+            "\nkernel       8 ip rules, 2 local routes, tables inet: tproxyd (owned), tproxyd_guard\n"
             "applied      no\n"
             "planned      by the daemon: the kernel holds it\n"
         ) in text
@@ -334,7 +334,7 @@ async def test_status_without_a_daemon(way: Way) -> None:
     ]
     assert (await tproxyd(node, "status", "-c", file, code=3)).stdout == (
         "daemon   none\n"
-        "kernel   5 ip rules, 2 local routes, tables inet: tproxyd, tproxyd_guard, tproxyd_state\n"
+        "kernel   7 ip rules, 2 local routes, tables inet: tproxyd, tproxyd_guard, tproxyd_state\n"
         "applied  yes: stays until `tproxyd revert`\n"
         f"planned  by {file}: the kernel does not hold it; see `tproxyd plan --diff`\n"
         "         add ip rule -6 priority 5234 fwmark 0x1000000/0x3000000 lookup 133\n"
