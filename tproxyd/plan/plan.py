@@ -224,19 +224,16 @@ def _rules(family: Family, marks: Marks, first: int, table: int, *, to_loopback:
             why="a steered packet is delivered to this host, whatever its destination address",
         ),
     ]
-    if to_loopback:
+    if to_loopback and family == 4:  # IPv6 finds a way for them, and the ruleset another one
         rules.insert(
             2,
             Rule(
                 family=family,
                 priority=first,
-                source=_LOOPBACK[family],
+                source="127.0.0.0/8",
                 iif="lo",
                 table=table,
                 why="answers of an app on a loopback address to a client's: they leave by no interface, so they can only be meant for us",
             ),
         )
     return tuple(rules)
-
-
-_LOOPBACK: dict[Family, str] = {4: "127.0.0.0/8", 6: "::1/128"}
