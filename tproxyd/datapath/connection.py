@@ -359,7 +359,7 @@ class Connection(Timed):
         self.state = _RELAYING
         loop.count_connect(loop.now - self.started)
         self.active = loop.now
-        if not loop.lazy:
+        if self.slot is None or not loop.lazy:  # without a slot: a Unix socket, which is connected at once
             loop.settling.add(self)
         downstream = self.downstream
         if downstream.readable:
