@@ -8,7 +8,7 @@ BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
 # Some of the tests: sudo make nstest TESTS="netns_tests/test_capture.py -k foreign"
 TESTS ?=
-PEERS := nft ip curl openssl iperf3 gcc
+PEERS := nft ip curl openssl iperf3 gcc haproxy nginx
 RIVALS := nft ip gcc haproxy nginx
 # Some of the benchmark: sudo make bench ONLY="bulk small", and further options: BENCH="--rounds 9"
 ONLY ?=

@@ -194,6 +194,19 @@ async def test_a_header_has_the_names_of_a_hello_and_comes_in_one_packet_with_it
     assert record["bytes_from_client"] == len(hello)
 
 
+@pytest.mark.parametrize("way", ["gateway v4", "sidecar v6"], indirect=True)
+async def test_in_redirect_mode_the_header_has_what_conntrack_knows(way: Way) -> None:
+    text = '[capture]\nmode = "redirect"\nports = ["8080"]\n[upstream]\nproxy_protocol = "v2"\n'
+    async with open_wire(way, text) as wire:
+        async with await wire.dial() as client, await wire.accept() as server:
+            await client.send_all(b"hello")
+            header = await told(server)
+            assert header.source == wire.own
+            assert header.destination == format_address((way.address, 8080))
+            assert server.socket.getpeername()[:2] != client.socket.getsockname()[:2]
+        assert (await wire.record())["outcome"] == "closed"
+
+
 def data_segments(stream: trio.SocketStream) -> int:
     """How many packets with data have come (tcpi_data_segs_in of struct tcp_info, linux/tcp.h)."""
     data = stream.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 192)

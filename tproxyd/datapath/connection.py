@@ -430,9 +430,8 @@ class Connection(Timed):
             return None
         self.state = _RELAYING
         self.active = loop.now
-        if (
-            self.slot is None or not loop.lazy
-        ):  # without a slot: a Unix socket, which is connected at once; or it has waited
+        # Without a slot it is at a Unix socket, which is connected at once, or has waited for first bytes.
+        if self.slot is None or not loop.lazy:
             loop.settling.add(self)
         downstream = self.downstream
         if downstream.readable:
