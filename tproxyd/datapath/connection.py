@@ -30,7 +30,7 @@ from tproxyd.datapath.opening import (
     peek_hello,
     take_header,
 )
-from tproxyd.datapath.record import Outcome
+from tproxyd.datapath.record import UPSTREAM_OUTCOMES, Outcome
 from tproxyd.datapath.timers import Timed
 from tproxyd.datapath.transfer import Leg, LegBrokenError
 from tproxyd.net.sockets import (
@@ -54,26 +54,6 @@ _OUT = select.EPOLLOUT
 _UNUSUAL = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR | select.EPOLLPRI
 _ERROR = select.EPOLLERR
 _FAILED = select.EPOLLERR | select.EPOLLHUP
-
-_UPSTREAM: dict[int, Outcome] = {
-    errno.ECONNREFUSED: "upstream_refused",
-    errno.ECONNRESET: "upstream_reset",
-    errno.EPIPE: "upstream_reset",
-    errno.ETIMEDOUT: "upstream_timeout",
-    errno.ENETUNREACH: "upstream_unreachable",
-    errno.EHOSTUNREACH: "upstream_unreachable",
-    errno.ENETDOWN: "upstream_unreachable",
-    errno.EHOSTDOWN: "upstream_unreachable",
-    errno.ENONET: "upstream_unreachable",
-    errno.ENOPROTOOPT: "upstream_unreachable",  # ICMP "protocol unreachable"
-    errno.EPROTO: "upstream_unreachable",  # ICMPv6 "administratively prohibited" and its like
-    errno.EACCES: "upstream_unreachable",  # a `prohibit` route, or ICMPv6 "policy fail"
-    errno.EPERM: "upstream_unreachable",  # a firewall's output chain dropped it
-    errno.EINVAL: "upstream_unreachable",  # a `blackhole` route
-    errno.EADDRINUSE: "no_ports",
-    errno.EADDRNOTAVAIL: "no_ports",
-    errno.ENOENT: "upstream_refused",  # no such Unix socket
-}
 
 # Bytes that a reset must not overtake: wait while the peer takes them, until it has taken none for this long, in seconds, or for
 # two round trips, which is how often news of it comes. A client gets more: a slow one may tell only once a second that it has read (a
@@ -468,7 +448,7 @@ class Connection(Timed):
         return True
 
     def _not_connected(self, number: int) -> None:
-        outcome = _UPSTREAM.get(number, "error")
+        outcome = UPSTREAM_OUTCOMES.get(number, "error")
         error = OSError(number, os.strerror(number))
         assert self.target is not None
         if outcome == "error":
@@ -527,7 +507,7 @@ class Connection(Timed):
 
     def _break(self, leg: Leg, number: int) -> None:
         client = leg is self.downstream
-        self.broken = (leg, "client_reset" if client else _UPSTREAM.get(number, "upstream_reset"))
+        self.broken = (leg, "client_reset" if client else UPSTREAM_OUTCOMES.get(number, "upstream_reset"))
         self.state = _FLUSHING
         self.leave_wheel()
         # Without what the flags say: read to the very end of what is there.
