@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import random
 import socket
 import ssl
 import struct
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -14,12 +15,12 @@ import trio
 
 from netns_tests.both_ends import assert_is_payload, read_exactly
 from netns_tests.headers import Told, client_hello, open_haproxy, open_nginx, read_told, to_the_end
-from netns_tests.watch import reset, resets_within
+from netns_tests.watch import outcomes, reset, resets_within
 from netns_tests.way import BOTH_LAYOUTS, SIDECAR_V4, Way
 from tproxyd.datapath.pipes import PipePool
 from tproxyd.datapath.transfer import Leg
 from tproxyd.net.sockets import format_address
-from tproxyd.testing import payload
+from tproxyd.testing import payload, serve_echo
 from tproxyd.testing.daemon import LabDaemon, open_daemon
 
 CONFIG = '[capture]\nports = ["8080"]\n'
@@ -355,6 +356,42 @@ async def test_34_a_connection_whose_hello_was_waited_for_comes_to_its_idle_time
             await told(server)
             assert await resets_within(client, 2)
             assert (await wire.record())["outcome"] == "idle_timeout"
+
+
+@SIDECAR_V4
+async def test_48_first_bytes_with_anything_in_them(
+    way: Way, nursery: trio.Nursery, counted: Callable[[int], int]
+) -> None:
+    """Hellos changed, cut and sent in two pieces, some with an urgent byte in between: each comes whole behind its header."""
+    await nursery.start(serve_echo, way.app, 8080)
+    chance, few, whole = random.Random(48), trio.CapacityLimiter(20), client_hello()
+
+    async def attempt(data: bytes, cut: int, urgent: bytes) -> None:
+        async with few, await way.client.connect(way.address, 8080) as stream:
+            await stream.send_all(data[:cut])
+            if urgent:
+                await stream.socket.send(urgent, socket.MSG_OOB)
+            await stream.send_all(data[cut:])
+            await stream.send_eof()
+            header = await told(stream)
+            assert header.source == format_address(stream.socket.getsockname())
+            assert header.rest + await to_the_end(stream) == data[:cut] + urgent + data[cut:]
+
+    text = config("v2", policy='sniff_timeout = "100ms"')
+    async with open_daemon(way.proxy, text) as daemon:
+        async with trio.open_nursery() as many:
+            for _ in range(counted(2000)):
+                data = bytearray(whole)
+                for _ in range(chance.randrange(4)):
+                    data[chance.randrange(len(data))] = chance.randrange(256)
+                if chance.random() < 0.3:
+                    del data[chance.randrange(1, len(data)) :]
+                urgent = b"!" if chance.random() < 0.2 else b""
+                many.start_soon(attempt, bytes(data), chance.randrange(len(data) + 1), urgent)
+        assert await daemon.stop() == 0
+    assert "this is a bug" not in daemon.process.stderr_text
+    assert set(outcomes(daemon)) == {"closed"}
+    assert {record["sni"] for record in daemon.records()} >= {None, "app.example"}
 
 
 @pytest.mark.parametrize("target", ["original", "unix"])
