@@ -117,6 +117,9 @@ class RelayLoop:
         # A connection stays where it waited for its upstream, and what it waits for now is asked when that time is up: most have
         # ended by then, and have entered one wheel instead of three.
         self.lazy = self.dialling.seconds <= self.settling.seconds
+        self.flushing: set[Connection] = set()
+        self.waiting: set[Connection] = set()  # for room in the queue of a Unix socket
+
         # PROXY headers, and the ClientHello that goes into one: None where there are none, which is all that others pay for them.
         version = config.upstream.proxy_protocol
         self.header_version = version if version != "off" else None
@@ -128,8 +131,6 @@ class RelayLoop:
         self._openings = tuple(
             wheel for wheel in (self.sniffing, self.headers if trusted else None) if wheel is not None
         )
-        self.flushing: set[Connection] = set()
-        self.waiting: set[Connection] = set()  # for room in the queue of a Unix socket
 
         self.asks = setup.asks
         self._alone = setup.alone
@@ -362,10 +363,6 @@ class RelayLoop:
             for connection in list(self.waiting):
                 self.waiting.discard(connection)
                 connection.dial_again()
-        for wheel in self._openings:
-            if now >= wheel.due:
-                for connection in wheel.expire(now, also_active=True):
-                    connection.open_late()
         if now >= self.dialling.due:
             for connection in self.dialling.expire(now, also_active=True):
                 if not connection.settle():
@@ -379,6 +376,10 @@ class RelayLoop:
         if now >= self.half_closed.due:
             for connection in self.half_closed.expire(now):
                 connection.end("half_close_timeout")
+        for wheel in self._openings:
+            if now >= wheel.due:
+                for connection in wheel.expire(now, also_active=True):
+                    connection.open_late()
         if now >= self._resume_due:
             self._resume_due = math.inf
             self._resume_accepting()
