@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import socket
 from functools import partial
+from pathlib import Path
 
 import pytest
 import trio
 
-from netns_tests.watch import all_cpu_seconds, attempt, memory_kib, reset
-from netns_tests.way import BOTH_LAYOUTS, GATEWAY_V4, Way
+from netns_tests.watch import all_cpu_seconds, attempt, memory_kib, reset, resets_within
+from netns_tests.way import BOTH_LAYOUTS, GATEWAY_V4, SIDECAR_V4, Way
 from tproxyd.net.sockets import format_address
 from tproxyd.testing import (
     ROUTED,
@@ -234,6 +236,22 @@ async def test_idle_timeout_resets_both_sides(way: Way, nursery: trio.Nursery) -
         record = await daemon.record(own)
     assert record["outcome"] == "idle_timeout"
     assert record["bytes_from_client"] == record["bytes_from_upstream"] == 25
+
+
+@SIDECAR_V4
+async def test_idle_timeout_reaches_a_connection_to_a_unix_socket(way: Way, tmp_path: Path) -> None:
+    """It is connected at once, and so has never waited where most connections begin to wait."""
+    listener = trio.socket.socket(socket.AF_UNIX)
+    await listener.bind(str(tmp_path / "app"))
+    listener.listen()
+    config = f'{CONFIG}[upstream]\ntarget = "unix:{tmp_path}/app"\nconnect_timeout = "100ms"\n[relay]\nidle_timeout = "300ms"\n'
+    with listener:
+        async with open_daemon(way.proxy, config) as daemon:
+            async with await way.client.connect(way.address, 8080) as stream:
+                own = format_address(stream.socket.getsockname())
+                assert await resets_within(stream, 2)
+            record = await daemon.record(own)
+    assert record["outcome"] == "idle_timeout"
 
 
 @BOTH_LAYOUTS

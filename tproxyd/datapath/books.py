@@ -29,6 +29,7 @@ __all__ = ["Books"]
 
 _REPORT = 0.05  # seconds until the owner hears of what has happened
 _SAY_EVERY = 5.0  # seconds between two log lines of one kind
+_MOST_ALPN = 255  # characters; a client may offer 16 KiB of names
 
 
 class Clock(Protocol):
@@ -123,9 +124,9 @@ class Books:
             trace = None if isinstance(error, OSError) else "".join(traceback.format_exception(error))
             self._log("error", f"{message % args}: {error}", trace)
 
-    def remark(self, text: str) -> None:
-        """Tells what the administrator should know; the same again after five seconds."""
-        if self._may_say(text):
+    def remark(self, text: str, *, kind: str = "") -> None:
+        """Tells what the administrator should know; the same, or another one of its `kind`, again after five seconds."""
+        if self._may_say(kind or text):
             self._log("warning", text)
 
     def count_now(self) -> Counters:
@@ -184,7 +185,7 @@ class Books:
 
     def _record(self, connection: Connection, outcome: Outcome) -> Record:
         upstream = connection.upstream
-        target, source = connection.target, connection.upstream_source
+        target, source, hello = connection.target, connection.upstream_source, connection.hello
         return Record(
             ts=self._wall_clock(),
             id=f"{connection.identity:016x}",
@@ -193,6 +194,8 @@ class Books:
             upstream=format_target(target) if target and upstream else None,
             upstream_source=format_address(source) if source else None,
             rule=connection.rule,
+            sni=hello.sni if hello else None,
+            alpn=",".join(hello.alpn)[:_MOST_ALPN] or None if hello else None,
             bytes_from_client=connection.downstream.received,
             bytes_from_upstream=upstream.received if upstream else connection.handed_upstream,
             duration_ms=round((self._clock.now - connection.started) * 1000, 3),

@@ -4,10 +4,13 @@ A plain object that the loop's events drive; no task, no coroutine, no stream. A
 way in which it can end has an outcome, and only a surprise is logged. The rule for its last moment: the client never sees an
 orderly close for something that went wrong. It gets a reset, after the bytes that came before it.
 
-    dialling ──connected──▶ relaying ──both FINs passed on──▶ closed
-      ▲ │                      │
-      │ └──refused, reset, ... └──one side broke──▶ flushing ──▶ closed
-      └── handed over to the embedding program, and taken back, or ended there
+    (reading ──▶) dialling ──connected──▶ (sniffing ──▶) relaying ──both FINs passed on──▶ closed
+                    ▲ │                                     │
+                    │ └──refused, reset, ...               └──one side broke──▶ flushing ──▶ closed
+                    └── handed over to the embedding program, and taken back, or ended there
+
+`reading`: the client begins with a PROXY header, before which nothing is decided. `sniffing`: a header for the server waits for the names in
+a ClientHello. Most connections know neither.
 """
 
 from __future__ import annotations
@@ -19,7 +22,15 @@ import select
 import socket
 from typing import TYPE_CHECKING
 
-from tproxyd.datapath.record import Outcome
+from tproxyd.datapath.opening import (
+    HEADER_SECONDS,
+    InvalidHeaderError,
+    make_header,
+    names_of,
+    peek_hello,
+    take_header,
+)
+from tproxyd.datapath.record import UPSTREAM_OUTCOMES, Outcome
 from tproxyd.datapath.timers import Timed
 from tproxyd.datapath.transfer import Leg, LegBrokenError
 from tproxyd.net.sockets import (
@@ -33,6 +44,7 @@ from tproxyd.net.sockets import (
 )
 
 if TYPE_CHECKING:
+    from tproxyd.datapath.client_hello import ClientHello
     from tproxyd.datapath.loop import RelayLoop
 
 __all__ = ["Connection"]
@@ -42,26 +54,6 @@ _OUT = select.EPOLLOUT
 _UNUSUAL = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR | select.EPOLLPRI
 _ERROR = select.EPOLLERR
 _FAILED = select.EPOLLERR | select.EPOLLHUP
-
-_UPSTREAM: dict[int, Outcome] = {
-    errno.ECONNREFUSED: "upstream_refused",
-    errno.ECONNRESET: "upstream_reset",
-    errno.EPIPE: "upstream_reset",
-    errno.ETIMEDOUT: "upstream_timeout",
-    errno.ENETUNREACH: "upstream_unreachable",
-    errno.EHOSTUNREACH: "upstream_unreachable",
-    errno.ENETDOWN: "upstream_unreachable",
-    errno.EHOSTDOWN: "upstream_unreachable",
-    errno.ENONET: "upstream_unreachable",
-    errno.ENOPROTOOPT: "upstream_unreachable",  # ICMP "protocol unreachable"
-    errno.EPROTO: "upstream_unreachable",  # ICMPv6 "administratively prohibited" and its like
-    errno.EACCES: "upstream_unreachable",  # a `prohibit` route, or ICMPv6 "policy fail"
-    errno.EPERM: "upstream_unreachable",  # a firewall's output chain dropped it
-    errno.EINVAL: "upstream_unreachable",  # a `blackhole` route
-    errno.EADDRINUSE: "no_ports",
-    errno.EADDRNOTAVAIL: "no_ports",
-    errno.ENOENT: "upstream_refused",  # no such Unix socket
-}
 
 # Bytes that a reset must not overtake: wait while the peer takes them, until it has taken none for this long, in seconds, or for
 # two round trips, which is how often news of it comes. A client gets more: a slow one may tell only once a second that it has read (a
@@ -73,13 +65,14 @@ _APP_STALL = 0.05
 _LOOK = 0.002
 _LOOK_SELDOM = 0.064
 
-_DIALLING, _RELAYING, _FLUSHING, _HANDED, _CLOSED = range(5)
+_READING, _DIALLING, _SNIFFING, _RELAYING, _FLUSHING, _HANDED, _CLOSED = range(7)
 
 
 class Connection(Timed):
     """Made by the loop for each accepted socket; `begin` decides about it and dials, and everything else is an event's work.
 
-    `end` may be called at any time, with the outcome; the first one counts.
+    `end` may be called at any time, with the outcome; the first one counts. `client` and `destination` are those of a PROXY header, where
+    one came in; `dialled` is what the socket itself says. `hello` has the names of the client's TLS, as soon as they are known.
     """
 
     __slots__ = (
@@ -88,9 +81,11 @@ class Connection(Timed):
         "client",
         "counted",
         "destination",
+        "dialled",
         "downstream",
         "flush_end",
         "handed_upstream",
+        "hello",
         "identity",
         "look_at",
         "loop",
@@ -108,6 +103,7 @@ class Connection(Timed):
 
     broken: tuple[Leg, Outcome]
     bytes_left: int
+    dialled: Address
     look_at: float
     moved: float
     pause: float
@@ -121,6 +117,7 @@ class Connection(Timed):
         self.started = loop.now
         self.client = client
         self.destination: Address | None = None
+        self.hello: ClientHello | None = None
         self.target: Address | str | None = None  # a str is the path of a Unix socket
         self.upstream_source: Address | None = None
         self.rule: str | None = None
@@ -132,7 +129,8 @@ class Connection(Timed):
         self.upstream: Leg | None = None
 
     def begin(self) -> None:
-        """From accept to the dial: is it meant for us, does it come from us, do limits and policy allow it?"""
+        """From accept, or from a part of a PROXY header, to the dial: is it meant for us, does it come from us, do limits and policy
+        allow it?"""
         try:
             self._begin()
         except OSError as error:
@@ -140,6 +138,8 @@ class Connection(Timed):
                 self.end("client_reset")  # left before it was looked at
             else:
                 self._fail(error)
+        except InvalidHeaderError as error:
+            self._refuse_header(str(error))
         except Exception as error:  # a surprise costs this connection only
             self._fail(error)
 
@@ -214,13 +214,33 @@ class Connection(Timed):
         return None
 
     def _begin(self) -> None:
-        loop, client = self.loop, self.client
-        destination = self.destination = loop.original_destination(self.downstream.sock)
+        loop = self.loop
+        destination = self.destination
+        if destination is None:
+            destination = self.destination = self.dialled = loop.original_destination(self.downstream.sock)
+        else:
+            header = take_header(self.downstream)
+            if header is None:
+                return None
+            self.leave_wheel()
+            self.state = _DIALLING
+            self.active = loop.now  # the time-outs behind it are not the worse for it
+            self.hello = names_of(header)
+            if header.source is not None and header.destination is not None:
+                self.client, destination = header.source, header.destination
+                self.destination = destination
+                loop.renew(self)
+        client = self.client
         local = loop.is_local(destination[0])
         # What this host itself sends is never captured, so a client with an address of this host is a connection of ours that a
         # router has sent back.
         if loop.is_listener(destination, local=local) or loop.is_local(client[0]):
             return self.end("self_call")
+        if loop.begins_with_header is not None and not self.downstream.watched and loop.begins_with_header(client[0]):
+            self.state = _READING
+            loop.watch(self.downstream)
+            loop.headers.add(self)
+            return self._begin()  # it may be there already
         if not loop.enter(self):
             return self.end("limit")
         verdict = loop.decide(client[0], destination[0], destination[1])
@@ -239,8 +259,9 @@ class Connection(Timed):
         if loop.asks:
             self.state = _HANDED
             return loop.hand_over(self)
-        loop.watch(self.downstream)
-        return self._dial(is_local, local)
+        if not self.downstream.watched:
+            loop.watch(self.downstream)
+        return self._dial(is_local, local if self.dialled is destination else loop.is_local(self.dialled[0]))
 
     def take_back(self, sock: socket.SocketType, target: tuple[str, int] | None) -> None:
         """The embedding program has decided that it is forwarded, to another `target` or to the one that the configuration says."""
@@ -251,14 +272,13 @@ class Connection(Timed):
             if target is not None:
                 self.target = target
             assert self.target is not None
-            assert self.destination is not None
             is_local = False
             if not isinstance(self.target, str):
                 is_local = loop.is_local(self.target[0])
                 if loop.is_listener(self.target, local=is_local):
                     return self.end("self_call")
             loop.watch(self.downstream)
-            return self._dial(is_local, loop.is_local(self.destination[0]))
+            return self._dial(is_local, loop.is_local(self.dialled[0]))
         except Exception as error:  # a target that is no address, for example
             return self._fail(error)
 
@@ -269,13 +289,15 @@ class Connection(Timed):
         self.end(outcome)
 
     def _dial(self, is_local: bool, dialled_local: bool) -> None:
-        """Towards the target, as whom `upstream.source` says; whether it, and what the client has dialled, are addresses of this host."""
+        """Towards the target, as whom `upstream.source` says; whether it, and what has been dialled, are addresses of this host.
+
+        What a PROXY header calls the destination is not asked about: by which way answers come back depends on where packets went.
+        """
         loop, target = self.loop, self.target
         assert target is not None
         if isinstance(target, str):
             return self._dial_unix()
-        assert self.destination is not None
-        choice = loop.choose_source(self.client[0], self.destination, target, is_local, dialled_local)  # type: ignore[arg-type]
+        choice = loop.choose_source(self.client[0], self.dialled, target, is_local, dialled_local)  # type: ignore[arg-type]
         if not choice.ways:
             loop.remark(
                 f'a connection is refused: upstream.source = "client", and {format_address(target)} would see {choice.why}'
@@ -284,7 +306,7 @@ class Connection(Timed):
         sock, number, way = loop.dialler.dial(choice, self.client, target)
         if sock is None:
             return self._not_connected(number)
-        if way == "client":
+        if way == "client" and self.client[1]:  # a PROXY header may tell of port 0, and the kernel chooses
             self.upstream_source = self.client
         return self._begin_connecting(sock, number)
 
@@ -320,14 +342,36 @@ class Connection(Timed):
         leg.note(events)
         if self.state == _FLUSHING:
             self.flush()
-        elif leg is self.upstream:
+        elif leg is self.downstream and events & _ERROR:
+            self.end("client_reset")  # nobody waits for the server any more
+        elif self.state == _READING:
+            self.begin()
+        else:
             try:
-                self._on_dial(leg, events)
+                if leg is self.upstream:
+                    self._on_dial(leg, events)
+                elif self.state == _SNIFFING:
+                    self._connected()
+                elif self.loop.sniffing is not None and self.hello is None:
+                    self.hello = peek_hello(leg)
             except Exception as error:  # a surprise costs this connection only
                 self._fail(error)
-        elif events & _ERROR:
-            self.end("client_reset")  # nobody waits for the server any more
         return None
+
+    def open_late(self) -> None:
+        """The client's first bytes have not come in time: without a PROXY header it is refused, and a ClientHello is done without."""
+        if self.state == _READING:
+            return self._refuse_header(f"its PROXY header was not complete within {HEADER_SECONDS:g} s")
+        try:
+            self._connected()
+        except Exception as error:  # a surprise costs this connection only
+            self._fail(error)
+        return None
+
+    def _refuse_header(self, why: str) -> None:
+        text = f"the connection from {format_address(self.client)}, which is in listen.proxy_protocol_from, is refused: {why}"
+        self.loop.remark(text, kind="PROXY header")
+        self.end("refused_by_policy")
 
     def on_error(self, leg: Leg, number: int) -> None:
         """This leg's socket has failed while it was relayed."""
@@ -337,7 +381,10 @@ class Connection(Timed):
             self._fail(error)
 
     def _on_dial(self, leg: Leg, events: int) -> None:
-        if events & _FAILED:
+        if self.state == _SNIFFING:
+            if events & _ERROR:
+                self._break(leg, leg.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
+        elif events & _FAILED:
             number = leg.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
             if number in (errno.ECONNRESET, errno.EPIPE):
                 # In answer to a SYN a reset is ECONNREFUSED: this one was connected, and may have said something.
@@ -348,18 +395,23 @@ class Connection(Timed):
             self._connected()
 
     def _connected(self) -> None:
+        """The server is there, and the first bytes are, or have been waited for."""
         upstream = self.upstream
         assert upstream is not None
         loop = self.loop
-        if self.upstream_source is None and upstream.tcp:
-            self.upstream_source = upstream.sock.getsockname()
-            if self.upstream_source[:2] == self.target[:2]:  # type: ignore[index]  # it has been dialled
-                # Nobody listens, and the kernel happened to pick the very port: the socket is connected to itself.
-                return self._not_connected(errno.ECONNREFUSED)
+        if self.state == _DIALLING:
+            if self.upstream_source is None and upstream.tcp:
+                self.upstream_source = upstream.sock.getsockname()
+                if self.upstream_source[:2] == self.target[:2]:  # type: ignore[index]  # it has been dialled
+                    # Nobody listens, and the kernel happened to pick the very port: the socket is connected to itself.
+                    return self._not_connected(errno.ECONNREFUSED)
+            loop.count_connect(loop.now - self.active)
+        if loop.header_version is not None and not self._send_header():
+            return None
         self.state = _RELAYING
-        loop.count_connect(loop.now - self.started)
         self.active = loop.now
-        if not loop.lazy:
+        # Without a slot it is at a Unix socket, which is connected at once, or has waited for first bytes.
+        if self.slot is None or not loop.lazy:
             loop.settling.add(self)
         downstream = self.downstream
         if downstream.readable:
@@ -372,8 +424,31 @@ class Connection(Timed):
             self._relay(upstream, 0)
         return None
 
+    def _send_header(self) -> bool:
+        """Tells the server who the client is; False if first bytes are waited for, or that has failed."""
+        loop, downstream = self.loop, self.downstream
+        if loop.sniffing is not None:
+            if self.hello is None:
+                self.hello = peek_hello(downstream)
+                if self.hello is None and loop.now < self.active + loop.sniffing.seconds:
+                    self.state = _SNIFFING
+                    loop.sniffing.add(self)
+                    return False
+            if self.state == _SNIFFING:
+                self.leave_wheel()
+        assert self.destination is not None
+        assert loop.header_version is not None
+        try:
+            downstream.put_first(
+                make_header(loop.header_version, self.client, self.destination, self.identity, self.hello)
+            )
+        except LegBrokenError as error:
+            self._break(error.leg, error.error.errno or errno.EIO)
+            return False
+        return True
+
     def _not_connected(self, number: int) -> None:
-        outcome = _UPSTREAM.get(number, "error")
+        outcome = UPSTREAM_OUTCOMES.get(number, "error")
         error = OSError(number, os.strerror(number))
         assert self.target is not None
         if outcome == "error":
@@ -432,7 +507,7 @@ class Connection(Timed):
 
     def _break(self, leg: Leg, number: int) -> None:
         client = leg is self.downstream
-        self.broken = (leg, "client_reset" if client else _UPSTREAM.get(number, "upstream_reset"))
+        self.broken = (leg, "client_reset" if client else UPSTREAM_OUTCOMES.get(number, "upstream_reset"))
         self.state = _FLUSHING
         self.leave_wheel()
         # Without what the flags say: read to the very end of what is there.

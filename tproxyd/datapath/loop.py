@@ -24,6 +24,7 @@ from tproxyd.datapath import report
 from tproxyd.datapath.books import Books
 from tproxyd.datapath.connection import Connection
 from tproxyd.datapath.dial import Dialler
+from tproxyd.datapath.opening import HEADER_SECONDS, compile_networks
 from tproxyd.datapath.pipes import PipePool
 from tproxyd.datapath.record import Outcome
 from tproxyd.datapath.report import Setup
@@ -95,8 +96,9 @@ class RelayLoop:
         channel.setblocking(False)
         self._channel = channel
         self._books = Books(self, channel, per_source=config.limits.max_connections_per_source)
-        self.enter, self.complain, self.remark, self.count_connect = (
+        self.enter, self.renew, self.complain, self.remark, self.count_connect = (
             self._books.enter,
+            self._books.renew,
             self._books.complain,
             self._books.remark,
             self._books.count_connect,
@@ -117,6 +119,18 @@ class RelayLoop:
         self.lazy = self.dialling.seconds <= self.settling.seconds
         self.flushing: set[Connection] = set()
         self.waiting: set[Connection] = set()  # for room in the queue of a Unix socket
+
+        # PROXY headers, and the ClientHello that goes into one: None where there are none, which is all that others pay for them.
+        version = config.upstream.proxy_protocol
+        self.header_version = version if version != "off" else None
+        sniffs = version == "v2" and config.policy.sniff_timeout > 0
+        self.sniffing: Wheel[Connection] | None = Wheel(config.policy.sniff_timeout) if sniffs else None
+        trusted = config.listen.proxy_protocol_from
+        self.begins_with_header = compile_networks(trusted) if trusted else None
+        self.headers: Wheel[Connection] = Wheel(HEADER_SECONDS)
+        self._openings = tuple(
+            wheel for wheel in (self.sniffing, self.headers if trusted else None) if wheel is not None
+        )
 
         self.asks = setup.asks
         self._alone = setup.alone
@@ -234,6 +248,12 @@ class RelayLoop:
         leg.watched = True
         self._handlers[leg.fd] = leg.arrive
 
+    def unwatch(self, leg: Leg) -> None:
+        """Tells it nothing more, and leaves its socket open."""
+        leg.watched = False
+        del self._handlers[leg.fd]
+        self._epoll.unregister(leg.fd)
+
     def watch_writable(self, leg: Leg) -> None:
         """A send has blocked: from now on it is told, too, when one would not."""
         self._epoll.modify(leg.fd, WATCHED | select.EPOLLOUT)
@@ -271,6 +291,8 @@ class RelayLoop:
 
     def hand_over(self, connection: Connection) -> None:
         """Gives the connection's socket to the owner, whose program decides; it stays in the books here."""
+        if connection.downstream.watched:  # it began with a header
+            self.unwatch(connection.downstream)
         if self._books.outbox.full:
             # Nobody takes anything: the program that is to decide does not run.
             abort(connection.downstream.sock)
@@ -312,6 +334,8 @@ class RelayLoop:
             self._stalls_due,
             self._resume_due,
         )
+        for wheel in self._openings:
+            due = min(due, wheel.due)
         if self.flushing:
             due = min(due, self.now + _FLUSH)
         if self.waiting:
@@ -352,6 +376,10 @@ class RelayLoop:
         if now >= self.half_closed.due:
             for connection in self.half_closed.expire(now):
                 connection.end("half_close_timeout")
+        for wheel in self._openings:
+            if now >= wheel.due:
+                for connection in wheel.expire(now, also_active=True):
+                    connection.open_late()
         if now >= self._resume_due:
             self._resume_due = math.inf
             self._resume_accepting()
@@ -480,8 +508,8 @@ class RelayLoop:
                 connection.end("error")
             return
         self._books.renew(connection)
-        family = socket.AF_INET6 if ":" in connection.client[0] else socket.AF_INET
-        connection.take_back(accepted_socket(family, fd), order.target)
+        # Not the client's: a PROXY header may tell of one of the other family.
+        connection.take_back(accepted_socket(connection.downstream.sock.family, fd), order.target)
 
 
 def _target_of(config: Config) -> Callable[[Address], Address | str]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 from typing import Literal
 
 import msgspec
 
-__all__ = ["Outcome", "Record"]
+__all__ = ["UPSTREAM_OUTCOMES", "Outcome", "Record"]
 
 Outcome = Literal[
     "closed",
@@ -28,6 +29,27 @@ Outcome = Literal[
     "error",
 ]
 """How a connection ended. `error` is an end that nobody foresaw; the log has its cause."""
+
+UPSTREAM_OUTCOMES: dict[int, Outcome] = {
+    errno.ECONNREFUSED: "upstream_refused",
+    errno.ECONNRESET: "upstream_reset",
+    errno.EPIPE: "upstream_reset",
+    errno.ETIMEDOUT: "upstream_timeout",
+    errno.ENETUNREACH: "upstream_unreachable",
+    errno.EHOSTUNREACH: "upstream_unreachable",
+    errno.ENETDOWN: "upstream_unreachable",
+    errno.EHOSTDOWN: "upstream_unreachable",
+    errno.ENONET: "upstream_unreachable",
+    errno.ENOPROTOOPT: "upstream_unreachable",  # ICMP "protocol unreachable"
+    errno.EPROTO: "upstream_unreachable",  # ICMPv6 "administratively prohibited" and its like
+    errno.EACCES: "upstream_unreachable",  # a `prohibit` route, or ICMPv6 "policy fail"
+    errno.EPERM: "upstream_unreachable",  # a firewall's output chain dropped it
+    errno.EINVAL: "upstream_unreachable",  # a `blackhole` route
+    errno.EADDRINUSE: "no_ports",
+    errno.EADDRNOTAVAIL: "no_ports",
+    errno.ENOENT: "upstream_refused",  # no such Unix socket
+}
+"""How it ended where the kernel gave this error for the upstream."""
 
 
 class Record(msgspec.Struct, kw_only=True):

@@ -226,6 +226,22 @@ class Leg:
                 break
         return moved
 
+    def put_first(self, data: bytes) -> None:
+        """Gives the other socket something of ours, before anything that comes from here; it is not counted. Raises LegBrokenError."""
+        other = self.other
+        # In one packet with what is there already, which the caller lets follow at once; never held back for what may come.
+        follows = self.readable and not (self.hup or self.doubtful)
+        try:
+            count = other.sock.send(data, _MORE if follows else _DONTWAIT)
+        except BlockingIOError:
+            count = 0
+        except OSError as error:
+            raise LegBrokenError(other, error) from error
+        other.sent = not follows  # TCP_NODELAY would send it on its own
+        if count < len(data):
+            self.held = data[count:]
+            other.block()
+
     @property
     def splicing(self) -> bool:
         """Whether the direction goes through a pipe at the moment."""
