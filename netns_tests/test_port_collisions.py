@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 import trio
 
-from netns_tests.watch import attempt, until, works
+from netns_tests.watch import all_cpu_seconds, attempt, outcomes, until, works
 from netns_tests.way import Way
 from tproxyd.net.sockets import format_address
 from tproxyd.testing import Node
@@ -264,3 +264,79 @@ async def test_a_client_that_comes_again_before_its_last_connection_has_ended(wa
 async def states(node: Node, port: int) -> set[str]:
     """Of sockets with this local port."""
     return {line.split()[0] for line in (await node.run("ss", "-Htan", f"sport = {port}")).stdout.splitlines()}
+
+
+@pytest.mark.parametrize(
+    ("way", "source"),
+    [("sidecar v4", "client"), ("sidecar v6", "client"), ("sidecar v4", "127.0.0.6"), ("sidecar v6", "proxy")],
+    indirect=["way"],
+)
+async def test_25_without_a_free_port_the_client_is_reset_as_whomever_it_would_be(
+    way: Way, app: None, source: str
+) -> None:
+    """Ten ports, all in use. One line is logged for a flood of clients, and none of them is tried for longer than a moment."""
+    way.proxy.set_sysctl(RANGE, "40000 40009")
+    config = f'{CONFIG}[upstream]\nsource = "{source}"\n'
+    async with open_daemon(way.proxy, config) as daemon, connections(way) as connect:
+        live = [await connect(source_port=port) for port in range(50000, 50010)]
+        assert {port for _, _, port in live} == set(range(40000, 40010))
+        used = all_cpu_seconds(daemon)
+        for number in range(100):
+            await attempt(way.client, way.address, source_port=51000 + number)
+        await until(lambda: outcomes(daemon) == {"no_ports": 100})
+        cost = (all_cpu_seconds(daemon) - used) / 100
+        print(f"{way}, {source}: {cost * 1000:.1f} ms of CPU for each")
+        assert cost < 0.01
+        assert daemon.process.stderr_text.count("no free port for a connection to") == 1
+        assert "Traceback" not in daemon.process.stderr_text
+        for stream, _, _ in live:
+            await works(stream)
+        await live[0][0].aclose()
+        await until(lambda: outcomes(daemon) == {"no_ports": 100, "closed": 1})
+        assert (await connect(source_port=52000))[2] == live[0][2]
+        way.proxy.set_sysctl(RANGE, "40000 40011")  # which the log says to do
+        assert {(await connect(source_port=port))[2] for port in (52001, 52002)} == {40010, 40011}
+
+
+@pytest.mark.parametrize("first", ["client", "app"])
+@pytest.mark.parametrize(
+    ("way", "upstream"),
+    [
+        ("sidecar v4", 'source = "client"'),
+        ("sidecar v6", 'source = "client"'),
+        ("sidecar v4", 'target = "loopback"'),
+        ("sidecar v6", 'target = "loopback"'),
+        ("sidecar v4", 'target = "192.0.2.1:9090"'),
+        ("sidecar v4", 'source = "127.0.0.6"'),
+    ],
+    indirect=["way"],
+)
+async def test_26_a_port_in_time_wait_is_used_again(way: Way, app: None, upstream: str, first: str) -> None:
+    """One port is all there is: of the client's, where that is kept, else of those that can be chosen."""
+    way.proxy.set_sysctl(RANGE, "40001 40001")
+    async with open_daemon(way.proxy, f"{CONFIG}[upstream]\n{upstream}\n") as daemon:
+        slowest = 0.0
+        for number in range(5):
+            keeps = "target" in upstream
+            async with connections(way) as connect:
+                with trio.fail_after(10):
+                    while True:
+                        began = trio.current_time()
+                        try:
+                            stream, host, port = await connect(source_port=50000 if keeps else 50000 + number)
+                            break
+                        except OSError:  # its own kernel has it in TIME_WAIT
+                            await trio.sleep(0.05)
+                slowest = max(slowest, trio.current_time() - began)
+                assert port == (50000 if keeps else 40001)
+                assert host == ("127.0.0.6" if "127" in upstream else client_address(way))
+                if first == "app":
+                    await stream.send_all(CLOSE)
+                else:
+                    await stream.send_eof()
+                with trio.fail_after(5):
+                    assert await stream.receive_some() == b""
+            await until(lambda number=number: len(daemon.records()) == number + 1)  # type: ignore[misc]
+        assert outcomes(daemon) == {"closed": 5}
+    print(f"{way}, {upstream}, {first} first: {slowest * 1000:.1f} ms")
+    assert slowest < 0.9

@@ -36,6 +36,7 @@ __all__ = [
     "redirected_destination",
     "round_trip_seconds",
     "send_at_once",
+    "source_towards",
     "spread_by_source",
     "unsent_bytes",
     "wait_for_reader",
@@ -186,12 +187,12 @@ def open_upstream(family: int, *, source: Address | None = None, transparent: bo
             # Also without a foreign source: it is how the ruleset knows our sockets and keeps conntrack off them.
             _set_transparent(sock)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)  # as on the client's side
+        # A port may be in TIME_WAIT here, from a connection before, or in use towards another destination.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if source is not None:
             if source[1] == 0:
                 # The port is chosen at connect, free for this destination; chosen at bind it would have to be free for all.
                 sock.setsockopt(socket.IPPROTO_IP, _IP_BIND_ADDRESS_NO_PORT, 1)
-            # The client's port may be in TIME_WAIT here, from its connection before, or in use towards another destination.
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             sock.bind(source)
         # The ACK of the server's SYN-ACK waits for the first bytes and goes with them: a packet less. Undone by `answer_at_once`,
         # without which answers would be acknowledged 40 ms late and stall whoever writes twice before reading.
@@ -200,6 +201,14 @@ def open_upstream(family: int, *, source: Address | None = None, transparent: bo
         sock.close()
         raise
     return sock
+
+
+def source_towards(target: Address) -> str:
+    """The address of this host that a connection to there gets of the kernel. Raises OSError where there is no way."""
+    with socket.socket(socket.AF_INET6 if ":" in target[0] else socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.connect(target)  # sends nothing
+        host: str = sock.getsockname()[0]
+        return host
 
 
 def open_unix_upstream() -> socket.SocketType:
