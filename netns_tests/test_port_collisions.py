@@ -12,7 +12,7 @@ import trio
 
 from netns_tests.watch import all_cpu_seconds, attempt, outcomes, until, works
 from netns_tests.way import Way
-from tproxyd.net.sockets import format_address
+from tproxyd.net.sockets import can_share_ports, format_address
 from tproxyd.testing import Node
 from tproxyd.testing.daemon import TPROXYD, LabDaemon, open_daemon
 
@@ -340,3 +340,27 @@ async def test_26_a_port_in_time_wait_is_used_again(way: Way, app: None, upstrea
         assert outcomes(daemon) == {"closed": 5}
     print(f"{way}, {upstream}, {first} first: {slowest * 1000:.1f} ms")
     assert slowest < 0.9
+
+
+@pytest.mark.parametrize("way", ["gateway v4", "gateway v6", "sidecar v4", "sidecar v6"], indirect=True)
+async def test_ports_in_clients_names_are_free_for_the_host_itself(way: Way, app: None) -> None:
+    """Ten ports are all that it has; ten connections of clients have the same ones, and end, and are in TIME_WAIT then. Before Linux 6.3 they
+    are missing for so long."""
+    way.proxy.set_sysctl(RANGE, "40000 40009")
+    own = 9091
+    other = way.app.listen(way.bind, own)
+    async with other, open_daemon(way.proxy, f'{CONFIG}[upstream]\nsource = "client"\n') as daemon:
+        async with connections(way) as connect:
+            for port in range(40000, 40010):
+                await connect(source_port=port if way.app is not way.proxy else port + 1000)
+            assert await can_connect(way.proxy, way.address, own) == can_share_ports()
+        await until(lambda: outcomes(daemon) == {"closed": 10})
+        assert await can_connect(way.proxy, way.address, own) == can_share_ports()
+
+
+async def can_connect(node: Node, address: str, port: int) -> bool:
+    try:
+        async with await node.connect(address, port):
+            return True
+    except OSError:
+        return False

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from tproxyd.config import Config
 from tproxyd.net.ports import PortChoice, read_port_choice
 from tproxyd.net.sock_diag import TIME_WAIT, TcpStates
-from tproxyd.net.sockets import Address, open_unix_upstream, open_upstream, source_towards
+from tproxyd.net.sockets import Address, can_share_ports, open_unix_upstream, open_upstream, source_towards
 from tproxyd.policy import Choice, Way
 
 __all__ = ["Dialled", "Dialler"]
@@ -39,6 +39,7 @@ class Dialler:
         self._listen_port = config.listen.port
         self._ports = self._read_ports()
         self._states = TcpStates()
+        self._shares = can_share_ports()
         self._next = 0
         self._ways: dict[Way, Callable[[Choice, Address, Address], Dialled]] = {
             "client": self._as_client,
@@ -137,10 +138,22 @@ class Dialler:
         return sock, number
 
     def _try(self, source: Address | None, target: Address) -> Dialled:
+        ports = self._ports
+        if source is not None and self._shares and ports.first <= source[1] <= ports.last:
+            sock, number = self._open(source, target, shared=True)
+            if (
+                sock is not None and sock.getsockname()[1] != source[1]
+            ):  # the range has been changed, and is not minded then
+                sock.close()
+            elif number != errno.EADDRNOTAVAIL:
+                return sock, number
+        return self._open(source, target)
+
+    def _open(self, source: Address | None, target: Address, *, shared: bool = False) -> Dialled:
         family = socket.AF_INET6 if ":" in target[0] else socket.AF_INET
         sock: socket.SocketType | None = None
         try:
-            sock = open_upstream(family, source=source, transparent=self._transparent)
+            sock = open_upstream(family, source=source, transparent=self._transparent, shared=shared)
             number = sock.connect_ex(target)
         except OSError as error:
             number = error.errno or errno.EIO
