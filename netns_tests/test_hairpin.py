@@ -8,7 +8,7 @@ import pytest
 import trio
 
 from netns_tests.watch import attempt
-from netns_tests.way import Way
+from netns_tests.way import BOTH_LAYOUTS, Way
 from tproxyd.net.sockets import format_address
 from tproxyd.testing import Node, activate_conntrack, conntrack_count, serve_identity
 from tproxyd.testing.daemon import open_daemon
@@ -24,6 +24,7 @@ async def ask(node: Node, address: str, *, source: str | None = None) -> tuple[s
         return format_address(stream.socket.getsockname()), answer["peer"]
 
 
+@BOTH_LAYOUTS
 @pytest.mark.parametrize("upstream", UPSTREAMS)
 async def test_what_a_host_sends_to_itself_goes_past(way: Way, nursery: trio.Nursery, upstream: str) -> None:
     """Where the daemon runs: to each of its own addresses from each of them, loopback included; and at a server behind the gateway."""
@@ -50,6 +51,7 @@ async def test_what_a_host_sends_to_itself_goes_past(way: Way, nursery: trio.Nur
         assert [record["source"] for record in daemon.records()] == [mine]
 
 
+@BOTH_LAYOUTS
 async def test_the_hosts_own_connections_to_itself_stay_tracked(way: Way, nursery: trio.Nursery) -> None:
     """Its firewall knows them as before, also while a client's is relayed to the same app."""
     await nursery.start(serve_identity, way.proxy, 8080)
@@ -67,8 +69,7 @@ async def test_the_hosts_own_connections_to_itself_stay_tracked(way: Way, nurser
         assert not daemon.records()
 
 
-@pytest.mark.parametrize("source", ["auto", "client"])
-@pytest.mark.parametrize("way", ["gateway v4", "gateway v6"], indirect=True)
+@pytest.mark.parametrize(("way", "source"), [("gateway v4", "auto"), ("gateway v6", "client")], indirect=["way"])
 async def test_a_client_that_is_its_own_server(way: Way, nursery: trio.Nursery, source: str) -> None:
     """One of several backends calls the address that they share, and is the one that it is forwarded to. With its own address it would not take
     the connection: nothing that comes from there can come from outside."""
