@@ -4,8 +4,8 @@
     connector.py one-by-one ADDRESS PORT COUNT client   one after the other, and the client closes first; or `server`
     connector.py at-once ADDRESS PORT COUNT server      all of them live at one moment
 
-The client says in a line of JSON how many it made in how many seconds, the connections that took long (number and seconds), and what went
-wrong. The first byte of a connection says who closes first.
+The client says in a line of JSON how many it made in how many seconds, how long the slowest took, which took very long (number and seconds),
+and what went wrong. The first byte of a connection says who closes first.
 """
 
 import json
@@ -60,6 +60,7 @@ def make_one_by_one(address: str, port: int, count: int, first: str) -> None:
     word = first.encode()
     slow: list[tuple[int, float]] = []
     wrong: list[str] = []
+    slowest = 0.0
     start = begun = time.monotonic()
     for number in range(count):
         with socket.socket(family, socket.SOCK_STREAM) as sock:
@@ -72,10 +73,11 @@ def make_one_by_one(address: str, port: int, count: int, first: str) -> None:
             except OSError as error:
                 wrong.append(f"{number}: {error!r}")
         now = time.monotonic()
+        slowest = max(slowest, now - begun)
         if now - begun > LONG:
             slow.append((number, round(now - begun, 3)))
         begun = now
-    tell(count, start, slow, wrong)
+    tell(count, start, slowest, slow, wrong)
 
 
 def make_at_once(address: str, port: int, count: int, first: str) -> None:
@@ -85,6 +87,7 @@ def make_at_once(address: str, port: int, count: int, first: str) -> None:
     begun: dict[socket.socket, tuple[int, float]] = {}
     slow: list[tuple[int, float]] = []
     wrong: list[str] = []
+    slowest = 0.0
     live: list[socket.socket] = []
     start = time.monotonic()
     for number in range(count):
@@ -113,6 +116,7 @@ def make_at_once(address: str, port: int, count: int, first: str) -> None:
                 waiting.unregister(one)
                 which, since = begun.pop(one)
                 took = time.monotonic() - since
+                slowest = max(slowest, took)
                 if took > LONG:
                     slow.append((which, round(took, 3)))
                 live.append(one)
@@ -124,12 +128,17 @@ def make_at_once(address: str, port: int, count: int, first: str) -> None:
             if sock.recv(16):
                 wrong.append("more than the end")
         sock.close()
-    tell(count, start, slow, wrong)
+    tell(count, start, slowest, slow, wrong)
 
 
-def tell(count: int, start: float, slow: list[tuple[int, float]], wrong: list[str]) -> None:
+def tell(count: int, start: float, slowest: float, slow: list[tuple[int, float]], wrong: list[str]) -> None:
     seconds = round(time.monotonic() - start, 3)
-    print(json.dumps({"count": count, "seconds": seconds, "slow": slow, "wrong": wrong[:20]}), flush=True)
+    print(
+        json.dumps(
+            {"count": count, "seconds": seconds, "slowest": round(slowest, 4), "slow": slow, "wrong": wrong[:20]}
+        ),
+        flush=True,
+    )
 
 
 def main() -> None:

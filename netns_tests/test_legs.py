@@ -11,6 +11,7 @@ import json
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
 import trio
@@ -18,10 +19,11 @@ import trio
 from netns_tests.drift import events
 from netns_tests.labs import BRIDGE
 from netns_tests.watch import reset, until
-from netns_tests.way import Way
+from netns_tests.way import Way, open_way
 from tproxyd.net.sockets import format_address
 from tproxyd.testing import Node, activate_conntrack, conntrack_count
 from tproxyd.testing.daemon import LabDaemon
+from tproxyd.testing.plugin import OpenLab
 
 LEAVING, KEPT = 1.0, 2.0
 HASTY = f"""
@@ -35,9 +37,7 @@ from tproxyd.daemon.cli import entry
 entry()
 """
 PORTS = {"original": 8080, "another port": 9090}
-SIDECARS = pytest.mark.parametrize(
-    ("way", "target"), [("sidecar v4", "original"), ("sidecar v6", "another port")], indirect=["way"]
-)
+WAYS = {"sidecar v4": "original", "sidecar v6": "another port"}
 Pair = tuple[trio.SocketStream, trio.SocketStream]
 
 
@@ -63,6 +63,9 @@ async def open_legs(way: Way, target: str) -> AsyncIterator[Legs]:
     port = PORTS[target]
     where = "" if target == "original" else f'target = "{format_address((way.address, port))}"\n'
     config = f'[capture]\nports = ["8080"]\n[relay]\nworkers = 0\n[upstream]\nsource = "client"\n{where}'
+    if way.proxy.call(BRIDGE.exists):
+        for name in ("iptables", "ip6tables"):
+            way.proxy.set_sysctl(f"net.bridge.bridge-nf-call-{name}", 0)
     listener = way.app.listen(way.bind, port)
     command = (sys.executable, "-c", HASTY, "run", "-c", str(way.file(config)))
     async with listener, way.proxy.process(*command, collect=True) as process:
@@ -73,13 +76,13 @@ async def open_legs(way: Way, target: str) -> AsyncIterator[Legs]:
 
 
 async def say(sender: trio.SocketStream, receiver: trio.SocketStream, word: bytes) -> None:
-    with trio.fail_after(1):
+    with trio.fail_after(2):
         await sender.send_all(word)
         assert await receiver.receive_some() == word
 
 
 async def end(sender: trio.SocketStream, receiver: trio.SocketStream) -> None:
-    with trio.fail_after(1):
+    with trio.fail_after(2):
         await sender.send_eof()
         assert await receiver.receive_some() == b""
 
@@ -132,7 +135,7 @@ async def the_app_resets_after_a_silence(legs: Legs) -> None:
     async with client, app:
         await trio.sleep(1.5 * KEPT)
         await reset(app)
-        with trio.fail_after(1), pytest.raises(trio.BrokenResourceError):
+        with trio.fail_after(2), pytest.raises(trio.BrokenResourceError):
             await client.receive_some()
 
 
@@ -145,40 +148,53 @@ STORIES: list[Callable[[Legs], Awaitable[None]]] = [
 ]
 
 
-@SIDECARS
-async def test_who_lives_is_remembered_and_nobody_else(way: Way, target: str) -> None:
+async def on_each(test: Callable[[Way, Legs], Awaitable[None]], open_lab: OpenLab, directory: Path) -> None:
+    """At the same time, each with a lab and a daemon of its own: it is mostly waiting."""
+
+    async def run(name: str, target: str) -> None:
+        own = directory / target
+        own.mkdir()
+        async with open_way(name, open_lab, own) as way, open_legs(way, target) as legs:
+            await test(way, legs)
+
+    async with trio.open_nursery() as nursery:
+        for name, target in WAYS.items():
+            nursery.start_soon(run, name, target)
+
+
+async def test_who_lives_is_remembered_and_nobody_else(open_lab: OpenLab, tmp_path: Path) -> None:
     """Each story at the same time as the others. Nothing is tracked, and a few seconds after the last end the sets are empty."""
-    way.proxy.call(activate_conntrack)
-    async with open_legs(way, target) as legs:
+
+    async def tell(legs: Legs, story: Callable[[Legs], Awaitable[None]]) -> None:
+        try:
+            await story(legs)
+        except BaseException as error:
+            error.add_note(f"in {story.__name__}, {legs.way}")
+            raise
+
+    async def all_stories(way: Way, legs: Legs) -> None:
+        way.proxy.call(activate_conntrack)
         async with trio.open_nursery() as stories:
-
-            async def tell(story: Callable[[Legs], Awaitable[None]]) -> None:
-                try:
-                    await story(legs)
-                except BaseException as error:
-                    error.add_note(f"in {story.__name__}")
-                    raise
-
             for story in STORIES:
-                stories.start_soon(tell, story)
+                stories.start_soon(tell, legs, story)
         assert way.proxy.call(conntrack_count) == 0
         ended = trio.current_time()
         with trio.fail_after(10):
             while any((await remembered(way.proxy)).values()):
                 await trio.sleep(0.1)
-        print(f"empty after {trio.current_time() - ended:.1f} s")
+        print(f"{way}: empty after {trio.current_time() - ended:.1f} s")
         assert all(record["outcome"] in ("closed", "upstream_reset") for record in legs.daemon.records())
 
+    await on_each(all_stories, open_lab, tmp_path)
 
-@SIDECARS
-async def test_15_who_lives_is_remembered_when_the_table_is_exchanged(way: Way, target: str) -> None:
+
+async def test_15_who_lives_is_remembered_when_the_table_is_exchanged(open_lab: OpenLab, tmp_path: Path) -> None:
     """IPv6 off on lo and on again, br_netfilter on and off: after each the app speaks first, and a word of the client's comes later."""
-    changes = [("net.ipv6.conf.lo.disable_ipv6", 1), ("net.ipv6.conf.lo.disable_ipv6", 0)]
-    if way.proxy.call(BRIDGE.exists):
-        changes += [("net.bridge.bridge-nf-call-iptables", value) for value in (1, 0)]
-        for name in ("iptables", "ip6tables"):
-            way.proxy.set_sysctl(f"net.bridge.bridge-nf-call-{name}", 0)
-    async with open_legs(way, target) as legs:
+
+    async def exchange(way: Way, legs: Legs) -> None:
+        changes = [("net.ipv6.conf.lo.disable_ipv6", 1), ("net.ipv6.conf.lo.disable_ipv6", 0)]
+        if way.proxy.call(BRIDGE.exists):
+            changes += [("net.bridge.bridge-nf-call-iptables", value) for value in (1, 0)]
         client, app = await legs.pair()
         half, half_app = await legs.pair()
         async with client, app, half, half_app:
@@ -193,6 +209,8 @@ async def test_15_who_lives_is_remembered_when_the_table_is_exchanged(way: Way, 
                 await say(half_app, half, b"%d" % number)
                 await say(client, app, b"%d" % number)
             assert len(events(legs.daemon)) == len(changes)
+
+    await on_each(exchange, open_lab, tmp_path)
 
 
 async def remembered(node: Node) -> dict[str, int]:

@@ -287,10 +287,10 @@ async def test_24_many_sources_come_to_both_workers_and_each_to_one(way: Way, nu
 
 @pytest.mark.parametrize("way", ["sidecar v4", "sidecar v6"], indirect=True)
 async def test_25_without_a_free_port_the_client_is_reset_and_it_is_counted(way: Way, nursery: trio.Nursery) -> None:
-    """Towards an address of the host as the proxy itself, with ten ports to choose from."""
+    """Ten ports to choose from: ten connections live that bear the client's address, and ten more the proxy's."""
     await nursery.start(partial(serve_echo, way.app, 8080, address=way.bind))
     way.proxy.set_sysctl("net.ipv4.ip_local_port_range", "50000 50009")
-    async with open_daemon(way.proxy, CONFIG + METRICS) as daemon, many(way.client, way.address, 10) as streams:
+    async with open_daemon(way.proxy, CONFIG + METRICS) as daemon, many(way.client, way.address, 20) as streams:
         for stream in streams:
             await works(stream)
         owns = [await attempt(way.client, way.address, source_port=46000 + number) for number in range(20)]

@@ -65,10 +65,9 @@ async def connect_many(way: Way, how: str, count: int, first: str) -> dict[str, 
         finished = await way.client.run(*CONNECTOR, how, way.address, "8080", str(count), first, timeout=240)
         nursery.cancel_scope.cancel()
     done: dict[str, Any] = json.loads(finished.stdout)
-    slowest = max((seconds for _, seconds in done["slow"]), default=0)
     print(
         f"{way}, {how}, {first} closes first: {count} connections, {count / done['seconds']:.0f}/s, "
-        f"slow: {len(done['slow'])} {done['slow'][:10]}, slowest {slowest}, conntrack: {most}"
+        f"slowest {done['slowest'] * 1000:.1f} ms, very slow: {done['slow'][:10]}, conntrack: {most}"
     )
     assert most == 0
     assert not done["wrong"]

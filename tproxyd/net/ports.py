@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
@@ -10,36 +12,43 @@ __all__ = ["PortChoice", "read_port_choice"]
 _RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")  # IPv6 has no range of its own
 _RESERVED = Path("/proc/sys/net/ipv4/ip_local_reserved_ports")
 
+_FEW = 64  # of a range that somebody has made small, each can be tried
+_random = Random()  # noqa: S311  # no secret: a client may know its own connection's port
 
+
+@dataclass(frozen=True)
 class PortChoice:
     """Gives ports of a range at random, but for the reserved ones.
 
     Linux takes ports of the first one's parity for connect() as long as there are any (net/ipv4/inet_hashtables.c,
-    __inet_hash_connect), so with the usual ranges clients have even ones. `other` gives those of the other parity, which they leave alone.
+    __inet_hash_connect), so with the usual ranges clients have even ones. `others` gives those of the other parity, which they leave alone.
     """
 
-    def __init__(self, first: int, last: int, reserved: frozenset[int] = frozenset()) -> None:
-        self._first, self._count, self._others = first, last - first + 1, (last - first + 1) // 2
-        self._reserved = reserved
-        self._random = Random().random  # noqa: S311  # no secret: a client may know its own connection's port
+    first: int
+    last: int
+    reserved: frozenset[int] = frozenset()
 
-    def any(self) -> int:
-        """One of the range."""
-        for _ in range(64):
-            port = self._first + int(self._random() * self._count)
-            if port not in self._reserved:
-                break
-        return port
+    def any(self, count: int) -> Iterator[int]:
+        """So many of the range, or all of them where these are few."""
+        return self._some(range(self.first, self.last + 1), count)
 
-    def other(self) -> int:
-        """One of the parity that connect() does not begin with."""
-        if not self._others:
-            return self.any()
-        for _ in range(64):
-            port = self._first + 1 + 2 * int(self._random() * self._others)
-            if port not in self._reserved:
-                break
-        return port
+    def others(self, count: int) -> Iterator[int]:
+        """The same of the parity that connect() does not begin with."""
+        return self._some(range(self.first + 1, self.last + 1, 2), count)
+
+    def _some(self, ports: range, count: int) -> Iterator[int]:
+        if len(ports) <= _FEW:
+            few = [port for port in ports if port not in self.reserved]
+            _random.shuffle(few)
+            yield from few
+            return
+        first, step, length, random = ports.start, ports.step, len(ports), _random.random
+        for _ in range(count):
+            for _ in range(64):
+                port = first + step * int(random() * length)
+                if port not in self.reserved:
+                    yield port
+                    break
 
 
 def read_port_choice(*without: int) -> PortChoice:

@@ -26,6 +26,7 @@ __all__ = [
     "accepted_socket",
     "answer_at_once",
     "bound_receive_buffer",
+    "can_share_ports",
     "filter_messages",
     "format_address",
     "format_target",
@@ -36,6 +37,7 @@ __all__ = [
     "redirected_destination",
     "round_trip_seconds",
     "send_at_once",
+    "source_towards",
     "spread_by_source",
     "unsent_bytes",
     "wait_for_reader",
@@ -73,6 +75,8 @@ _SKF_NET_OFF = 0xFFF00000  # linux/filter.h: -0x100000, from here on offsets cou
 _TCPI_UNACKED = 24  # offset of tcpi_unacked in struct tcp_info (linux/tcp.h)
 _TCPI_RTT = 68  # offset of tcpi_rtt in struct tcp_info (linux/tcp.h)
 _IP_BIND_ADDRESS_NO_PORT = getattr(socket, "IP_BIND_ADDRESS_NO_PORT", 24)
+_IP_LOCAL_PORT_RANGE = 51  # linux/in.h; not in the socket module
+_PORT_RANGE = struct.Struct("=I")  # the last port in the upper half
 
 
 def open_listener(
@@ -173,11 +177,24 @@ def accepted_socket(family: int, fd: int) -> socket.SocketType:
     return socket.SocketType(family, socket.SOCK_STREAM, 0, fd)
 
 
-def open_upstream(family: int, *, source: Address | None = None, transparent: bool = True) -> socket.SocketType:
+def can_share_ports() -> bool:
+    """Whether this kernel has what `open_upstream` needs for a `shared` port: Linux 6.3."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as sock:
+        try:
+            sock.setsockopt(socket.IPPROTO_IP, _IP_LOCAL_PORT_RANGE, _PORT_RANGE.pack(0))
+        except OSError:
+            return False
+        return True
+
+
+def open_upstream(
+    family: int, *, source: Address | None = None, transparent: bool = True, shared: bool = False
+) -> socket.SocketType:
     """A non-blocking TCP socket for one upstream connection, not yet connected. The caller closes it.
 
     With `source` it is bound to that address, which may be foreign (the client's own) if it is `transparent`; port 0 leaves the port to the
-    kernel.
+    kernel. A `shared` port, of ip_local_port_range, is taken at connect and for this destination alone (EADDRNOTAVAIL if it cannot be had, also
+    if it is in TIME_WAIT); else nobody's connect() on this host is given that port until the socket is gone.
     Raises OSError: EADDRINUSE if that address and port cannot be had.
     """
     sock = socket.SocketType(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
@@ -186,12 +203,15 @@ def open_upstream(family: int, *, source: Address | None = None, transparent: bo
             # Also without a foreign source: it is how the ruleset knows our sockets and keeps conntrack off them.
             _set_transparent(sock)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)  # as on the client's side
+        # A port may be in TIME_WAIT here, from a connection before, or in use towards another destination.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if source is not None:
+            if shared:
+                sock.setsockopt(socket.IPPROTO_IP, _IP_LOCAL_PORT_RANGE, _PORT_RANGE.pack(source[1] * 0x10001))
+                source = (source[0], 0, *source[2:])
             if source[1] == 0:
                 # The port is chosen at connect, free for this destination; chosen at bind it would have to be free for all.
                 sock.setsockopt(socket.IPPROTO_IP, _IP_BIND_ADDRESS_NO_PORT, 1)
-            # The client's port may be in TIME_WAIT here, from its connection before, or in use towards another destination.
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             sock.bind(source)
         # The ACK of the server's SYN-ACK waits for the first bytes and goes with them: a packet less. Undone by `answer_at_once`,
         # without which answers would be acknowledged 40 ms late and stall whoever writes twice before reading.
@@ -200,6 +220,14 @@ def open_upstream(family: int, *, source: Address | None = None, transparent: bo
         sock.close()
         raise
     return sock
+
+
+def source_towards(target: Address) -> str:
+    """The address of this host that a connection to there gets of the kernel. Raises OSError where there is no way."""
+    with socket.socket(socket.AF_INET6 if ":" in target[0] else socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.connect(target)  # sends nothing
+        host: str = sock.getsockname()[0]
+        return host
 
 
 def open_unix_upstream() -> socket.SocketType:

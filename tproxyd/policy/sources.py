@@ -80,6 +80,7 @@ def compile_source(config: Config) -> Choose:
     )
     other_family = none("the client is of the other family")
     link_local = none("the client's address is of one link alone")
+    itself = none("the server is the client itself, and would not take from the network what bears its own address")
     unknown_port = none("the ruleset does not know this port, which no key names")
     no_rule = none("no key names a loopback address, so there is no ip rule for its answers")
 
@@ -92,6 +93,8 @@ def compile_source(config: Config) -> Choose:
             return the_app if is_local else server
         if (":" in client) != (":" in target[0]):
             return other_family
+        if client == target[0]:
+            return itself
         port = target[1]
         if port not in others and not any(first <= port <= last for first, last in captured):
             return unknown_port
