@@ -1,16 +1,21 @@
-"""An app behind a Unix socket that cannot be had (faults 27 and 28): what the kernel says at once, and a queue in which there is no room."""
+"""An app behind a Unix socket, where that differs: one that cannot be had (faults 27 and 28), and ends that are none (29 and 30).
+
+What holds for every upstream is tested with this one, too: in test_contract.py and test_schedules.py.
+"""
 
 from __future__ import annotations
 
 import socket
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
 import trio
 
+from netns_tests.both_ends import Bench, Conversation, Seen, all_at_once, assert_is_payload, read, read_exactly, send
 from netns_tests.watch import all_cpu_seconds, many, reset
 from netns_tests.way import AT_ONCE, BOTH_LAYOUTS, SIDECAR_V4, Way, median_ms
 from netns_tests.wire import Wiretap, attempt, since_it_was_there
@@ -156,3 +161,77 @@ async def test_fault_28_many_that_wait_for_a_unix_socket_cost_little(way: Way) -
             await reset(stream)
         app.close()
         assert share < 0.05
+
+
+ON_UNIX = pytest.mark.parametrize(
+    "bench", ["auto process sidecar v4 unix", "copy thread sidecar v4 unix"], indirect=True
+)
+
+
+@ON_UNIX
+async def test_fault_30_the_client_resets_and_the_app_sees_the_end(bench: Bench) -> None:
+    """All that had come, and then the end of the stream: the kernel can say no more over a Unix socket. Who sends is told, as ever."""
+
+    async def abort(size: int, talk: Conversation) -> None:
+        seen = Seen()
+
+        async def receive() -> None:
+            seen.data += await read_exactly(talk.app, size)
+
+        await all_at_once(partial(send, talk.client, size), receive)
+        await reset(talk.client)
+        with trio.fail_after(1):  # 100 ms, with room for a busy machine
+            await read(talk.app, seen)
+        assert seen.end == "orderly"
+        assert_is_payload(seen.data, size)
+        with pytest.raises(trio.BrokenResourceError):
+            await talk.app.send_all(b"to nobody")
+        assert (await talk.record())["outcome"] == "client_reset"
+
+    async def abort_a_download(talk: Conversation) -> None:
+        async def say() -> None:
+            with pytest.raises(trio.BrokenResourceError):
+                while True:
+                    await send(talk.app, 1_000_000)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(say)
+            await talk.client.receive_some()
+            await reset(talk.client)
+            nursery.cancel_scope.deadline = trio.current_time() + 1
+        assert not nursery.cancel_scope.cancelled_caught
+        assert (await talk.record())["outcome"] == "client_reset"
+
+    for size in (1, 1_000_000):
+        await bench.each(f"after {size} bytes", partial(abort, size), 5)
+    await bench.each("in a download", abort_a_download, 5)
+
+
+@ON_UNIX
+async def test_fault_29_the_app_goes_and_leaves_something_unread(bench: Bench) -> None:
+    """As TCP has it: that is a reset, after the bytes that came before. With nothing unread it is an end; what is said after it, a reset."""
+
+    async def leave(talk: Conversation) -> None:
+        await talk.client.send_all(b"question")
+        await trio.lowlevel.wait_readable(talk.app.socket)
+        await send(talk.app, 100_000)
+        await talk.app.aclose()
+        seen = await read(talk.client, Seen())
+        assert seen.end == "reset"
+        assert_is_payload(seen.data, 100_000)
+        assert (await talk.record())["outcome"] == "upstream_reset"
+
+    async def close(talk: Conversation) -> None:
+        await send(talk.app, 100_000)
+        await talk.app.aclose()
+        seen = await read(talk.client, Seen())
+        assert seen.end == "orderly"
+        assert_is_payload(seen.data, 100_000)
+        with trio.fail_after(1), pytest.raises(trio.BrokenResourceError):  # reading would tell of the end again
+            while True:
+                await talk.client.send_all(b"question")
+                await trio.sleep(0.01)
+        assert (await talk.record())["outcome"] == "upstream_reset"
+
+    await bench.each("with a question unread", leave, 5)
+    await bench.each("with nothing unread", close, 5)

@@ -204,7 +204,13 @@ def open_upstream(family: int, *, source: Address | None = None, transparent: bo
 
 def open_unix_upstream() -> socket.SocketType:
     """A non-blocking Unix stream socket, not yet connected. The caller closes it."""
-    return socket.SocketType(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    sock = socket.SocketType(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)  # also these have urgent bytes, since Linux 5.15
+    except BaseException:
+        sock.close()
+        raise
+    return sock
 
 
 def answer_at_once(sock: socket.SocketType) -> None:
