@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import itertools
 import json
-import socket
 from collections.abc import Iterable
 from typing import NamedTuple
 
 import pytest
 import trio
 
+from netns_tests.foreign import transparent_listener
 from netns_tests.watch import METRICS, metrics
 from netns_tests.way import AT_ONCE, median_ms
 from netns_tests.wire import Packet, Wiretap, attempt, since_it_was_there, since_it_was_told
@@ -115,22 +115,6 @@ async def test_fault_27_nobody_listens_where_the_client_s_port_is_taken(open_lab
                 (source,) = {packet.source for packet in packets if packet.sent and packet.interface == "eth1"}
                 assert source[0] == taken[0]
                 assert source[1] != taken[1]
-
-
-def transparent_listener(address: tuple[str, int]) -> socket.socket:
-    """On an address that need not be this host's."""
-    ipv6 = ":" in address[0]
-    sock = socket.socket(socket.AF_INET6 if ipv6 else socket.AF_INET)
-    try:
-        sock.setsockopt(
-            *((socket.IPPROTO_IPV6, 75) if ipv6 else (socket.SOL_IP, 19)), 1
-        )  # IPV6_TRANSPARENT, IP_TRANSPARENT
-        sock.bind(address)
-        sock.listen()
-    except BaseException:
-        sock.close()
-        raise
-    return sock
 
 
 class Failure(NamedTuple):
