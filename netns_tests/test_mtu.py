@@ -122,7 +122,7 @@ def config(target: str) -> str:
 
 @pytest.mark.parametrize("family", ["v4", "v6"])
 @pytest.mark.parametrize("target", ["original", "loopback"])
-async def test_fault_51_a_small_mtu_behind_routers_on_either_side(open_lab: OpenLab, target: str, family: str) -> None:
+async def test_51_a_small_mtu_behind_routers_on_either_side(open_lab: OpenLab, target: str, family: str) -> None:
     async with open_narrow_lab(open_lab) as lab:
         client, proxy = lab["client"], lab["proxy"]
         foreign, own = ("203.0.113.9", proxy.v4) if family == "v4" else ("2001:db8:f::9", proxy.v6)
@@ -139,7 +139,7 @@ async def test_fault_51_a_small_mtu_behind_routers_on_either_side(open_lab: Open
 
 
 @pytest.mark.parametrize("family", ["v4", "v6"])
-async def test_fault_51_a_small_mtu_where_the_client_s_port_is_taken(open_lab: OpenLab, family: str) -> None:
+async def test_51_a_small_mtu_where_the_client_s_port_is_taken(open_lab: OpenLab, family: str) -> None:
     """The client's address with another port: the gateway's fallback."""
     async with open_narrow_lab(open_lab) as lab:
         client, proxy = lab["client"], lab["proxy"]
@@ -159,7 +159,7 @@ async def test_fault_51_a_small_mtu_where_the_client_s_port_is_taken(open_lab: O
 
 @pytest.mark.parametrize("family", ["v4", "v6"])
 @pytest.mark.parametrize("target", ["original", "loopback"])
-async def test_fault_51_a_small_mtu_here_and_a_large_one_to_the_app(
+async def test_51_a_small_mtu_here_and_a_large_one_to_the_app(
     open_lab: OpenLab, target: str, family: str
 ) -> None:
     async with open_lab(SHORT) as lab:
@@ -171,7 +171,7 @@ async def test_fault_51_a_small_mtu_here_and_a_large_one_to_the_app(
 
 
 @pytest.mark.parametrize("family", ["v4", "v6"])
-async def test_fault_51_errors_about_a_connection_that_lives_do_not_end_it(open_lab: OpenLab, family: str) -> None:
+async def test_51_errors_about_a_connection_that_lives_do_not_end_it(open_lab: OpenLab, family: str) -> None:
     """A router says "unreachable" for a while: TCP goes on trying, and everything arrives."""
     async with open_lab(ROUTED) as lab:
         client, gateway, router = lab["client"], lab["gateway"], lab["router"]

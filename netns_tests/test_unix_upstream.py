@@ -49,7 +49,7 @@ def to_unix(path: Path) -> str:
 
 @BOTH_LAYOUTS
 @pytest.mark.parametrize("what", ["no file", "stale file", "plain file", "no permission"])
-async def test_fault_27_a_unix_socket_at_which_nobody_can_be_had(way: Way, what: str) -> None:
+async def test_27_a_unix_socket_at_which_nobody_can_be_had(way: Way, what: str) -> None:
     """connect() says so itself. The permission is that of a daemon without CAP_DAC_OVERRIDE."""
     async with unix_app() as path, AsyncExitStack() as stack:
         outcome = "upstream_refused"
@@ -84,7 +84,7 @@ async def test_fault_27_a_unix_socket_at_which_nobody_can_be_had(way: Way, what:
 
 
 @BOTH_LAYOUTS
-async def test_fault_28_the_queue_of_a_unix_socket_is_full(way: Way) -> None:
+async def test_28_the_queue_of_a_unix_socket_is_full(way: Way) -> None:
     """Who waits for room gets in when there is some, in the order of arrival; is reset at connect_timeout if there is none; and may leave."""
     async with unix_app() as path, AsyncExitStack() as stack:
         app = stack.enter_context(bound(path, 0))
@@ -146,7 +146,7 @@ class full:  # noqa: N801  # used as a function
 
 
 @SIDECAR_V4
-async def test_fault_28_many_that_wait_for_a_unix_socket_cost_little(way: Way) -> None:
+async def test_28_many_that_wait_for_a_unix_socket_cost_little(way: Way) -> None:
     """What is asked in vain for one need not be asked for the others."""
     async with unix_app() as path, AsyncExitStack() as stack:
         app = stack.enter_context(bound(path, 0))
@@ -169,7 +169,7 @@ ON_UNIX = pytest.mark.parametrize(
 
 
 @ON_UNIX
-async def test_fault_30_the_client_resets_and_the_app_sees_the_end(bench: Bench) -> None:
+async def test_30_the_client_resets_and_the_app_sees_the_end(bench: Bench) -> None:
     """All that had come, and then the end of the stream: the kernel can say no more over a Unix socket. Who sends is told, as ever."""
 
     async def abort(size: int, talk: Conversation) -> None:
@@ -208,7 +208,7 @@ async def test_fault_30_the_client_resets_and_the_app_sees_the_end(bench: Bench)
 
 
 @ON_UNIX
-async def test_fault_29_the_app_goes_and_leaves_something_unread(bench: Bench) -> None:
+async def test_29_the_app_goes_and_leaves_something_unread(bench: Bench) -> None:
     """As TCP has it: that is a reset, after the bytes that came before. With nothing unread it is an end; what is said after it, a reset."""
 
     async def leave(talk: Conversation) -> None:
