@@ -159,9 +159,7 @@ async def test_51_a_small_mtu_where_the_client_s_port_is_taken(open_lab: OpenLab
 
 @pytest.mark.parametrize("family", ["v4", "v6"])
 @pytest.mark.parametrize("target", ["original", "loopback"])
-async def test_51_a_small_mtu_here_and_a_large_one_to_the_app(
-    open_lab: OpenLab, target: str, family: str
-) -> None:
+async def test_51_a_small_mtu_here_and_a_large_one_to_the_app(open_lab: OpenLab, target: str, family: str) -> None:
     async with open_lab(SHORT) as lab:
         proxy = lab["proxy"]
         async with apps(proxy), open_daemon(proxy, config(target)) as daemon:
