@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import cache
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import trio
@@ -49,10 +50,18 @@ End = Literal["orderly", "reset", "own"]
 
 
 class Bench:
-    """A daemon, and whoever talks through it. `pair` gives both ends of one connection."""
+    """A daemon, and whoever talks through it. `pair` gives both ends of one connection.
 
-    def __init__(self, daemon: LabDaemon, client: Node, app: Node, address: str) -> None:
+    With `unix`, where the daemon connects to, the app has that Unix socket, too: one for all, so it is known only one after the other
+    which connection is whose.
+    """
+
+    def __init__(
+        self, daemon: LabDaemon, client: Node, app: Node, address: str, unix: socket.socket | None = None
+    ) -> None:
         self.daemon, self.client, self.app, self.address = daemon, client, app, address
+        self.unix = trio.SocketListener(trio.socket.from_stdlib_socket(unix)) if unix is not None else None
+        self._turn = trio.Lock()
         self.bind = "::" if ":" in address else "0.0.0.0"
         self.listeners = [app.listen(self.bind, FIRST_PORT + slot) for slot in range(SLOTS)]
         self._free = list(range(SLOTS))
@@ -60,14 +69,27 @@ class Bench:
 
     async def pair(self, slot: int, *, port: int = 0) -> tuple[trio.SocketStream, trio.SocketStream]:
         """The client's and the app's end of a new connection through the daemon; with `port` through what listens there."""
-        stream = await self.client.connect(self.address, port or FIRST_PORT + slot)
-        with trio.fail_after(5):
-            accepted = await self.listeners[slot].accept()
+        if self.unix is not None and not port:
+            async with self._turn:
+                stream, accepted = await self._connect(FIRST_PORT + slot, self.unix)
+        else:
+            stream, accepted = await self._connect(port or FIRST_PORT + slot, self.listeners[slot])
         for end in (stream, accepted):
+            if end.socket.family == socket.AF_UNIX:
+                continue
             # What the peers do to themselves is not the relay's.
             end.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             end.socket.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
         return stream, accepted
+
+    async def _connect(self, port: int, listener: trio.SocketListener) -> tuple[trio.SocketStream, trio.SocketStream]:
+        stream = await self.client.connect(self.address, port)
+        try:
+            with trio.fail_after(5):
+                return stream, await listener.accept()
+        except BaseException:
+            stream.socket.close()
+            raise
 
     async def each(self, name: object, function: Callable[[Conversation], Awaitable[None]], within: float) -> None:
         """Calls `function` with a connection, as soon as a slot is free. A failure tells `name`."""
@@ -86,7 +108,7 @@ class Bench:
                 self._free.append(slot)
 
     async def aclose(self) -> None:
-        for listener in self.listeners:
+        for listener in (*self.listeners, *([self.unix] if self.unix is not None else [])):
             await listener.aclose()
 
 
@@ -182,30 +204,41 @@ async def all_at_once(*functions: Callable[[], Awaitable[Any]]) -> None:
 
 @asynccontextmanager
 async def open_bench(name: str, open_lab: OpenLab) -> AsyncIterator[Bench]:
-    """By the relay's engine and home, layout and family: "auto process sidecar v4"."""
-    engine, home, layout, family = name.split()
-    config = (
-        f'[capture]\nports = ["{FIRST_PORT}-{FIRST_PORT + SLOTS - 1}"]\n'
-        f'[relay]\nengine = "{engine}"\nworkers = {int(home == "process")}\n'
-    )
-    async with open_lab(SIDECAR if layout == "sidecar" else GATEWAY) as lab:
-        if layout == "sidecar":
-            proxy = app = lab["host"]
-            address = getattr(app, family)
-        else:
-            proxy, app = lab["gateway"], lab["server"]
-            address = {"v4": "203.0.113.9", "v6": "2001:db8:f::9"}[family]
-        async with open_daemon(proxy, config) as daemon:
-            before = _all_files(daemon)
-            bench = Bench(daemon, lab["client"], app, address)
-            try:
-                yield bench
-            finally:
-                await bench.aclose()
-            await _assert_files_are_back(daemon, before)
-            assert "this is a bug" not in daemon.process.stderr_text
-            assert "Traceback" not in daemon.process.stderr_text
-            assert await daemon.stop() == 0
+    """By the relay's engine and home, layout and family, and where to if not as dialled: "auto process sidecar v4", "... unix"."""
+    engine, home, layout, family, *others = name.split()
+    target = others[0] if others else "original"
+    with TemporaryDirectory(prefix="tproxyd-app-") as directory:
+        path = f"{directory}/s"
+        config = (
+            f'[capture]\nports = ["{FIRST_PORT}-{FIRST_PORT + SLOTS - 1}"]\n'
+            f'[upstream]\ntarget = "{f"unix:{path}" if target == "unix" else target}"\n'
+            f'[relay]\nengine = "{engine}"\nworkers = {int(home == "process")}\n'
+        )
+        async with open_lab(SIDECAR if layout == "sidecar" else GATEWAY) as lab:
+            if layout == "sidecar":
+                proxy = app = lab["host"]
+                address = getattr(app, family)
+            else:
+                proxy, app = lab["gateway"], lab["server"]
+                address = {"v4": "203.0.113.9", "v6": "2001:db8:f::9"}[family]
+            async with open_daemon(proxy, config) as daemon:
+                before = _all_files(daemon)
+                bench = Bench(daemon, lab["client"], app, address, _listen_unix(path) if target == "unix" else None)
+                try:
+                    yield bench
+                finally:
+                    await bench.aclose()
+                await _assert_files_are_back(daemon, before)
+                assert "this is a bug" not in daemon.process.stderr_text
+                assert "Traceback" not in daemon.process.stderr_text
+                assert await daemon.stop() == 0
+
+
+def _listen_unix(path: str) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX)
+    sock.bind(path)
+    sock.listen()
+    return sock
 
 
 def _all_files(daemon: LabDaemon) -> Counter[str]:

@@ -73,6 +73,8 @@ async def way(request: pytest.FixtureRequest, open_lab: OpenLab, tmp_path: Path)
     params=[
         *(f"{engine} {home} sidecar v4" for engine in ("auto", "copy", "splice") for home in ("thread", "process")),
         "auto process gateway v6",
+        "auto process sidecar v4 loopback",
+        "auto process sidecar v6 unix",
     ]
 )
 async def bench(request: pytest.FixtureRequest, open_lab: OpenLab) -> AsyncIterator[Bench]:

@@ -7,7 +7,7 @@ import struct
 
 from tproxyd.testing import KernelState, Node
 
-__all__ = ["add_extension_rule", "among_foreign", "plant_foreign", "plant_in_the_way"]
+__all__ = ["add_extension_rule", "among_foreign", "plant_foreign", "plant_in_the_way", "transparent_listener"]
 
 FOREIGN_TABLES = """
 table inet foreign {
@@ -107,3 +107,19 @@ def add_extension_rule(kind: str, name: str, revision: int, info: bytes) -> None
         sock.send(message(16, 1, 0, 10) + message(10 << 8 | 6, 0xC05, 2, 0, rule) + message(17, 1, 0, 10))
         sock.settimeout(3)
         assert struct.unpack_from("=i", sock.recv(4096), 16)[0] == 0
+
+
+def transparent_listener(address: tuple[str, int]) -> socket.socket:
+    """On an address that need not be this host's."""
+    ipv6 = ":" in address[0]
+    sock = socket.socket(socket.AF_INET6 if ipv6 else socket.AF_INET)
+    try:
+        sock.setsockopt(
+            *((socket.IPPROTO_IPV6, 75) if ipv6 else (socket.SOL_IP, 19)), 1
+        )  # IPV6_TRANSPARENT, IP_TRANSPARENT
+        sock.bind(address)
+        sock.listen()
+    except BaseException:
+        sock.close()
+        raise
+    return sock

@@ -97,7 +97,10 @@ async def test_31_32_half_close_matrix(bench: Bench) -> None:
 
 
 async def test_29_30_resets_are_passed_on_after_the_bytes_before(bench: Bench) -> None:
-    """By either side; the other side reads, or reads and talks. It gets a part of what was sent, and never an orderly end."""
+    """By either side; the other side reads, or reads and talks. It gets a part of what was sent, and never an orderly end.
+
+    A Unix socket has no reset: test_unix_upstream.py says what an app there sees, and how it breaks off.
+    """
 
     async def break_off(first: str, when: str, talks: bool, talk: Conversation) -> None:
         breaker, other = talk.ends(first)
@@ -135,7 +138,7 @@ async def test_29_30_resets_are_passed_on_after_the_bytes_before(bench: Bench) -
 
         broken: list[str] = []
         await all_at_once(breaks, reads, says)
-        assert seen.end == "reset" or broken
+        assert seen.end == "reset" or broken or (bench.unix is not None and seen.end == "orderly")
         assert_begins_payload(seen.data, size)
         record = await talk.record()
         assert record["outcome"] == ("client_reset" if first == "client" else "upstream_reset")
@@ -148,7 +151,7 @@ async def test_29_30_resets_are_passed_on_after_the_bytes_before(bench: Bench) -
                 partial(break_off, first, when, talks), 5,
             )
             for when in ("at once", "after 100 bytes", "in the middle of 3 MB")
-            for first in ("client", "app") for talks in (False, True) for _ in range(4)
+            for first in (("client", "app") if bench.unix is None else ("client",)) for talks in (False, True) for _ in range(4)
         )
     )  # fmt: skip
 

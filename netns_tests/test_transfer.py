@@ -18,12 +18,9 @@ import trio
 from netns_tests.way import BOTH_LAYOUTS, Way, median_ms
 from tproxyd.net.sockets import format_address
 from tproxyd.testing import (
-    ROUTED,
     Transfer,
     digest_of,
-    open_lab,
     payload,
-    serve_sink,
     serve_source,
 )
 from tproxyd.testing.daemon import open_daemon
@@ -303,27 +300,3 @@ async def test_small_writes_are_not_held_back(way: Way, nursery: trio.Nursery) -
         assert await daemon.stop() == 0
     assert len(daemon.records()) == 1
     assert captured - direct < 25
-
-
-@pytest.mark.parametrize("family", ["v4", "v6"])
-async def test_51_small_mtu_behind_a_router(nursery: trio.Nursery, family: str) -> None:
-    """The last hop takes 1400 bytes; the gateway learns that only from an ICMP error addressed to the client."""
-    async with open_lab(ROUTED) as lab:
-        transfers: list[Transfer] = []
-
-        async def serve(task_status: trio.TaskStatus[object]) -> None:
-            await serve_sink(lab["server"], 8080, report=transfers.append, task_status=task_status)
-
-        await nursery.start(serve)
-        destination = "203.0.113.9" if family == "v4" else "2001:db8:f::9"
-        async with open_daemon(lab["gateway"], CONFIG) as daemon:
-            with trio.fail_after(10):
-                async with await lab["client"].connect(destination, 8080) as stream:
-                    own = format_address(stream.socket.getsockname())
-                    for chunk in payload(2_000_000):
-                        await stream.send_all(chunk)
-                    await stream.send_eof()
-                    assert digest_of(2_000_000).encode() in await stream.receive_some()
-                record = await daemon.record(own)
-        assert record["outcome"] == "closed"
-        assert record["upstream_source"] == own

@@ -12,13 +12,15 @@ import pytest
 from tproxyd.testing import GATEWAY, SIDECAR, Lab
 from tproxyd.testing.plugin import OpenLab
 
-__all__ = ["BOTH_LAYOUTS", "GATEWAY_V4", "SIDECAR_V4", "Way", "median_ms", "open_way"]
+__all__ = ["AT_ONCE", "BOTH_LAYOUTS", "GATEWAY_V4", "SIDECAR_V4", "Way", "median_ms", "open_way"]
 
 GATEWAY_V4 = pytest.mark.parametrize("way", ["gateway v4"], indirect=True)
 SIDECAR_V4 = pytest.mark.parametrize("way", ["sidecar v4"], indirect=True)
 BOTH_LAYOUTS = pytest.mark.parametrize("way", ["gateway v4", "sidecar v6"], indirect=True)
 """Each layout and each family once: enough where a layout and a family cannot make a difference together."""
 
+AT_ONCE = 20.0
+"""Milliseconds from the daemon's learning that the upstream cannot be had to the client's reset, as the contract says."""
 
 _FOREIGN = {"v4": "203.0.113.9", "v6": "2001:db8:f::9"}  # which no interface has
 

@@ -319,13 +319,17 @@ class Connection(Timed):
 
     def _dial_unix(self) -> None:
         assert isinstance(self.target, str)
-        sock, number = self.loop.dialler.dial_unix(self.target)
-        if sock is not None:
-            return self._begin_connecting(sock, number)
-        if number != errno.EAGAIN:
+        waiting = self.loop.waiting
+        sock, number = None, errno.EAGAIN
+        if not waiting or next(iter(waiting)) is self:  # who comes later does not overtake
+            sock, number = self.loop.dialler.dial_unix(self.target)
+        if number == errno.EAGAIN:
+            waiting[self] = None  # until connect_timeout; who is there keeps its place
+            return self.loop.dialling.add(self)
+        waiting.pop(self, None)
+        if sock is None:
             return self._not_connected(number)
-        self.loop.waiting.add(self)  # until connect_timeout
-        return self.loop.dialling.add(self)
+        return self._begin_connecting(sock, number)
 
     def _begin_connecting(self, sock: socket.SocketType, number: int) -> None:
         upstream = self.upstream = Leg(self.loop, self, sock, accepted=False)

@@ -118,7 +118,7 @@ class RelayLoop:
         # ended by then, and have entered one wheel instead of three.
         self.lazy = self.dialling.seconds <= self.settling.seconds
         self.flushing: set[Connection] = set()
-        self.waiting: set[Connection] = set()  # for room in the queue of a Unix socket
+        self.waiting: dict[Connection, None] = {}  # for room in the queue of a Unix socket, in the order of arrival
 
         # PROXY headers, and the ClientHello that goes into one: None where there are none, which is all that others pay for them.
         version = config.upstream.proxy_protocol
@@ -312,7 +312,7 @@ class RelayLoop:
         """It has ended."""
         books = self._books
         self.flushing.discard(connection)
-        self.waiting.discard(connection)
+        self.waiting.pop(connection, None)
         books.leave(connection, outcome)
         if self._tells_idle and not books.connections:
             books.due = self.now
@@ -359,10 +359,11 @@ class RelayLoop:
             for connection in list(self.flushing):
                 if now >= connection.look_at:
                     connection.flush()
-        if self.waiting:
-            for connection in list(self.waiting):
-                self.waiting.discard(connection)
-                connection.dial_again()
+        while self.waiting:
+            first = next(iter(self.waiting))
+            first.dial_again()
+            if first in self.waiting:
+                break  # no room for the first one, so none for the others: asking for each would take all of our time
         if now >= self.dialling.due:
             for connection in self.dialling.expire(now, also_active=True):
                 if not connection.settle():

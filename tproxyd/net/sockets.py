@@ -232,7 +232,13 @@ def source_towards(target: Address) -> str:
 
 def open_unix_upstream() -> socket.SocketType:
     """A non-blocking Unix stream socket, not yet connected. The caller closes it."""
-    return socket.SocketType(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    sock = socket.SocketType(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)  # also these have urgent bytes, since Linux 5.15
+    except BaseException:
+        sock.close()
+        raise
+    return sock
 
 
 def answer_at_once(sock: socket.SocketType) -> None:

@@ -182,6 +182,7 @@ def steering_table(
             "untrack",
             # A type `route` chain makes the kernel route a packet again whose mark it has changed.
             f"type {'route' if config.spoofs else 'filter'} hook output priority raw; policy accept;",
+            *([_ERRORS] if config.spoofs else []),
             'meta l4proto != tcp accept comment "only TCP is captured"',
             *foreign_ports(config),
             'oif "lo" goto loopback comment "to a local app, and its answers"',
@@ -199,10 +200,12 @@ def steering_table(
                 for family, ip in _IP.items()
             ),
         ),
-        _chain("sent", None, *_remembering()),
+        _chain("sent", None, *([_DIALLING] if config.spoofs else []), *_remembering()),
+        *([_chain("errors", None, *_errors_back(marks))] if config.spoofs else []),
     ]
     # Those that packets fill come first, and stay where they are when the rest of the table is exchanged.
     filled: list[str | NamedSet] = [_filled_set(name, family) for family in _IP for name in _FILLED]
+    filled += [_DIALS] if config.spoofs else []
     sets = [*filled, *capture_sets(config), *relayed_sets(config), *special_sets(config, families)]
     return _table(STEERING, sets, chains, owned=owned)
 
@@ -445,6 +448,27 @@ def _remembering() -> list[str]:
                 f' comment "{why}"'
             )
     return [*rules, 'notrack accept comment "a set is full: not remembered"']
+
+
+# An ICMP error about our SYN (a firewall of this host rejects what arrives on lo) is for the client's address, too. The four addresses inside
+# it cannot be looked up among the legs: nft 1.0.6 takes raw bytes for numbers and nothing else. So a second set has the two ports of each
+# SYN as one number. That a client is told something about the same two ports in these two seconds, which it then misses, has to happen by
+# chance; the error to the second SYN, after one second, is in time.
+_DIALS = "\tset dials {\n\t\ttypeof @th,0,32\n\t\tsize 32768\n\t\tflags dynamic,timeout\n\t}\n"
+_DIALLING = f'{SYN} update @dials {{ @th,0,32 timeout 2s }} comment "its ports: an ICMP error about it is for us, too"'
+_ERRORS = 'meta l4proto { icmp, ipv6-icmp } goto errors comment "may be about a connection of ours to a local app"'
+_QUOTED = (
+    ("icmp", 136, 224),
+    ("icmpv6", 112, 384),
+)  # bits from the error's begin to the protocol and the ports of what it quotes
+
+
+def _errors_back(marks: Marks) -> list[str]:
+    return [
+        f"{kind} type destination-unreachable @th,{protocol},8 6 @th,{ports},32 @dials meta mark set {_set_mark(marks.upstream)} notrack"
+        ' comment "about a SYN of ours to a local app, which bears another address: back to us"'
+        for kind, protocol, ports in _QUOTED
+    ]
 
 
 # How much of each there may be; full, new connections to local apps fail that bear a client's address. A second brings what it brings

@@ -141,4 +141,5 @@ ROUTED = Topology(
     forwarding=("gateway", "router"),
     anyip=(("server", "203.0.113.0/24"), ("server", "2001:db8:f::/48")),
 )
-"""client - gateway - router - server, the last hop with an MTU of 1400: the gateway learns it only from the router's ICMP."""
+"""client - gateway - router - server, the last hop with an MTU of 1400. The server knows that, and its SYNs tell it; where only ICMP is to tell,
+a route of the router's has to have an MTU (`mtu lock`)."""

@@ -58,6 +58,12 @@ table inet tproxyd {
 		flags dynamic,timeout
 	}
 
+	set dials {
+		typeof @th,0,32
+		size 32768
+		flags dynamic,timeout
+	}
+
 	set ports {
 		type inet_service
 		elements = { 8080 }
@@ -152,6 +158,7 @@ table inet tproxyd {
 
 	chain untrack {
 		type route hook output priority raw; policy accept;
+		meta l4proto { icmp, ipv6-icmp } goto errors comment "may be about a connection of ours to a local app"
 		meta l4proto != tcp accept comment "only TCP is captured"
 		tcp dport != @ports tcp sport != @ports accept comment "no captured port on either side: no connection of ours"
 		oif "lo" goto loopback comment "to a local app, and its answers"
@@ -173,6 +180,7 @@ table inet tproxyd {
 	}
 
 	chain sent {
+		tcp flags syn / fin,syn,rst,ack update @dials { @th,0,32 timeout 2s } comment "its ports: an ICMP error about it is for us, too"
 		tcp flags syn delete @ended4 { ip saddr . tcp sport . ip daddr . tcp dport } update @legs4 { ip saddr . tcp sport . ip daddr . tcp dport timeout 2m30s } notrack accept comment "begins; a connection that had these ports before is over"
 		tcp flags syn delete @ended6 { ip6 saddr . tcp sport . ip6 daddr . tcp dport } update @legs6 { ip6 saddr . tcp sport . ip6 daddr . tcp dport timeout 2m30s } notrack accept comment "begins; a connection that had these ports before is over"
 		tcp flags rst update @ended4 { ip saddr . tcp sport . ip daddr . tcp dport timeout 10s } update @legs4 { ip saddr . tcp sport . ip daddr . tcp dport timeout 10s } notrack accept comment "we break it off: soon forgotten"
@@ -182,6 +190,11 @@ table inet tproxyd {
 		update @legs4 { ip saddr . tcp sport . ip daddr . tcp dport timeout 2m30s } notrack accept comment "remembered for the app's answers"
 		update @legs6 { ip6 saddr . tcp sport . ip6 daddr . tcp dport timeout 2m30s } notrack accept comment "remembered for the app's answers"
 		notrack accept comment "a set is full: not remembered"
+	}
+
+	chain errors {
+		icmp type destination-unreachable @th,136,8 6 @th,224,32 @dials meta mark set meta mark & 0xfeffffff | 0x02000000 notrack comment "about a SYN of ours to a local app, which bears another address: back to us"
+		icmpv6 type destination-unreachable @th,112,8 6 @th,384,32 @dials meta mark set meta mark & 0xfeffffff | 0x02000000 notrack comment "about a SYN of ours to a local app, which bears another address: back to us"
 	}
 }
 

@@ -240,8 +240,8 @@ def _connect_to_app(e: Evidence, way: ProbeWay) -> Probe | None:
             to = (way.destination if way.local else _own_address(family, way.source), e.captured_ports[0])
         if not to[0] or (":" in to[0]) != (way.family == 6) or not locality.is_local(to[0]):
             return None
-        ports = read_port_choice()
-        port = next(port for port in iter(ports.other, 0) if states.state(to, (way.source, port)) is None)
+        free = (port for port in read_port_choice().others(64) if states.state(to, (way.source, port)) is None)
+        port = next(free, 0)
     result: Result = "returned"
     sock = open_upstream(family, source=(way.source, port))
     sock.settimeout(_PATIENCE)
