@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import pytest
 import trio
@@ -13,9 +14,10 @@ import trio
 from netns_tests.both_ends import Bench, Seen, read, read_exactly
 from netns_tests.watch import reset, workers
 from tproxyd.config import Config
-from tproxyd.datapath import Setup
+from tproxyd.datapath import Setup, WorkloadSetup
 from tproxyd.interceptor import homes, relays
 from tproxyd.interceptor.relays import Relays
+from tproxyd.net.namespaces import open_namespace
 from tproxyd.testing import SIDECAR
 from tproxyd.testing.daemon import open_daemon
 from tproxyd.testing.plugin import OpenLab
@@ -78,16 +80,17 @@ async def test_a_loop_may_answer_before_the_question_is_through(
     """`count` fails so within some calls also undelayed (AttributeError); `wait_idle` needs a busy machine, for which a pause stands."""
     tell = relays._Relay._tell
 
-    async def tell_slowly(self: relays._Relay, order: bytes) -> None:
-        await tell(self, order)
+    async def tell_slowly(self: relays._Relay, order: bytes, fds: Sequence[int] = ()) -> None:
+        await tell(self, order, fds)
         await trio.sleep(0.05)
 
     monkeypatch.setattr(relays._Relay, "_tell", tell_slowly)
-    with unused_listener() as listener:
-        relay = Relays([setup(alone)], [[listener]], ignore)
+    with unused_listener() as listener, closing_fd(open_namespace("/proc/thread-self/ns/net")) as netns:
+        relay = Relays([setup(alone)], ignore)
         async with trio.open_nursery() as nursery:
             await nursery.start(relay.serve)
-            await getattr(relay, question)()
+            await relay.add(WorkloadSetup(name="x", config=Config(), listen=(("127.0.0.1", 1),)), [[listener]], netns)
+            await getattr(relay, question)(*(["x"] if question == "wait_idle" else []))
             nursery.cancel_scope.cancel()
 
 
@@ -96,27 +99,30 @@ async def test_a_loop_that_dies_before_it_is_ready_does_not_hold_up_the_start(mo
     start = homes.ProcessHome.start
     started = 0
 
-    async def start_and_kill_first(
-        self: homes.ProcessHome, channel: socket.socket, listeners: Sequence[socket.socket]
-    ) -> None:
+    async def start_and_kill_first(self: homes.ProcessHome, channel: socket.socket) -> None:
         nonlocal started
-        await start(self, channel, listeners)
+        await start(self, channel)
         started += 1
         if started == 1:
             assert self._process is not None
             os.kill(self._process.pid, signal.SIGKILL)
 
     monkeypatch.setattr(homes.ProcessHome, "start", start_and_kill_first)
-    with unused_listener() as listener:
-        relay = Relays([setup(True)], [[listener]], ignore)
-        async with trio.open_nursery() as nursery:
-            with trio.fail_after(3):
-                await nursery.start(relay.serve)
-            nursery.cancel_scope.cancel()
+    relay = Relays([setup(True)], ignore)
+    async with trio.open_nursery() as nursery:
+        with trio.fail_after(3):
+            await nursery.start(relay.serve)
+        nursery.cancel_scope.cancel()
 
 
 def setup(alone: bool) -> Setup:
-    return Setup(config=Config(), listen=(("127.0.0.1", 1),), limit=10, pipes=4, alone=alone)
+    return Setup(config=Config(), limit=10, pipes=4, alone=alone)
+
+
+@contextmanager
+def closing_fd(fd: int) -> Iterator[int]:
+    yield fd
+    os.close(fd)
 
 
 def unused_listener() -> socket.socket:

@@ -187,8 +187,8 @@ from tproxyd.interceptor import homes, open_interceptor
 
 start, born = homes.ProcessHome.start, []
 
-async def start_and_kill_the_first(self, channel, listeners):
-    await start(self, channel, listeners)
+async def start_and_kill_the_first(self, channel):
+    await start(self, channel)
     born.append(self)
     if len(born) == 1:
         self._process.kill()

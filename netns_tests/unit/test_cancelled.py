@@ -12,7 +12,7 @@ import trio
 from tproxyd import kernel
 from tproxyd.config import Config, config_from_mapping
 from tproxyd.daemon import confirm
-from tproxyd.datapath import Counters, Setup, report
+from tproxyd.datapath import Counters, Setup, WorkloadSetup, report
 from tproxyd.errors import KernelError
 from tproxyd.interceptor import keeper, relays
 from tproxyd.interceptor.threads import in_thread
@@ -95,7 +95,7 @@ class Channel:
         self._relay, self._answer = relay, answer
         self.blocked = trio.Event()
 
-    async def send(self, _: bytes) -> None:
+    async def sendmsg(self, _: list[bytes], __: list[object]) -> None:
         if not self.blocked.is_set():
             self.blocked.set()
             await trio.sleep_forever()
@@ -103,25 +103,26 @@ class Channel:
 
 
 @pytest.mark.parametrize(
-    ("question", "answer"),
+    ("question", "names", "answer"),
     [
-        ("wait_idle", report.IDLE),
-        ("count", report.COUNTED + msgspec.msgpack.encode(Counters(bytes_from_client=50))),
+        ("wait_idle", ["web"], report.IDLE + b"web"),
+        ("count", [], report.COUNTED + msgspec.msgpack.encode(report.Count({"web": Counters()}))),
     ],
     ids=["wait_idle", "count"],
 )
 async def test_61_who_is_cancelled_while_asking_a_loop_leaves_nobody_without_an_answer(
-    question: str, answer: bytes
+    question: str, names: list[str], answer: bytes
 ) -> None:
-    setup = Setup(config=Config(), listen=(), limit=1, pipes=0, alone=True)
-    relay = relays._Relay(setup, [], lambda _: None, None, 1.0)
+    setup = Setup(config=Config(), limit=1, pipes=0, alone=True)
+    relay = relays._Relay(setup, lambda _: None, None, 1.0)
+    relay._served["web"] = relays.Served(WorkloadSetup(name="web", config=Config(), listen=()), (), 0)
     channel = Channel(relay, answer)
     relay._channel = channel  # type: ignore[assignment]  # what is used of one
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(getattr(relay, question))
+        nursery.start_soon(getattr(relay, question), *names)
         await channel.blocked.wait()
         nursery.cancel_scope.cancel()
     with trio.fail_after(0.5):
-        await getattr(relay, question)()
-    assert relay._idle is None
+        await getattr(relay, question)(*names)
+    assert relay._idle == {}
     assert relay._counted is None

@@ -9,7 +9,7 @@ import pytest
 import trio
 
 from tproxyd.config import Config, config_from_mapping
-from tproxyd.datapath import Counters, Setup, report
+from tproxyd.datapath import Counters, Setup, WorkloadSetup, report
 from tproxyd.datapath.timers import Timed, Wheel
 from tproxyd.interceptor import relays
 
@@ -20,39 +20,40 @@ class Channel:
     def __init__(self, relay: relays._Relay, *answers: bytes) -> None:
         self._relay, self._answers = relay, answers
 
-    async def send(self, _: bytes) -> None:
+    async def sendmsg(self, _: list[bytes], __: list[object]) -> None:
         for answer in self._answers:
             self._relay._take(answer)
 
 
 def relay_answering(*answers: bytes) -> relays._Relay:
-    setup = Setup(config=Config(), listen=(), limit=1, pipes=0, alone=True)
-    relay = relays._Relay(setup, [], lambda _: None, None, 1.0)
+    setup = Setup(config=Config(), limit=1, pipes=0, alone=True)
+    relay = relays._Relay(setup, lambda _: None, None, 1.0)
+    relay._served["web"] = relays.Served(WorkloadSetup(name="web", config=Config(), listen=()), (), 0)
     relay._channel = Channel(relay, *answers)  # type: ignore[assignment]  # what is used of one
     return relay
 
 
 def counters(kind: bytes, moved: int) -> bytes:
-    return kind + msgspec.msgpack.encode(Counters(bytes_from_client=moved))
+    return kind + msgspec.msgpack.encode(report.Count({"web": Counters(bytes_from_client=moved)}))
 
 
 async def test_idle_that_is_told_before_it_is_waited_for() -> None:
     with trio.fail_after(1):
-        await relay_answering(report.IDLE).wait_idle()
+        await relay_answering(report.IDLE + b"web").wait_idle("web")
 
 
 async def test_counters_that_are_told_before_they_are_waited_for_and_a_report_right_behind_them() -> None:
     relay = relay_answering(counters(report.COUNTED, 50), counters(report.COUNTERS, 0))
     with trio.fail_after(1):
         await relay.count()
-    assert relay.total.bytes_from_client == 50
+    assert relay.total["web"].bytes_from_client == 50
 
 
 @pytest.mark.parametrize("networks", [0, 10_000])
 def test_a_setup_of_any_size_goes_in_messages(networks: int) -> None:
     sources = [f"198.18.{number // 256}.{number % 256}/32" for number in range(networks)]
     config = config_from_mapping({"capture": {"ports": ["80"], "sources": sources}})
-    setup = Setup(config=config, listen=(("127.0.0.1", 15006),), limit=1, pipes=0, alone=True)
+    setup = Setup(config=config, limit=1, pipes=0, alone=True)
     messages = report.split_setup(setup)
     assert (len(messages) > 1) == (networks > 0)
     assert max(map(len, messages)) <= report.MESSAGE

@@ -234,7 +234,7 @@ async def _metrics(
 
     class Collector:
         def collect(self) -> Iterator[Metric]:
-            return _families(counters, dropped() + counters.records_dropped, repairs(), version)
+            return _families(counters, dropped(), repairs(), version)
 
     registry = CollectorRegistry(auto_describe=False)
     registry.register(Collector())

@@ -123,7 +123,7 @@ async def _serve_metrics(
     await serve_metrics(
         listener,
         interceptor.counters,
-        dropped=lambda: access_log.dropped if access_log is not None else 0,
+        dropped=lambda: interceptor.records_dropped + (access_log.dropped if access_log is not None else 0),
         repairs=lambda: interceptor.repairs,
         unready=lambda: "stopping" if stop.drain.is_set() else trouble(),
         version=__version__,

@@ -13,17 +13,19 @@ import socket
 import time
 import traceback
 from bisect import bisect_left
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import msgspec
 
 from tproxyd.datapath import report
 from tproxyd.datapath.record import Outcome, Record
-from tproxyd.datapath.report import CONNECT_SECONDS, Counters, LogLine, Outbox
+from tproxyd.datapath.report import CONNECT_SECONDS, LogLine, Outbox
 from tproxyd.net.sockets import format_address, format_target
 
 if TYPE_CHECKING:
     from tproxyd.datapath.connection import Connection
+    from tproxyd.datapath.workload import Workload
 
 __all__ = ["Books"]
 
@@ -44,14 +46,15 @@ class Books:
     def __init__(self, clock: Clock, channel: socket.socket, *, per_source: int) -> None:
         self._clock = clock
         self.outbox = Outbox(channel)
-        self.counters = Counters()
         self.connections: set[Connection] = set()
         self.due = math.inf
         self._new: list[Connection] = []  # not told to the owner yet
+        self._changed: set[Workload] = set()  # their counters
+        self._dropped = 0
         self._records: list[Record] = []
         self._encode = msgspec.json.Encoder()
         self._per_source = per_source
-        self._sources: dict[str, int] = {}
+        self._sources: dict[tuple[str, str], int] = {}  # by workload and address
         # Unique across restarts without a file: random start, then counted.
         self._next_identity = secrets.randbits(63)
         self._said: dict[object, float] = {}
@@ -65,8 +68,11 @@ class Books:
 
     def open(self, connection: Connection) -> None:
         """One connection more."""
-        self.counters.accepted += 1
-        self.counters.active += 1
+        workload = connection.workload
+        workload.counters.accepted += 1
+        workload.counters.active += 1
+        workload.connections.add(connection)
+        self._changed.add(workload)
         self.connections.add(connection)
         self._new.append(connection)
         if self.due == math.inf:
@@ -81,31 +87,34 @@ class Books:
     def enter(self, connection: Connection) -> bool:
         """Whether its client may have one more connection; it has, then."""
         if self._per_source:
-            host = connection.client[0]
-            count = self._sources.get(host, 0)
+            source = connection.workload.name, connection.client[0]
+            count = self._sources.get(source, 0)
             if count >= self._per_source:
                 return False
-            self._sources[host] = count + 1
+            self._sources[source] = count + 1
             connection.counted = True
         return True
 
-    def count_connect(self, seconds: float) -> None:
+    def count_connect(self, workload: Workload, seconds: float) -> None:
         """An upstream has answered after so many seconds."""
-        counters = self.counters
+        counters = workload.counters
         counters.connect_seconds_sum += seconds
         counters.connect_seconds[bisect_left(CONNECT_SECONDS, seconds)] += 1
 
     def leave(self, connection: Connection, outcome: Outcome) -> None:
         """One connection less, and its record."""
+        workload = connection.workload
         self.connections.discard(connection)
+        workload.connections.discard(connection)
         if connection.counted:
-            host = connection.client[0]
-            count = self._sources[host] - 1
+            source = workload.name, connection.client[0]
+            count = self._sources[source] - 1
             if count:
-                self._sources[host] = count
+                self._sources[source] = count
             else:
-                del self._sources[host]
-        counters = self.counters
+                del self._sources[source]
+        self._changed.add(workload)
+        counters = workload.counters
         counters.active -= 1
         counters.outcomes[outcome] = counters.outcomes.get(outcome, 0) + 1
         record = self._record(connection, outcome)
@@ -129,14 +138,16 @@ class Books:
         if self._may_say(kind or text):
             self._log("warning", text)
 
-    def count_now(self) -> Counters:
-        """With what living connections have moved so far."""
-        counters = msgspec.structs.replace(self.counters)
-        for connection in self.connections:
-            counters.bytes_from_client += connection.downstream.received
-            if connection.upstream is not None:
-                counters.bytes_from_upstream += connection.upstream.received
-        return counters
+    def count_now(self, workloads: Iterable[Workload]) -> report.Count:
+        """Of all workloads, with what living connections have moved so far."""
+        counted = {}
+        for workload in workloads:
+            counters = counted[workload.name] = msgspec.structs.replace(workload.counters)
+            for connection in workload.connections:
+                counters.bytes_from_client += connection.downstream.received
+                if connection.upstream is not None:
+                    counters.bytes_from_upstream += connection.upstream.received
+        return report.Count(counted)
 
     def tell(self, kind: bytes, content: bytes = b"", *, sock: socket.SocketType | None = None) -> None:
         """Says something to the owner at the next report; a socket goes with it, and is closed here then."""
@@ -154,8 +165,10 @@ class Books:
         if self._records:
             records, self._records = self._records, []
             self._put_lines(report.RECORDS, records)
-        if not self.outbox.full:
-            self.outbox.put(report.COUNTERS, msgspec.msgpack.encode(self.counters))
+        if self._changed and not self.outbox.full:
+            changed = {workload.name: workload.counters for workload in self._changed}
+            self.outbox.put(report.COUNTERS, msgspec.msgpack.encode(report.Count(changed, self._dropped)))
+            self._changed, self._dropped = set(), 0
         try:
             if not self.outbox.send():
                 self.due = self._clock.now + _REPORT  # it is busy, and told later
@@ -168,7 +181,7 @@ class Books:
     def _put_lines(self, kind: bytes, records: list[Record]) -> None:
         if self.outbox.full:
             if kind == report.RECORDS:
-                self.counters.records_dropped += len(records)
+                self._dropped += len(records)
             return
         for message in report.lines_to_messages(self._encode.encode_lines(records)):
             self.outbox.put(kind, message)
@@ -189,6 +202,7 @@ class Books:
         return Record(
             ts=self._wall_clock(),
             id=f"{connection.identity:016x}",
+            workload=connection.workload.name,
             source=format_address(connection.client),
             original_destination=format_address(connection.destination) if connection.destination else None,
             upstream=format_target(target) if target and upstream else None,

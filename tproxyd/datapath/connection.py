@@ -46,6 +46,7 @@ from tproxyd.net.sockets import (
 if TYPE_CHECKING:
     from tproxyd.datapath.client_hello import ClientHello
     from tproxyd.datapath.loop import RelayLoop
+    from tproxyd.datapath.workload import Workload
 
 __all__ = ["Connection"]
 
@@ -99,6 +100,7 @@ class Connection(Timed):
         "target",
         "upstream",
         "upstream_source",
+        "workload",
     )
 
     broken: tuple[Leg, Outcome]
@@ -110,9 +112,12 @@ class Connection(Timed):
     flush_end: float
     patience: float
 
-    def __init__(self, loop: RelayLoop, sock: socket.SocketType, client: Address, identity: int) -> None:
+    def __init__(
+        self, loop: RelayLoop, workload: Workload, sock: socket.SocketType, client: Address, identity: int
+    ) -> None:
         super().__init__(loop.now)
         self.loop = loop
+        self.workload = workload
         self.identity = identity
         self.started = loop.now
         self.client = client
@@ -214,10 +219,10 @@ class Connection(Timed):
         return None
 
     def _begin(self) -> None:
-        loop = self.loop
+        loop, workload = self.loop, self.workload
         destination = self.destination
         if destination is None:
-            destination = self.destination = self.dialled = loop.original_destination(self.downstream.sock)
+            destination = self.destination = self.dialled = workload.original_destination(self.downstream.sock)
         else:
             header = take_header(self.downstream)
             if header is None:
@@ -231,54 +236,58 @@ class Connection(Timed):
                 self.destination = destination
                 loop.renew(self)
         client = self.client
-        local = loop.is_local(destination[0])
+        local = workload.is_local(destination[0])
         # What this host itself sends is never captured, so a client with an address of this host is a connection of ours that a
         # router has sent back.
-        if loop.is_listener(destination, local=local) or loop.is_local(client[0]):
+        if workload.is_listener(destination, local=local) or workload.is_local(client[0]):
             return self.end("self_call")
-        if loop.begins_with_header is not None and not self.downstream.watched and loop.begins_with_header(client[0]):
+        if (
+            workload.begins_with_header is not None
+            and not self.downstream.watched
+            and workload.begins_with_header(client[0])
+        ):
             self.state = _READING
             loop.watch(self.downstream)
             loop.headers.add(self)
             return self._begin()  # it may be there already
         if not loop.enter(self):
             return self.end("limit")
-        verdict = loop.decide(client[0], destination[0], destination[1])
+        verdict = workload.decide(client[0], destination[0], destination[1])
         self.rule = verdict.rule
         if verdict.action == "refuse":
             return self.end("refused_by_policy")
         if verdict.target is None:
-            target = self.target = loop.target_of(destination)
+            target = self.target = workload.target_of(destination)
         else:
             target = self.target = verdict.target
         is_local = local
         if target is not destination and not isinstance(target, str):
-            is_local = loop.is_local(target[0])
-            if loop.is_listener(target, local=is_local):
+            is_local = workload.is_local_target(target[0])
+            if workload.is_listener(target, local=is_local):
                 return self.end("self_call")
         if loop.asks:
             self.state = _HANDED
             return loop.hand_over(self)
         if not self.downstream.watched:
             loop.watch(self.downstream)
-        return self._dial(is_local, local if self.dialled is destination else loop.is_local(self.dialled[0]))
+        return self._dial(is_local, local if self.dialled is destination else workload.is_local(self.dialled[0]))
 
     def take_back(self, sock: socket.SocketType, target: tuple[str, int] | None) -> None:
         """The embedding program has decided that it is forwarded, to another `target` or to the one that the configuration says."""
         self.downstream = Leg(self.loop, self, sock, accepted=True)
         self.state = _DIALLING
         try:
-            loop = self.loop
+            loop, workload = self.loop, self.workload
             if target is not None:
                 self.target = target
             assert self.target is not None
             is_local = False
             if not isinstance(self.target, str):
-                is_local = loop.is_local(self.target[0])
-                if loop.is_listener(self.target, local=is_local):
+                is_local = workload.is_local_target(self.target[0])
+                if workload.is_listener(self.target, local=is_local):
                     return self.end("self_call")
             loop.watch(self.downstream)
-            return self._dial(is_local, loop.is_local(self.dialled[0]))
+            return self._dial(is_local, workload.is_local(self.dialled[0]))
         except Exception as error:  # a target that is no address, for example
             return self._fail(error)
 
@@ -293,17 +302,17 @@ class Connection(Timed):
 
         What a PROXY header calls the destination is not asked about: by which way answers come back depends on where packets went.
         """
-        loop, target = self.loop, self.target
+        loop, workload, target = self.loop, self.workload, self.target
         assert target is not None
         if isinstance(target, str):
             return self._dial_unix()
-        choice = loop.choose_source(self.client[0], self.dialled, target, is_local, dialled_local)  # type: ignore[arg-type]
+        choice = workload.choose_source(self.client[0], self.dialled, target, is_local, dialled_local)  # type: ignore[arg-type]
         if not choice.ways:
             loop.remark(
                 f'a connection is refused: upstream.source = "client", and {format_address(target)} would see {choice.why}'
             )
             return self.end("refused_by_policy")
-        sock, number, way = loop.dialler.dial(choice, self.client, target)
+        sock, number, way = workload.enter().dial(choice, self.client, target)
         if sock is None:
             return self._not_connected(number)
         if way == "client" and self.client[1]:  # a PROXY header may tell of port 0, and the kernel chooses
@@ -322,10 +331,10 @@ class Connection(Timed):
         waiting = self.loop.waiting
         sock, number = None, errno.EAGAIN
         if not waiting or next(iter(waiting)) is self:  # who comes later does not overtake
-            sock, number = self.loop.dialler.dial_unix(self.target)
+            sock, number = self.workload.enter().dial_unix(self.target)
         if number == errno.EAGAIN:
             waiting[self] = None  # until connect_timeout; who is there keeps its place
-            return self.loop.dialling.add(self)
+            return self.workload.dialling.add(self)
         waiting.pop(self, None)
         if sock is None:
             return self._not_connected(number)
@@ -337,7 +346,7 @@ class Connection(Timed):
         self.loop.watch(upstream)
         if number == 0:
             return self._connected()
-        return self.loop.dialling.add(self)
+        return self.workload.dialling.add(self)
 
     def on_event(self, leg: Leg, events: int) -> None:
         """Something has become possible on this leg's socket, or has to be looked at again (no events)."""
@@ -356,7 +365,7 @@ class Connection(Timed):
                     self._on_dial(leg, events)
                 elif self.state == _SNIFFING:
                     self._connected()
-                elif self.loop.sniffing is not None and self.hello is None:
+                elif self.workload.sniffing is not None and self.hello is None:
                     self.hello = peek_hello(leg)
             except Exception as error:  # a surprise costs this connection only
                 self._fail(error)
@@ -402,20 +411,20 @@ class Connection(Timed):
         """The server is there, and the first bytes are, or have been waited for."""
         upstream = self.upstream
         assert upstream is not None
-        loop = self.loop
+        loop, workload = self.loop, self.workload
         if self.state == _DIALLING:
             if self.upstream_source is None and upstream.tcp:
                 self.upstream_source = upstream.sock.getsockname()
                 if self.upstream_source[:2] == self.target[:2]:  # type: ignore[index]  # it has been dialled
                     # Nobody listens, and the kernel happened to pick the very port: the socket is connected to itself.
                     return self._not_connected(errno.ECONNREFUSED)
-            loop.count_connect(loop.now - self.active)
-        if loop.header_version is not None and not self._send_header():
+            loop.count_connect(workload, loop.now - self.active)
+        if workload.header_version is not None and not self._send_header():
             return None
         self.state = _RELAYING
         self.active = loop.now
         # Without a slot it is at a Unix socket, which is connected at once, or has waited for first bytes.
-        if self.slot is None or not loop.lazy:
+        if self.slot is None or not self.workload.lazy:
             loop.settling.add(self)
         downstream = self.downstream
         if downstream.readable:
@@ -430,21 +439,21 @@ class Connection(Timed):
 
     def _send_header(self) -> bool:
         """Tells the server who the client is; False if first bytes are waited for, or that has failed."""
-        loop, downstream = self.loop, self.downstream
-        if loop.sniffing is not None:
+        loop, workload, downstream = self.loop, self.workload, self.downstream
+        if workload.sniffing is not None:
             if self.hello is None:
                 self.hello = peek_hello(downstream)
-                if self.hello is None and loop.now < self.active + loop.sniffing.seconds:
+                if self.hello is None and loop.now < self.active + workload.sniffing.seconds:
                     self.state = _SNIFFING
-                    loop.sniffing.add(self)
+                    workload.sniffing.add(self)
                     return False
             if self.state == _SNIFFING:
                 self.leave_wheel()
         assert self.destination is not None
-        assert loop.header_version is not None
+        assert workload.header_version is not None
         try:
             downstream.put_first(
-                make_header(loop.header_version, self.client, self.destination, self.identity, self.hello)
+                make_header(workload.header_version, self.client, self.destination, self.identity, self.hello)
             )
         except LegBrokenError as error:
             self._break(error.leg, error.error.errno or errno.EIO)

@@ -11,36 +11,32 @@ import contextlib
 import errno
 import math
 import os
+import pickle
 import select
 import socket
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, cast
 
 import msgspec
 
-from tproxyd.config import Config, Endpoint
 from tproxyd.datapath import report
 from tproxyd.datapath.books import Books
 from tproxyd.datapath.connection import Connection
-from tproxyd.datapath.dial import Dialler
-from tproxyd.datapath.opening import HEADER_SECONDS, compile_networks
+from tproxyd.datapath.opening import HEADER_SECONDS
 from tproxyd.datapath.pipes import PipePool
 from tproxyd.datapath.record import Outcome
-from tproxyd.datapath.report import Setup
+from tproxyd.datapath.report import Setup, WorkloadSetup
 from tproxyd.datapath.timers import Wheel
 from tproxyd.datapath.transfer import WATCHED, Leg
+from tproxyd.datapath.workload import Place, Workload
+from tproxyd.errors import TproxydError
 from tproxyd.net.locality import Locality
 from tproxyd.net.sockets import (
-    Address,
     abort,
     accepted_socket,
-    original_destination,
-    redirected_destination,
     wait_for_reader,
     watch_peer,
 )
-from tproxyd.policy import compile_policy, compile_source
 
 __all__ = ["RelayLoop", "serve_loop"]
 
@@ -68,16 +64,13 @@ _OF_THE_CONNECTION = {
 }
 
 
-def serve_loop(channel: socket.socket, listeners: Sequence[socket.socket]) -> None:
-    """Runs a loop on these listeners until the owner says stop or is gone; closes all that it was given.
-
-    What comes first on `channel` has to be the Setup. Every listener must be non-blocking.
-    """
+def serve_loop(channel: socket.socket) -> None:
+    """Runs a loop until the owner says stop or is gone; closes all that it was given. What comes first on `channel` has to be the Setup."""
     with channel:
         setup = report.receive_setup(channel)
         if setup is None:
             return  # the owner has changed its mind
-        loop = RelayLoop(setup, listeners, channel)
+        loop = RelayLoop(setup, channel)
         try:
             loop.run()
         except Exception as error:  # told to the owner, who replaces the loop
@@ -90,7 +83,7 @@ def serve_loop(channel: socket.socket, listeners: Sequence[socket.socket]) -> No
 class RelayLoop:
     """Made in the thread that calls `run`; that thread closes it. The attributes without underscore are for its connections."""
 
-    def __init__(self, setup: Setup, listeners: Sequence[socket.socket], channel: socket.socket) -> None:
+    def __init__(self, setup: Setup, channel: socket.socket) -> None:
         config = setup.config
         self.now = time.monotonic()
         channel.setblocking(False)
@@ -105,40 +98,22 @@ class RelayLoop:
         )
         self.engine = config.relay.engine
         self.pipes = PipePool(setup.pipes if self.engine != "copy" else 0)
-        self.choose_source = compile_source(config)
-        self.target_of = _target_of(config)
-        self.original_destination = redirected_destination if config.redirects else original_destination
-        self.decide = compile_policy(config.policy)
         shortest = min(config.relay.idle_timeout, config.relay.half_close_timeout)
-        self.dialling: Wheel[Connection] = Wheel(config.upstream.connect_timeout)
         self.settling: Wheel[Connection] = Wheel(min(_SETTLE, shortest))
         self.idle: Wheel[Connection] = Wheel(config.relay.idle_timeout)
         self.half_closed: Wheel[Connection] = Wheel(shortest)
-        # A connection stays where it waited for its upstream, and what it waits for now is asked when that time is up: most have
-        # ended by then, and have entered one wheel instead of three.
-        self.lazy = self.dialling.seconds <= self.settling.seconds
+        # Where connections wait for their upstream, and for first bytes: a wheel a time-out, whoever's it is.
+        self.headers: Wheel[Connection] = Wheel(HEADER_SECONDS)
+        self._dialling: dict[float, Wheel[Connection]] = {}
+        self._opening: dict[float, Wheel[Connection]] = {HEADER_SECONDS: self.headers}
         self.flushing: set[Connection] = set()
         self.waiting: dict[Connection, None] = {}  # for room in the queue of a Unix socket, in the order of arrival
-
-        # PROXY headers, and the ClientHello that goes into one: None where there are none, which is all that others pay for them.
-        version = config.upstream.proxy_protocol
-        self.header_version = version if version != "off" else None
-        sniffs = version == "v2" and config.policy.sniff_timeout > 0
-        self.sniffing: Wheel[Connection] | None = Wheel(config.policy.sniff_timeout) if sniffs else None
-        trusted = config.listen.proxy_protocol_from
-        self.begins_with_header = compile_networks(trusted) if trusted else None
-        self.headers: Wheel[Connection] = Wheel(HEADER_SECONDS)
-        self._openings = tuple(
-            wheel for wheel in (self.sniffing, self.headers if trusted else None) if wheel is not None
-        )
 
         self.asks = setup.asks
         self._alone = setup.alone
         self._handed: dict[str, Connection] = {}
         self._forward: list[tuple[report.ForwardOrder, int]] = []
-        self._listen_port = config.listen.port
         self._backlog = config.listen.backlog
-        self._listen_hosts = frozenset(host for host, _ in setup.listen)
         self._limit = setup.limit
         self._full = (
             f"{setup.limit} connections live, as many as limits.max_connections allows: new ones wait"
@@ -147,34 +122,24 @@ class RelayLoop:
         )
         self._busy = config.relay.busy_poll
         self._idle_timeout = config.relay.idle_timeout
+        self._asked: set[Workload] = set()  # to tell when they are idle
+        self._parts = b""
         self._again: list[Leg] = []
         self.sends: list[Leg] = []  # what is held there is sent at the end of the batch
         self._blocked: set[Leg] = set()
         self._waited_for: set[Leg] = set()
 
-        self._asked_idle = self._tells_idle = False
         self._stopping = False
         self._stalls_due = math.inf
         self._resume_due = math.inf
 
         self._epoll = select.epoll()
-        self.dialler = Dialler(config)
-        self._locality = Locality()
-        self.is_local = self._locality.is_local
-        self._handlers: dict[int, Callable[[int], None]] = {
-            channel.fileno(): self._on_orders,
-            self._locality.fileno(): self._on_news,
-        }
-        for fd in self._handlers:
-            self._epoll.register(fd, select.EPOLLIN)
-        self._listeners = list(listeners)
-        # What `socket.accept` is made of, without the second object and its getsockname.
-        self._accepts: dict[socket.socket, tuple[int, Callable[[], tuple[int, Address]]]] = {
-            listener: (listener.family, cast(Any, listener)._accept) for listener in listeners
-        }
-        self._ready: list[socket.socket] = []
-        self._accepting = False
-        self._resume_accepting()
+        self._place = Place()
+        self._handlers: dict[int, Callable[[int], None]] = {channel.fileno(): self._on_orders}
+        self._epoll.register(channel.fileno(), select.EPOLLIN)
+        self._workloads: dict[str, Workload] = {}
+        self._ready: dict[socket.socket, Workload] = {}
+        self._accepting = True
 
     def run(self) -> None:
         """Turns until the owner wants no more of it."""
@@ -205,42 +170,34 @@ class RelayLoop:
                     if leg.watched:
                         leg.connection.on_event(leg, 0)
             if self._ready:
-                ready, self._ready = self._ready, []
-                for listener in ready:
-                    self._accept(listener)
+                ready, self._ready = self._ready, {}
+                for listener, workload in ready.items():
+                    self._accept(workload, listener)
             if self._forward:
                 orders, self._forward = self._forward, []
                 for order, fd in orders:
                     self._take_back(order, fd)
-            if self._asked_idle and not self._tells_idle:
-                # Whoever's handshake is complete is served, too: no more than can wait in the queue.
-                for _ in range(1 + self._backlog // _ACCEPTS):
-                    if not sum(self._accept(listener) for listener in self._listeners):
-                        break
-                self._tells_idle = True
-                self._books.due = self.now
+            if self._asked:
+                self._serve_queues()
             self._keep_time()
 
     def close(self, outcome: Outcome = "drained") -> None:
         """Resets what is left, with this outcome, and closes everything, the listeners first."""
-        for listener in self._listeners:
-            listener.close()
-        self._listeners = []  # nothing is accepted any more, however much room there is
+        self._accepting = False  # nothing is accepted any more, however much room there is
+        for workload in self._workloads.values():
+            workload.close_listeners()
         for connection in list(self._books.connections):
             connection.end(outcome)
         with contextlib.suppress(OSError):  # the last words, if there is anybody to hear them
             self._channel.settimeout(1.0)
             self._report()
         self._epoll.close()
-        self._locality.close()
-        self.dialler.close()
+        for workload in self._workloads.values():
+            workload.close()
+        self._place.close()
         self.pipes.close()
 
     # For connections.
-
-    def is_listener(self, address: Address | tuple[str, int], *, local: bool) -> bool:
-        """Whether nobody but us can be meant: a listener's own address, or its port at another address of this host."""
-        return address[1] == self._listen_port and (local or address[0] in self._listen_hosts)
 
     def watch(self, leg: Leg) -> None:
         """Tells the leg what epoll says of its socket, from now on until `part`."""
@@ -299,6 +256,7 @@ class RelayLoop:
             return connection.end("policy_error")
         handed = report.HandedOver(
             id=f"{connection.identity:016x}",
+            workload=connection.workload.name,
             source=connection.client[:2],
             original_destination=connection.destination[:2] if connection.destination else ("", 0),
             target=connection.target if isinstance(connection.target, str) else (connection.target or ("", 0))[:2],
@@ -314,9 +272,10 @@ class RelayLoop:
         self.flushing.discard(connection)
         self.waiting.pop(connection, None)
         books.leave(connection, outcome)
-        if self._tells_idle and not books.connections:
+        workload = connection.workload
+        if workload.tells_idle and not workload.connections:
             books.due = self.now
-        if not self._accepting and self._resume_due == math.inf and books.counters.active < self._limit:
+        if not self._accepting and self._resume_due == math.inf and len(books.connections) < self._limit:
             self._resume_accepting()
 
     # Its own.
@@ -326,7 +285,6 @@ class RelayLoop:
         if self._again or self._ready:
             return 0.0
         due = min(
-            self.dialling.due,
             self.settling.due,
             self.idle.due,
             self.half_closed.due,
@@ -334,7 +292,7 @@ class RelayLoop:
             self._stalls_due,
             self._resume_due,
         )
-        for wheel in self._openings:
+        for wheel in (*self._dialling.values(), *self._opening.values()):
             due = min(due, wheel.due)
         if self.flushing:
             due = min(due, self.now + _FLUSH)
@@ -364,10 +322,11 @@ class RelayLoop:
             first.dial_again()
             if first in self.waiting:
                 break  # no room for the first one, so none for the others: asking for each would take all of our time
-        if now >= self.dialling.due:
-            for connection in self.dialling.expire(now, also_active=True):
-                if not connection.settle():
-                    connection.end("upstream_timeout")
+        for wheel in self._dialling.values():
+            if now >= wheel.due:
+                for connection in wheel.expire(now, also_active=True):
+                    if not connection.settle():
+                        connection.end("upstream_timeout")
         if now >= self.settling.due:
             for connection in self.settling.expire(now, also_active=True):
                 connection.settle()
@@ -377,7 +336,7 @@ class RelayLoop:
         if now >= self.half_closed.due:
             for connection in self.half_closed.expire(now):
                 connection.end("half_close_timeout")
-        for wheel in self._openings:
+        for wheel in self._opening.values():
             if now >= wheel.due:
                 for connection in wheel.expire(now, also_active=True):
                     connection.open_late()
@@ -392,11 +351,13 @@ class RelayLoop:
     def _report(self) -> None:
         books = self._books
         there = books.report()
-        # Who waited for room while others lived is served before it is said that nobody is left.
-        if self._tells_idle and not books.connections and not sum(map(self._accept, self._listeners)):
-            self._asked_idle = self._tells_idle = False
-            books.tell(report.IDLE)
-            there = books.report()
+        for workload in list(self._asked):
+            # Who waited for room while others lived is served before it is said that nobody is left.
+            if workload.tells_idle and not workload.connections and not self._accept_all(workload):
+                self._asked.discard(workload)
+                workload.asked_idle = workload.tells_idle = False
+                books.tell(report.IDLE, workload.name.encode())
+                there = books.report()
         if not there:
             self._stopping = True  # the owner is gone
 
@@ -412,37 +373,87 @@ class RelayLoop:
                 self._waited_for.discard(leg)
         self._stalls_due = self.now + _STALLS if self._blocked or self._waited_for else math.inf
 
-    def _on_listener(self, listener: socket.socket) -> Callable[[int], None]:
-        return lambda _: self._has_more(listener)
+    def _wheel(self, kind: str, seconds: float) -> Wheel[Connection]:
+        wheels = self._dialling if kind == "dial" else self._opening
+        if seconds not in wheels:
+            wheels[seconds] = Wheel(seconds)
+        return wheels[seconds]
 
-    def _has_more(self, listener: socket.socket) -> None:
-        """At most once a turn: what a flood brings must not keep the connections that live from theirs."""
-        if listener not in self._ready:
-            self._ready.append(listener)
+    def _add(self, setup: WorkloadSetup, listeners: Sequence[socket.socket], netns: int) -> None:
+        """Serves one more workload. Raises OSError or TproxydError, with its sockets closed."""
+        workload = self._workloads[setup.name] = Workload(
+            setup, listeners, netns, self._place, self._wheel, settling=self.settling.seconds
+        )
+        for locality in workload.localities:
+            self._handlers[locality.fileno()] = self._on_news(locality)
+            self._epoll.register(locality.fileno(), select.EPOLLIN)
+        if self._accepting:
+            self._listen_to(workload)
 
-    def _on_news(self, _: int) -> None:
-        self._locality.forget()
+    def _remove(self, workload: Workload) -> None:
+        """Resets what lives of it, and forgets it."""
+        del self._workloads[workload.name]
+        self._asked.discard(workload)
+        if self._accepting:
+            self._turn_away(workload)
+        for listener in workload.listeners:
+            self._ready.pop(listener, None)
+        workload.close_listeners()
+        for connection in list(workload.connections):
+            connection.end("drained")
+        for locality in workload.localities:
+            del self._handlers[locality.fileno()]
+            self._epoll.unregister(locality.fileno())
+        workload.close()
 
-    def _resume_accepting(self) -> None:
-        self._accepting = True
-        for listener in self._listeners:
-            self._handlers[listener.fileno()] = self._on_listener(listener)
+    def _on_news(self, locality: Locality) -> Callable[[int], None]:
+        return lambda _: locality.forget()
+
+    def _on_listener(self, workload: Workload, listener: socket.socket) -> Callable[[int], None]:
+        # At most once a turn: what a flood brings must not keep the connections that live from theirs.
+        return lambda _: self._ready.__setitem__(listener, workload)
+
+    def _listen_to(self, workload: Workload) -> None:
+        for listener in workload.listeners:
+            self._handlers[listener.fileno()] = self._on_listener(workload, listener)
             self._epoll.register(listener.fileno(), select.EPOLLIN)
 
-    def _pause_accepting(self) -> None:
-        self._accepting = False
-        for listener in self._listeners:
+    def _turn_away(self, workload: Workload) -> None:
+        for listener in workload.listeners:
             del self._handlers[listener.fileno()]
             self._epoll.unregister(listener.fileno())
 
-    def _accept(self, listener: socket.socket) -> int:
+    def _resume_accepting(self) -> None:
+        self._accepting = True
+        for workload in self._workloads.values():
+            self._listen_to(workload)
+
+    def _pause_accepting(self) -> None:
+        self._accepting = False
+        for workload in self._workloads.values():
+            self._turn_away(workload)
+
+    def _serve_queues(self) -> None:
+        """Whoever's handshake is complete is served before it is said that a workload is idle: no more than can wait in the queue."""
+        for workload in self._asked:
+            if not workload.tells_idle:
+                for _ in range(1 + self._backlog // _ACCEPTS):
+                    if not self._accept_all(workload):
+                        break
+                workload.tells_idle = True
+                self._books.due = self.now
+
+    def _accept_all(self, workload: Workload) -> int:
+        return sum(self._accept(workload, listener) for listener in workload.listeners)
+
+    def _accept(self, workload: Workload, listener: socket.socket) -> int:
         """Takes what waits, as far as there is room; how many that were."""
         books = self._books
-        family, accept = self._accepts[listener]
+        family, accept = workload.accepts[listener]
         for count in range(_ACCEPTS):
             if not self._accepting:
                 return count
-            if books.counters.active >= self._limit:
+            if len(books.connections) >= self._limit:
                 books.remark(self._full)
                 self._pause_accepting()
                 return count
@@ -457,10 +468,10 @@ class RelayLoop:
                     self._resume_due = self.now + _PAUSE
                     return count
                 continue
-            connection = Connection(self, accepted_socket(family, fd), client, books.next_identity())
+            connection = Connection(self, workload, accepted_socket(family, fd), client, books.next_identity())
             books.open(connection)
             connection.begin()
-        self._has_more(listener)
+        self._ready[listener] = workload
         return _ACCEPTS
 
     # With the owner.
@@ -468,7 +479,7 @@ class RelayLoop:
     def _on_orders(self, _: int) -> None:
         for _ in range(_ORDERS):
             try:
-                order, fds, _, _ = socket.recv_fds(self._channel, report.MESSAGE, 1)
+                order, fds, _, _ = socket.recv_fds(self._channel, report.MESSAGE, report.FDS)
             except BlockingIOError:
                 return
             except OSError:
@@ -487,14 +498,48 @@ class RelayLoop:
                 handed = self._handed.pop(ended.id, None)
                 if handed is not None:
                     handed.end_handed(ended.outcome, ended.bytes_from_client, ended.bytes_from_upstream)
+            case report.ADD_PART:
+                self._parts += content
+            case report.ADD:
+                data, self._parts = self._parts + content, b""
+                self._add_as_ordered(data, fds)
+            case report.REMOVE:
+                name = content.decode()
+                if name in self._workloads:
+                    self._remove(self._workloads[name])
+                self._books.tell(report.REMOVED, content)
             case report.TELL_IDLE:
-                self._asked_idle = True
+                workload = self._workloads.get(content.decode())
+                if workload is not None and not workload.asked_idle:
+                    workload.asked_idle = True
+                    self._asked.add(workload)
             case report.TELL_COUNTERS:
-                self._books.tell(report.COUNTED, msgspec.msgpack.encode(self._books.count_now()))
+                self._books.tell(
+                    report.COUNTED, msgspec.msgpack.encode(self._books.count_now(self._workloads.values()))
+                )
             case report.STOP:
                 self._stopping = True
             case _:
                 self._stopping = True  # the owner is gone
+
+    def _add_as_ordered(self, data: bytes, fds: list[int]) -> None:
+        """The setup of a workload, and with it the descriptors of its namespace and its listeners."""
+        setup: WorkloadSetup = pickle.loads(data)  # noqa: S301  # from the owner alone, over a socket that has no name
+        try:
+            if len(fds) != 1 + len(setup.listen):
+                for fd in fds:
+                    os.close(fd)
+                raise OSError(errno.EMFILE, "the kernel had no descriptors for it here; raise LimitNOFILE (ulimit -n)")
+            netns, *listeners = fds
+            opened = [socket.socket(fileno=fd) for fd in listeners]
+            for listener in opened:
+                listener.setblocking(False)
+            self._add(setup, opened, netns)
+        except (OSError, TproxydError) as error:
+            self._workloads.pop(setup.name, None)
+            self._books.tell(report.ADDED, msgspec.msgpack.encode((setup.name, str(error))))
+        else:
+            self._books.tell(report.ADDED, msgspec.msgpack.encode((setup.name, "")))
 
     def _take_back(self, order: report.ForwardOrder, fd: int) -> None:
         connection = self._handed.pop(order.id, None)
@@ -511,14 +556,3 @@ class RelayLoop:
         self._books.renew(connection)
         # Not the client's: a PROXY header may tell of one of the other family.
         connection.take_back(accepted_socket(connection.downstream.sock.family, fd), order.target)
-
-
-def _target_of(config: Config) -> Callable[[Address], Address | str]:
-    """From what a client has dialled to what is dialled then, where no policy rule says it: `upstream.target`."""
-    target = config.upstream.target
-    if target == "original":
-        return lambda destination: destination
-    if target == "loopback":
-        return lambda destination: ("::1" if ":" in destination[0] else "127.0.0.1", destination[1])
-    fixed = (target.host, target.port) if isinstance(target, Endpoint) else target.path
-    return lambda destination: fixed

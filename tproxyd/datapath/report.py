@@ -19,7 +19,7 @@ import msgspec
 from tproxyd.config import Config
 from tproxyd.datapath.record import Outcome
 
-__all__ = ["Counters", "EndedOrder", "ForwardOrder", "HandedOver", "LogLine", "Outbox", "Setup"]
+__all__ = ["Counters", "EndedOrder", "ForwardOrder", "HandedOver", "LogLine", "Outbox", "Setup", "WorkloadSetup"]
 
 # Owner to loop.
 SETUP_PART = b"P"
@@ -29,8 +29,11 @@ TELL_COUNTERS = b"C"
 STOP = b"S"
 FORWARD = b"F"  # with the socket that was handed over
 ENDED = b"D"
+ADD_PART = b"a"  # the setup of a workload, pickled, as much of it as fits
+ADD = b"A"  # the rest of it, with the descriptors of its namespace and its listeners
+REMOVE = b"R"
 # Loop to owner.
-READY = b"R"
+READY = b"y"
 RECORDS = b"r"
 LIVING = b"o"
 COUNTERS = b"c"
@@ -38,6 +41,11 @@ COUNTED = b"C"
 LOG = b"l"
 IDLE = b"i"
 HAND_OVER = b"h"  # with a socket
+ADDED = b"A"  # name, and why not
+REMOVED = b"R"
+
+FDS = 4
+"""Descriptors that come with one message at most."""
 
 MESSAGE = 64 * 1024
 """Bytes of a message at most, the kind included."""
@@ -47,22 +55,32 @@ CONNECT_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0,
 
 
 class Setup(msgspec.Struct, frozen=True, kw_only=True):
-    """All that a loop has to know. `listen` are the addresses of all listeners; `limit` and `pipes` are how many connections and
+    """All that a loop has to know of itself: of `config` its own parts, [relay] and [limits]. `limit` and `pipes` are how many connections and
     pipes this loop may have; `alone` that nothing else in the process starts programs; `asks` that an embedding program wants to see
     every connection that is not refused."""
 
     config: Config
-    listen: tuple[tuple[str, int], ...]
     limit: int
     pipes: int
     alone: bool
     asks: bool = False
 
 
+class WorkloadSetup(msgspec.Struct, frozen=True, kw_only=True):
+    """What a loop has to know of a workload, besides its sockets. `listen` are the addresses of all its listeners; `dial` is where its
+    upstream sockets are made: in its namespace, or in that of the program."""
+
+    name: str
+    config: Config
+    listen: tuple[tuple[str, int], ...]
+    dial: Literal["workload", "agent"] = "workload"
+
+
 class HandedOver(msgspec.Struct):
     """A connection whose socket goes to the owner with this; `data` is what has been read from it already."""
 
     id: str
+    workload: str
     source: tuple[str, int]
     original_destination: tuple[str, int]
     target: tuple[str, int] | str
@@ -87,7 +105,7 @@ class EndedOrder(msgspec.Struct):
 
 
 class Counters(msgspec.Struct, kw_only=True, array_like=True):
-    """What one loop has counted since it began. `connect_seconds` has one number a bucket of CONNECT_SECONDS."""
+    """What one loop has counted of a workload since it began. `connect_seconds` has one number a bucket of CONNECT_SECONDS."""
 
     accepted: int = 0
     active: int = 0
@@ -96,6 +114,12 @@ class Counters(msgspec.Struct, kw_only=True, array_like=True):
     bytes_from_upstream: int = 0
     connect_seconds: list[int] = msgspec.field(default_factory=lambda: [0] * (len(CONNECT_SECONDS) + 1))
     connect_seconds_sum: float = 0.0
+
+
+class Count(msgspec.Struct, array_like=True):
+    """The counters of those workloads that have changed, and how many records have been dropped since the last one."""
+
+    counters: dict[str, Counters]
     records_dropped: int = 0
 
 

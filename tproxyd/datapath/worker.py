@@ -1,6 +1,6 @@
-"""A relay process: one loop and nothing else. Started by its owner as a program, with its sockets as inherited descriptors:
+"""A relay process: one loop and nothing else. Started by its owner as a program, with the channel as an inherited descriptor:
 
-    python -I -S worker.py SYS_PATH CHANNEL LISTENER...
+    python -I -S worker.py SYS_PATH CHANNEL
 
 SYS_PATH is the owner's, separated by colons: without site-packages being searched a process starts in half the time. It ends with its owner:
 at once, on the end of the channel. Signals are for the owner, which says here what is to be done about them.
@@ -31,13 +31,10 @@ def main(arguments: list[str]) -> None:
     # own thresholds looking for it took 2 us a connection of 28 (nine interleaved rounds).
     gc.freeze()
     gc.set_threshold(50_000, 20, 100)
-    channel, *listeners = (socket.socket(fileno=int(fd)) for fd in arguments[1:])
-    for sock in (channel, *listeners):
-        sock.set_inheritable(False)
-    for listener in listeners:
-        listener.setblocking(False)
+    channel = socket.socket(fileno=int(arguments[1]))
+    channel.set_inheritable(False)
     try:
-        serve_loop(channel, listeners)
+        serve_loop(channel)
     except Exception:  # the owner has been told, with the traceback
         sys.exit(os.EX_SOFTWARE)
 

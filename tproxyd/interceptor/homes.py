@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
 from pathlib import Path
 
 import trio
@@ -29,16 +28,16 @@ class ProcessHome:
     def __init__(self) -> None:
         self._process: trio.Process | None = None
 
-    async def start(self, channel: socket.socket, listeners: Sequence[socket.socket]) -> None:
-        fds = [channel.fileno(), *(listener.fileno() for listener in listeners)]
+    async def start(self, channel: socket.socket) -> None:
+        fd = channel.fileno()
         # -I -S: no environment and no search for site-packages; it gets the path that this process has. Shielded, because a process
         # that is being started when this is cancelled would be nobody's.
         options = ["-I", "-S", *_bytecode_options()]
-        command = [sys.executable, *options, str(Path(worker.__file__)), ":".join(sys.path), *map(str, fds)]
+        command = [sys.executable, *options, str(Path(worker.__file__)), ":".join(sys.path), str(fd)]
         try:
             with trio.CancelScope(shield=True):
                 self._process = await trio.lowlevel.open_process(
-                    command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=fds
+                    command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=[fd]
                 )
         except OSError as error:
             raise KernelError(f"cannot start a relay process ({sys.executable}): {error.strerror}") from error
@@ -72,14 +71,12 @@ class ThreadHome:
         self._thread: threading.Thread | None = None
         self._reason = "returned"
 
-    async def start(self, channel: socket.socket, listeners: Sequence[socket.socket]) -> None:
-        own, copies = channel.dup(), [listener.dup() for listener in listeners]
-        for copy in copies:
-            copy.setblocking(False)
+    async def start(self, channel: socket.socket) -> None:
+        own = channel.dup()
 
         def run() -> None:
             try:
-                serve_loop(own, copies)
+                serve_loop(own)
             except BaseException as error:
                 self._reason = repr(error)
 

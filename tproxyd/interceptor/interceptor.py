@@ -20,12 +20,13 @@ import trio
 
 from tproxyd import kernel
 from tproxyd.config import Config
-from tproxyd.datapath import Counters, Record, Setup, splice_error
+from tproxyd.datapath import Counters, Record, Setup, WorkloadSetup, splice_error
 from tproxyd.errors import ConfigError, KernelError, MissingError, TproxydError
 from tproxyd.interceptor.keeper import Keeper
 from tproxyd.interceptor.relays import OnLines, Relays
 from tproxyd.interceptor.threads import in_thread
 from tproxyd.net.capabilities import require_capabilities
+from tproxyd.net.namespaces import open_namespace
 from tproxyd.net.proc_net import Connections, closing_connections, half_open_connections, open_file_count, port_holder
 from tproxyd.net.sockets import format_address, open_listener, spread_by_source
 from tproxyd.plan import Family, Marks, Surroundings, make_plan, ssh_remarks
@@ -34,6 +35,8 @@ from tproxyd.proxy import Policy
 __all__ = ["Interceptor", "open_interceptor"]
 
 _log = logging.getLogger(__name__)
+
+_OWN = "host"  # what the own namespace is called as a workload
 
 # Files that connections leave to the rest of the process: listeners, a child's pipes, netlink, and some of the program around.
 _RESERVED_FILES = 32
@@ -109,7 +112,13 @@ class Interceptor:
 
     async def counters(self) -> Counters:
         """What has been counted since the start, living connections included."""
-        return await self._relays.count()
+        counted = await self._relays.count()
+        return counted.get(_OWN, Counters())
+
+    @property
+    def records_dropped(self) -> int:
+        """Lines of the access log that were dropped because nobody took them in time."""
+        return self._relays.records_dropped
 
     async def drain(self) -> None:
         """Stops capture, and returns when the last connection has ended. The caller sets the deadline.
@@ -121,7 +130,7 @@ class Interceptor:
         await self.stop_capture()
         config = self._config
         await _until_gone(half_open_connections, config.arrives_at_port)
-        await self._relays.wait_idle()
+        await self._relays.wait_idle(_OWN)
         stuck = await _until_gone(
             closing_connections, lambda port: config.arrives_at_port(port) or config.relays_port(port)
         )
@@ -164,7 +173,7 @@ async def open_interceptor(
         stack.callback(keeper.close)
         _tell_ssh(config, keeper.surroundings)
         listen = make_plan(config, surroundings=keeper.surroundings).listen
-        setups = _make_setups(config, listen, asks=policy is not None)
+        setups = _make_setups(config, asks=policy is not None)
         listeners = [
             [stack.enter_context(_listen(config, address, port, shared=len(setups) > 1)) for address, port in listen]
             for _ in setups
@@ -173,7 +182,9 @@ async def open_interceptor(
             for listener in listeners[0]:
                 # What one client has is counted where all of it arrives.
                 spread_by_source(listener, len(setups))
-        relays = Relays(setups, listeners, _lines_to(on_record, on_lines), policy=policy, policy_timeout=policy_timeout)
+        netns = open_namespace("/proc/thread-self/ns/net")
+        stack.callback(os.close, netns)
+        relays = Relays(setups, _lines_to(on_record, on_lines), policy=policy, policy_timeout=policy_timeout)
         # Shielded, and ended by nothing but the line below: however this ends, clients must not be steered to listeners that
         # nobody serves. An event and not `nursery.start`, which with a cancellation pending would never give control back.
         serving, ready = trio.CancelScope(shield=True), trio.Event()
@@ -182,6 +193,7 @@ async def open_interceptor(
             try:
                 # The loops start meanwhile. Threads are not abandoned on cancellation: half of a change would be left.
                 await ready.wait()
+                await relays.add(WorkloadSetup(name=_OWN, config=config, listen=listen), listeners, netns)
                 # Before the try: what fails here has taken itself back, and a guard from before, that refuses, goes on doing so.
                 await keeper.put()
                 try:
@@ -266,7 +278,7 @@ def _with_engine(config: Config) -> Config:
     return msgspec.structs.replace(config, relay=msgspec.structs.replace(config.relay, engine="copy"))
 
 
-def _make_setups(config: Config, listen: tuple[tuple[str, int], ...], *, asks: bool) -> list[Setup]:
+def _make_setups(config: Config, *, asks: bool) -> list[Setup]:
     """What each relay loop is told: one in this process, or as many as there are to be processes."""
     workers = config.relay.workers
     if workers == "auto":
@@ -302,7 +314,6 @@ def _make_setups(config: Config, listen: tuple[tuple[str, int], ...], *, asks: b
     return [
         Setup(
             config=config,
-            listen=listen,
             limit=most // loops + (index < most % loops),
             pipes=pipes,
             alone=workers > 0,

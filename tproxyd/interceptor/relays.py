@@ -1,4 +1,4 @@
-"""The relay loops of one namespace: started, listened to, replaced when one dies, and ended, from trio.
+"""The relay loops of an interceptor: started, given workloads to serve, listened to, replaced when one dies, and ended, from trio.
 
 A loop lives in a process of its own or in a thread of this one; either way it is known here only as the other end of a
 socket (datapath/report.py). What a loop tells costs this side a wake-up every 50 ms, however many connections it serves.
@@ -7,23 +7,26 @@ socket (datapath/report.py). What a loop tells costs this side a wake-up every 5
 from __future__ import annotations
 
 import logging
+import pickle
 import socket
 import struct
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from functools import partial
+from typing import NamedTuple, TypeVar
 
 import msgspec
 import trio
 
-from tproxyd.datapath import Counters, LogLine, Outcome, Record, Setup, report
+from tproxyd.datapath import Counters, LogLine, Outcome, Record, Setup, WorkloadSetup, report
 from tproxyd.errors import KernelError
 from tproxyd.interceptor.homes import ProcessHome, ThreadHome
 from tproxyd.net.sockets import abort, format_address
 from tproxyd.proxy import Complaints, Connection, Policy, serve_handed
 
-__all__ = ["Relays", "merge_counters"]
+__all__ = ["Relays", "first_of", "merge_counters"]
 
 _log = logging.getLogger(__name__)
 
@@ -35,10 +38,11 @@ _TRIES = 5  # ... and after so many of them in a row the interception ends: bett
 _CHANNEL_BYTES = 1 << 20  # of messages that wait; the kernel gives what net.core.wmem_max allows
 
 OnLines = Callable[[bytes], None]
+E = TypeVar("E", bound=BaseException)
 
 
 class Relays:
-    """One loop a setup, in a process if `setup.alone` and else in a thread, on listeners that stay the caller's.
+    """One loop a setup, in a process if `setup.alone` and else in a thread. Each serves every workload, on listeners of its own.
 
     `on_lines` gets the records of ended connections, as whole lines of JSON, several at a time; it must not block. `policy` is asked
     about every connection that the configuration does not refuse, if the setups say so, and has `policy_timeout` seconds.
@@ -47,21 +51,39 @@ class Relays:
     def __init__(
         self,
         setups: Sequence[Setup],
-        listeners: Sequence[Sequence[socket.socket]],
         on_lines: OnLines,
         *,
         policy: Policy | None = None,
         policy_timeout: float = 1.0,
     ) -> None:
-        self._relays = [
-            _Relay(setup, own, on_lines, policy, policy_timeout) for setup, own in zip(setups, listeners, strict=True)
-        ]
+        self._relays = [_Relay(setup, on_lines, policy, policy_timeout) for setup in setups]
         self._ended = trio.Event()
 
     @property
     def active(self) -> int:
         """Connections that live, as far as has been told: some hundredths of a second ago."""
-        return sum(relay.counters.active for relay in self._relays)
+        return sum(counters.active for relay in self._relays for counters in relay.counters.values())
+
+    async def add(self, setup: WorkloadSetup, listeners: Sequence[Sequence[socket.socket]], netns: int) -> None:
+        """Lets each loop serve one more workload, on as many listeners each; `netns` is a descriptor of its namespace. All of them stay the caller's,
+        who closes them after `remove`. Raises KernelError when a loop cannot serve it; then none does."""
+        try:
+            async with trio.open_nursery() as nursery:
+                for relay, own in zip(self._relays, listeners, strict=True):
+                    nursery.start_soon(relay.add, Served(setup, tuple(own), netns))
+        except BaseException as error:
+            with trio.CancelScope(shield=True):
+                await self.remove(setup.name)
+            known = first_of(error, KernelError)
+            if known is not None:
+                raise known from None
+            raise
+
+    async def remove(self, name: str) -> None:
+        """Resets what lives of a workload, and serves it no more. Harmless where there is none of this name."""
+        async with trio.open_nursery() as nursery:
+            for relay in self._relays:
+                nursery.start_soon(relay.remove, name)
 
     async def serve(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Starts the loops, tells when each has answered, and keeps them running until cancelled; then ends them, which resets
@@ -79,18 +101,26 @@ class Relays:
         """Returns when `serve` has."""
         await self._ended.wait()
 
-    async def wait_idle(self) -> None:
-        """Returns when no loop has a connection left; what waits to be accepted is accepted first."""
+    async def wait_idle(self, name: str) -> None:
+        """Returns when no loop has a connection of this workload left; what waits to be accepted is accepted first."""
         async with trio.open_nursery() as nursery:
             for relay in self._relays:
-                nursery.start_soon(relay.wait_idle)
+                nursery.start_soon(relay.wait_idle, name)
 
-    async def count(self) -> Counters:
-        """The counters of all loops together, with what living connections have moved so far."""
+    async def count(self) -> dict[str, Counters]:
+        """By workload, the counters of all loops together, with what living connections have moved so far."""
         async with trio.open_nursery() as nursery:
             for relay in self._relays:
                 nursery.start_soon(relay.count)
-        return merge_counters([relay.total for relay in self._relays])
+        names = dict.fromkeys(name for relay in self._relays for name in relay.total)
+        return {
+            name: merge_counters([relay.total[name] for relay in self._relays if name in relay.total]) for name in names
+        }
+
+    @property
+    def records_dropped(self) -> int:
+        """Lines of the access log for which nobody had room."""
+        return sum(relay.records_dropped for relay in self._relays)
 
 
 def merge_counters(many: Sequence[Counters]) -> Counters:
@@ -105,8 +135,25 @@ def merge_counters(many: Sequence[Counters]) -> Counters:
         total.bytes_from_upstream += one.bytes_from_upstream
         total.connect_seconds = [a + b for a, b in zip(total.connect_seconds, one.connect_seconds, strict=True)]
         total.connect_seconds_sum += one.connect_seconds_sum
-        total.records_dropped += one.records_dropped
     return total
+
+
+def first_of(error: BaseException, kind: type[E]) -> E | None:
+    """The first exception of this kind in what a nursery has raised."""
+    if isinstance(error, kind):
+        return error
+    for one in error.exceptions if isinstance(error, BaseExceptionGroup) else ():
+        if (found := first_of(one, kind)) is not None:
+            return found
+    return None
+
+
+class Served(NamedTuple):
+    """A workload as one loop serves it. `netns` is a descriptor of its namespace."""
+
+    setup: WorkloadSetup
+    listeners: tuple[socket.socket, ...]
+    netns: int
 
 
 class _Relay:
@@ -117,7 +164,6 @@ class _Relay:
     def __init__(
         self,
         setup: Setup,
-        listeners: Sequence[socket.socket],
         on_lines: OnLines,
         policy: Policy | None,
         policy_timeout: float,
@@ -125,25 +171,66 @@ class _Relay:
         self._policy = policy
         self._policy_timeout = policy_timeout
         self._setup = setup
-        self._listeners = listeners
+        self._served: dict[str, Served] = {}
+        self._adding: dict[str, trio.Event] = {}
+        self._failed: dict[str, str] = {}
+        self._removing: dict[str, trio.Event] = {}
+        self.records_dropped = 0
         self.on_lines = on_lines
         self._channel: trio.socket.SocketType | None = None
-        self._before = Counters()  # of those that died
-        self.counters = Counters()
+        self._before: dict[str, Counters] = {}  # of loops that died
+        self.counters: dict[str, Counters] = {}
         self._living: dict[str, tuple[float, Record]] = {}  # and when they were told
-        self.handed: set[str] = set()
-        """Connections that are with the embedding program."""
+        self.handed: dict[str, str] = {}
+        """Connections that are with the embedding program, and their workload's name."""
         self._complaints = Complaints()
         self._orphans: set[str] = set()  # those of them whose loop has died
         self.nothing_handed = trio.Event()
         self._ready = trio.Event()
         self._started = False
-        self._idle: trio.Event | None = None
+        self._idle: dict[str, trio.Event] = {}
         self._counted: trio.Event | None = None
 
     @property
-    def total(self) -> Counters:
-        return merge_counters([self._before, self.counters])
+    def total(self) -> dict[str, Counters]:
+        both = (self._before, self.counters)
+        return {
+            name: merge_counters([one[name] for one in both if name in one])
+            for name in dict.fromkeys([*self._before, *self.counters])
+        }
+
+    async def add(self, served: Served) -> None:
+        name = served.setup.name
+        self._served[name] = served
+        added = self._adding[name] = trio.Event()
+        self._failed.pop(name, None)
+        await self._tell_served(served)
+        await added.wait()
+        if why := self._failed.pop(name, ""):
+            raise KernelError(f"a relay loop cannot serve workload {name!r}: {why}")
+
+    async def remove(self, name: str) -> None:
+        if self._served.pop(name, None) is None:
+            return
+        self._adding.pop(name, None)
+        if self._channel is not None:
+            removed = self._removing.setdefault(name, trio.Event())
+            await self._tell(report.REMOVE + name.encode())
+            with trio.move_on_after(_STOP):  # else it is dying
+                await removed.wait()
+        if (idle := self._idle.pop(name, None)) is not None:
+            idle.set()
+        self.counters.pop(name, None)
+        self._before.pop(name, None)
+
+    async def _tell_served(self, served: Served) -> None:
+        data = pickle.dumps(served.setup)
+        size = report.MESSAGE - 1
+        fds = [served.netns, *(listener.fileno() for listener in served.listeners)]
+        while len(data) > size:
+            await self._tell(report.ADD_PART + data[:size])
+            data = data[size:]
+        await self._tell(report.ADD + data, fds)
 
     async def serve(self, *, task_status: trio.TaskStatus[None]) -> None:
         tries = 0
@@ -160,12 +247,12 @@ class _Relay:
                     )
                 await trio.sleep(0.05 * 2**tries)
 
-    async def wait_idle(self) -> None:
-        idle = self._idle
-        if idle is None:
-            idle = self._idle = trio.Event()
+    async def wait_idle(self, name: str) -> None:
+        if name not in self._served:
+            return
+        idle = self._idle.setdefault(name, trio.Event())
         # Who asks tells, also when another one has asked: that one may have been cancelled before the loop was told.
-        await self._tell(report.TELL_IDLE)
+        await self._tell(report.TELL_IDLE + name.encode())
         await idle.wait()
         if self.handed:  # what has outlived its loop
             await self.nothing_handed.wait()
@@ -180,10 +267,11 @@ class _Relay:
         if scope.cancelled_caught and self._counted is counted:
             self._counted = None  # who asks next asks anew
 
-    async def _tell(self, order: bytes) -> None:
+    async def _tell(self, order: bytes, fds: Sequence[int] = ()) -> None:
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"{len(fds)}i", *fds))] if fds else []
         if self._channel is not None:
-            with suppress(OSError):  # it has died, which is noticed elsewhere
-                await self._channel.send(order)
+            with suppress(OSError, trio.ClosedResourceError):  # it has died, which is noticed elsewhere
+                await self._channel.sendmsg([order], rights)
 
     async def _live(self, handed: trio.Nursery, task_status: trio.TaskStatus[None]) -> str:
         """One loop's life; tells when the first one has answered. Gives why it ended; when this is cancelled, the loop is ended in order."""
@@ -193,7 +281,7 @@ class _Relay:
             for end in (ours, theirs):
                 end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _CHANNEL_BYTES)
             with theirs:
-                await home.start(theirs, self._listeners)
+                await home.start(theirs)
             ours.setblocking(False)
             self._ours = ours
             channel = self._channel = trio.socket.from_stdlib_socket(ours)
@@ -203,8 +291,10 @@ class _Relay:
                     nursery.start_soon(self._require_ready)
                     for part in report.split_setup(self._setup):
                         await self._tell(part)
-                    if self._idle is not None:
-                        await self._tell(report.TELL_IDLE)
+                    for served in list(self._served.values()):
+                        await self._tell_served(served)
+                    for name in list(self._idle):
+                        await self._tell(report.TELL_IDLE + name.encode())
                     if self._counted is not None:
                         await self._tell(report.TELL_COUNTERS)
                     async for message, sock in _messages(channel):
@@ -258,12 +348,13 @@ class _Relay:
                     if (identity := _identity(line)) not in self.handed:
                         self._living[identity] = now, msgspec.json.decode(line, type=Record)
             case report.COUNTERS | report.COUNTED:
-                before, self.counters = self.counters, msgspec.msgpack.decode(content, type=Counters)
-                if self.counters.records_dropped > before.records_dropped:
+                told = msgspec.msgpack.decode(content, type=report.Count)
+                if told.records_dropped:
+                    self.records_dropped += told.records_dropped
                     self._living.clear()  # who of them has ended is not known any more
-                # Only COUNTED has what living connections have moved, and a counter must not fall.
-                self.counters.bytes_from_client = max(self.counters.bytes_from_client, before.bytes_from_client)
-                self.counters.bytes_from_upstream = max(self.counters.bytes_from_upstream, before.bytes_from_upstream)
+                for name, counters in told.counters.items():
+                    if name in self._served:
+                        self._count(name, counters)
                 if kind == report.COUNTED and self._counted is not None:
                     self._counted.set()
                     self._counted = None
@@ -273,17 +364,36 @@ class _Relay:
                 for traced in (said.trace or "").splitlines():
                     _log.error("%s", traced)
             case report.IDLE:
-                if self._idle is not None:
-                    self._idle.set()
-                    self._idle = None
+                if (idle := self._idle.pop(content.decode(), None)) is not None:
+                    idle.set()
+            case report.ADDED:
+                name, why = msgspec.msgpack.decode(content, type=tuple[str, str])
+                if (added := self._adding.pop(name, None)) is not None:
+                    if why:
+                        self._failed[name] = why
+                    added.set()
+                elif why:
+                    _log.error(
+                        "workload %s is not served by the loop that has taken the place of another: %s", name, why
+                    )
+            case report.REMOVED:
+                if (removed := self._removing.pop(content.decode(), None)) is not None:
+                    removed.set()
             case report.READY:
                 self._ready.set()
             case report.HAND_OVER:  # without its socket: the kernel had no descriptor for it here
-                told = msgspec.msgpack.decode(content, type=report.HandedOver)
-                _log.error("no file left for connection %s, which is refused; raise LimitNOFILE (ulimit -n)", told.id)
-                order = report.ENDED + msgspec.msgpack.encode(report.EndedOrder(told.id, "error", 0, 0))
+                untold = msgspec.msgpack.decode(content, type=report.HandedOver)
+                _log.error("no file left for connection %s, which is refused; raise LimitNOFILE (ulimit -n)", untold.id)
+                order = report.ENDED + msgspec.msgpack.encode(report.EndedOrder(untold.id, "error", 0, 0))
                 with suppress(OSError):
                     self._ours.send(order)
+
+    def _count(self, name: str, counters: Counters) -> None:
+        before = self.counters.get(name, Counters())
+        # Only COUNTED has what living connections have moved, and a counter must not fall.
+        counters.bytes_from_client = max(counters.bytes_from_client, before.bytes_from_client)
+        counters.bytes_from_upstream = max(counters.bytes_from_upstream, before.bytes_from_upstream)
+        self.counters[name] = counters
 
     def _take_socket(
         self, message: bytes, sock: socket.socket, handed: trio.Nursery, channel: trio.socket.SocketType
@@ -293,9 +403,10 @@ class _Relay:
         told = msgspec.msgpack.decode(message[1:], type=report.HandedOver)
         if not self.handed:
             self.nothing_handed = trio.Event()
-        self.handed.add(told.id)
+        self.handed[told.id] = told.workload
         connection = Connection(
             id=told.id,
+            workload=told.workload,
             source=told.source,
             original_destination=told.original_destination,
             target=told.target,
@@ -315,24 +426,27 @@ class _Relay:
 
     def forget(self, identity: str) -> None:
         """A connection is not with the program any more."""
-        self.handed.discard(identity)
+        name = self.handed.pop(identity, "")
         if identity in self._orphans:
             self._orphans.discard(identity)
-            self._before.active -= 1
+            if name in self._before:
+                self._before[name].active -= 1
         if not self.handed:
             self.nothing_handed.set()
 
-    def count_orphan(self, outcome: Outcome) -> None:
+    def count_orphan(self, workload: str, outcome: Outcome) -> None:
         """A connection has ended whose loop had died before."""
-        self._before.outcomes[outcome] = self._before.outcomes.get(outcome, 0) + 1
+        outcomes = self._before.setdefault(workload, Counters()).outcomes
+        outcomes[outcome] = outcomes.get(outcome, 0) + 1
 
     def _bury(self, reason: str) -> None:
         """What a loop leaves behind that died: its connections are lost, and every one that was known gets its record."""
-        lost = self.counters.active - len(self.handed)  # those live on
+        living = Counter(self.handed.values())  # those live on
+        lost = {name: counters.active - living[name] for name, counters in self.counters.items()}
         _log.error(
             "a relay loop ended unexpectedly (%s) and took %d connections with it; another one takes its place",
             reason,
-            lost,
+            sum(lost.values()),
         )
         if self._living:
             ts, now = _wall_clock(time.time()), trio.current_time()
@@ -350,12 +464,15 @@ class _Relay:
         if self._counted is not None:
             self._counted.set()  # nobody is left to answer
             self._counted = None
-        self._before = self.total
-        self._before.active = len(self.handed)
-        self._orphans |= self.handed
-        if lost:
-            self._before.outcomes["worker_lost"] = self._before.outcomes.get("worker_lost", 0) + lost
-        self.counters = Counters()
+        self._before, self.counters = self.total, {}
+        for name, counters in self._before.items():
+            counters.active = living[name]
+            if lost.get(name):
+                counters.outcomes["worker_lost"] = counters.outcomes.get("worker_lost", 0) + lost[name]
+        self._orphans |= self.handed.keys()
+        for event in self._removing.values():
+            event.set()
+        self._removing = {}
 
 
 class _Books:
@@ -392,6 +509,7 @@ class _Books:
         record = Record(
             ts=_wall_clock(time.time()),
             id=connection.id,
+            workload=connection.workload,
             source=format_address(connection.source),
             original_destination=format_address(connection.original_destination),
             rule=connection.rule,
@@ -400,7 +518,7 @@ class _Books:
             duration_ms=round((trio.current_time() - self._began) * 1000, 3),
             outcome=outcome,
         )
-        self._relay.count_orphan(outcome)
+        self._relay.count_orphan(connection.workload, outcome)
         self._relay.on_lines(msgspec.json.encode(record) + b"\n")
 
 
