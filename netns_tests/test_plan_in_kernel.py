@@ -88,7 +88,7 @@ async def test_nft_takes_a_golden_ruleset_and_a_second_time_changes_nothing(node
     for _ in range(2):  # loading it again replaces it
         await node.run("nft", "-f", str(file))
         listed = node.call(nft.list_tables, kernel.Program())
-        assert listed == nft.spelled(plan.ruleset, kernel.Program())
+        assert listed == nft.spelled(plan, kernel.Program())
     assert not any(change.kind == "ruleset" for change in node.call(kernel.apply, plan))
     assert kernel.differences(plan, node.call(kernel.observe)) == []
     node.call(kernel.revert)

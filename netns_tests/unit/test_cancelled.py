@@ -34,7 +34,7 @@ class Step:
         self._errors = list(errors)
         self.calls = 0
 
-    def __call__(self, *_: object) -> list[kernel.Change]:
+    def __call__(self, *_: object, **__: object) -> list[kernel.Change]:
         self.calls += 1
         if self._errors:
             raise self._errors.pop()
@@ -45,10 +45,10 @@ class Step:
 def make_keeper(monkeypatch: pytest.MonkeyPatch) -> Callable[[], keeper.Keeper]:
     """A keeper whose kernel has taken everything."""
     found = SimpleNamespace(warnings=(), surroundings=Surroundings())
-    monkeypatch.setattr(kernel, "find_ssh_ports", set)
+    monkeypatch.setattr(kernel, "find_ssh_ports", lambda **_: set())
     monkeypatch.setattr(kernel, "preflight", lambda *_, **__: found)
-    monkeypatch.setattr(kernel, "is_applied", lambda: False)
-    monkeypatch.setattr(kernel, "apply", lambda *_: [])
+    monkeypatch.setattr(kernel, "is_applied", lambda _: False)
+    monkeypatch.setattr(kernel, "apply", lambda *_, **__: [])
     monkeypatch.setattr(keeper, "_own_tables", lambda _: kernel.Program())
     return lambda: keeper.Keeper(config_from_mapping({"capture": {"ports": ["80"]}}))
 

@@ -12,9 +12,10 @@ from tproxyd import kernel
 from tproxyd.config import Config
 from tproxyd.config.wording import printable
 from tproxyd.daemon.comparison import ssh_ports_here
-from tproxyd.daemon.lock import ServedError, StrangerError, namespace_lock, send_order
+from tproxyd.daemon.lock import ServedError, StrangerError, find_holder, namespace_lock, send_order
+from tproxyd.errors import KernelError
 from tproxyd.net.capabilities import require_capabilities
-from tproxyd.plan import UNOWNED_BYPASS, Surroundings, make_plan, ssh_remarks
+from tproxyd.plan import DEFAULT_NAME, UNOWNED_BYPASS, Surroundings, make_plan, ssh_remarks, table_names
 
 __all__ = ["apply", "revert"]
 
@@ -50,10 +51,16 @@ def apply(config: Config, *, seconds: int | None = None) -> int:
     return os.EX_OK
 
 
-def revert() -> int:
-    """Removes all that is ours; says what was removed. Who has this namespace, a daemon, does it, and is named; so is a stranger who
-    has its lock, and does not."""
+def revert(name: str = DEFAULT_NAME) -> int:
+    """Removes all that is ours, with tables of this name; says what was removed. Who has this namespace, a daemon, does it, and is named; so
+    is a stranger who has its lock, and does not. Raises ConfigError for a name that is none, KernelError where a program keeps this namespace."""
+    table_names(name)
     require_capabilities("removing rules and tables", ("CAP_NET_ADMIN",))
+    holder = find_holder()
+    if name != DEFAULT_NAME and holder is not None and holder.trusted and not holder.embeds:
+        raise KernelError(
+            f"{holder} serves this network namespace: its ip rules and routes could not be told from those of {name!r}; stop it first"
+        )
     remark = ""
     try:
         answer = send_order("revert")
@@ -64,7 +71,7 @@ def revert() -> int:
         removed: Sequence[object] = text.splitlines()
     else:  # nobody of ours has it
         with _uninterrupted():
-            removed = kernel.revert()
+            removed = kernel.revert(name=name)
     _tell(removed, nothing="nothing to remove")
     if remark:
         print(f"tproxyd: warning: {printable(remark)}", file=sys.stderr)

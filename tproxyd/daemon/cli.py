@@ -24,7 +24,7 @@ __all__ = ["entry", "main"]
 
 # Promised for later versions: refused by name, not mistaken for a typing error.
 _LATER_VERBS = ("connections", "drain", "handover", "reload", "top")
-_LATER_OPTIONS = ("--after-exit", "--name")
+_LATER_OPTIONS = ("--after-exit",)
 _DAY = 24 * 3600
 
 
@@ -160,7 +160,12 @@ def _make_parser() -> argparse.ArgumentParser:
     add("confirm", "confirm the change of an `apply --confirm` that waits", config=False)
     status = add("status", "compare what is planned with what the kernel holds; say who serves, and what lives")
     status.add_argument("--json", action="store_true", help="the same for programs")
-    add("revert", "remove all kernel state that is tproxyd's, and nothing else", config=False)
+    revert = add("revert", "remove all kernel state that is tproxyd's, and nothing else", config=False)
+    revert.add_argument(
+        "--name",
+        metavar="NAME",
+        help="of an embedding program that gave its tables this name and has died (default: tproxyd)",
+    )
     explain = add("explain", "say which rules decide about a connection, and what happens")
     explain.add_argument("source", metavar="SRC[:PORT]", help="the client; IPv6 with a port: [2001:db8::1]:40000")
     explain.add_argument("destination", metavar="DST:PORT", help="where it wants to go; IPv6: [2001:db8::7]:80")
@@ -202,7 +207,7 @@ def _dispatch(options: argparse.Namespace) -> int:
     if options.verb == "revert":
         from tproxyd.daemon import apply_revert
 
-        return apply_revert.revert()
+        return apply_revert.revert() if options.name is None else apply_revert.revert(options.name)
 
     from tproxyd.config import load_config
 

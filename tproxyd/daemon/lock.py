@@ -1,9 +1,6 @@
-"""One daemon a network namespace: a netlink port, whose numbers the kernel keeps per network namespace and frees at death.
+"""One daemon a network namespace (net/ownership.py), and what others may ask of it.
 
-Any user may bind such a port. One who does keeps the daemon from starting, as one would who binds the listener's port; that is
-refused aloud, with the culprit's pid, because going on without the lock would let a second daemon undo the first one's work.
-
-Who holds the port also takes orders there, a word each: what belongs to a living daemon only that daemon can take away. The kernel lets
+Who holds the port takes orders there, a word each: what belongs to a living daemon only that daemon can take away. The kernel lets
 nobody send from one process to another over rtnetlink who has not CAP_NET_ADMIN over the namespace: not the order, so it comes from
 one who could do the work by hand, and not the answer. Nobody else can fill the queue either. An abstract Unix socket, which anybody may
 connect to, knows uids alone, and all containers of a pod have uid 0.
@@ -14,7 +11,6 @@ The answer is `ok`, `error` or `unknown`, and lines for people or for who has gi
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import os
 import socket
@@ -22,17 +18,16 @@ import struct
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import trio
 
 from tproxyd.errors import KernelError, TproxydError
-from tproxyd.net.proc_net import netlink_port
-from tproxyd.net.processes import read_process, socket_holders
+from tproxyd.net.ownership import LOCK_PORT, Holder, ServedError, find_holder, hold_namespace, open_port
 
 __all__ = [
     "LOCK_PORT",
     "Holder",
+    "KeptError",
     "Orders",
     "ServedError",
     "StrangerError",
@@ -46,15 +41,6 @@ __all__ = [
 
 _log = logging.getLogger(__name__)
 
-# "tprd". Ports that the kernel chooses are pids (at most 22 bits) or negative; those of libnl and pyroute2 are a pid with a small number
-# above it, and this pid is out of reach.
-LOCK_PORT = 0x74707264
-_SOL_NETLINK, _NETLINK_ADD_MEMBERSHIP = 270, 1  # linux/netlink.h
-# RTNLGRP_IPV6_MROUTE_R of linux/rtnetlink.h, since 4.13: nobody joins it without CAP_NET_ADMIN, everybody sees who has, and nothing comes
-# there but the reports of multicast routing.
-_GROUP = 31
-_GROUPS = 1 << (_GROUP - 1)
-_SO_SNDBUFFORCE = 32  # asm-generic/socket.h
 _MOST = 1 << 22  # bytes of an answer; the kernel wants all of it to fit in the sender's buffer
 _LONGEST = 64  # bytes of an order
 _WORK = 15.0  # seconds for what it asks for
@@ -65,10 +51,6 @@ Orders = Mapping[str, Callable[[], Awaitable[str]]]
 """What each order does; the text that is returned is the answer, and an error that is raised, too."""
 
 
-class ServedError(KernelError):
-    """Another tproxyd serves this network namespace."""
-
-
 class StrangerError(KernelError):
     """Who has the lock cannot be a tproxyd."""
 
@@ -77,49 +59,15 @@ class UnknownOrderError(KernelError):
     """Who has the namespace is not one who takes this order."""
 
 
-class Holder(NamedTuple):
-    """The process that has the lock. Pid 0: it cannot be seen from here. `trusted`: it had CAP_NET_ADMIN over this namespace when it took it."""
-
-    pid: int
-    name: str
-    trusted: bool
-
-    def __str__(self) -> str:
-        return f"{self.name} (pid {self.pid})" if self.pid else "a process that cannot be seen from here"
-
-
-def find_holder() -> Holder | None:
-    """Who has the lock, as the kernel tells, whether it answers or not; None if nobody has it."""
-    found = netlink_port(LOCK_PORT)
-    if found is None:
-        return None
-    groups, inode = found
-    pid = min(socket_holders([inode]).get(inode, [0]))
-    process = read_process(pid) if pid else None
-    name = process.name if process is not None and process.name.isprintable() else "a process"
-    return Holder(pid, name, bool(groups & _GROUPS))
+class KeptError(UnknownOrderError):
+    """A program that embeds tproxyd keeps this network namespace, and takes no order."""
 
 
 @contextmanager
 def namespace_lock(purpose: str) -> Iterator[socket.socket]:
     """Holds the namespace for the length of the block; gives the socket at which orders arrive. Needs CAP_NET_ADMIN. Raises ServedError
     that names the process that has it already."""
-    with _open_socket() as held:
-        try:
-            # Before the port is ours: whoever sees that it is taken sees by whom.
-            held.setsockopt(_SOL_NETLINK, _NETLINK_ADD_MEMBERSHIP, _GROUP)
-            held.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, _MOST)
-            held.bind((LOCK_PORT, _GROUPS))
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE:
-                raise KernelError(f"cannot take the lock of this network namespace: {error.strerror}") from error
-            holder = find_holder()
-            if holder is not None and not holder.trusted:
-                raise ServedError(f"cannot {purpose}: {_stranger(holder)}") from error
-            raise ServedError(
-                f"cannot {purpose}: {holder or 'another process'} serves this network namespace, or is about to "
-                f"(it holds netlink port {LOCK_PORT:#x}); stop it first"
-            ) from error
+    with hold_namespace(purpose, answer=_MOST) as held:
         yield held
 
 
@@ -159,13 +107,18 @@ async def _obey(word: str, orders: Orders) -> str:
 def send_order(order: str) -> str | None:
     """Gives an order to the one that has the namespace, and waits for the answer; None if nobody has it, or who has it ends meanwhile.
 
-    Needs CAP_NET_ADMIN. Raises StrangerError if it cannot be trusted, UnknownOrderError if it does not know the order, and KernelError if it
-    refuses or does not answer.
+    Needs CAP_NET_ADMIN. Raises StrangerError if it cannot be trusted, UnknownOrderError if it does not know the order (KeptError: it takes
+    none), and KernelError if it refuses or does not answer.
     """
     holder = find_holder()
     if holder is not None and not holder.trusted:
-        raise StrangerError(_stranger(holder))
-    with _open_socket() as sock:
+        raise StrangerError(holder.stranger)
+    if holder is not None and holder.embeds:
+        raise KeptError(
+            f"cannot {order}: an embedding program, {holder}, keeps this network namespace, and takes no orders here: it is for that program "
+            "to tell of it, and to remove it"
+        )
+    with open_port() as sock:
         for option, seconds in ((socket.SO_SNDTIMEO, _PATIENCE), (socket.SO_RCVTIMEO, _LOOK)):
             sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("@ll", int(seconds), int(seconds % 1 * 1_000_000)))
         try:
@@ -194,10 +147,6 @@ def reverted(removed: Iterable[object], remark: str) -> str:
     return "\n".join(map(str, removed)) + f"\n\npid {os.getpid()} {remark}"
 
 
-def _open_socket() -> socket.socket:
-    return socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE)
-
-
 def _await_answer(sock: socket.socket) -> bytes:
     """Raises ConnectionRefusedError when the port is nobody's any more, and TimeoutError."""
     deadline = time.monotonic() + _WORK + _PATIENCE
@@ -210,10 +159,3 @@ def _await_answer(sock: socket.socket) -> bytes:
             # An order that nobody knows: refused, if nobody is there. It is answered behind ours, or instead of it by one who has come meanwhile.
             sock.sendto(b"\n", (LOCK_PORT, 0))
     raise TimeoutError
-
-
-def _stranger(holder: Holder) -> str:
-    return (
-        f"{holder} holds the lock of this network namespace (netlink port {LOCK_PORT:#x}) and is no tproxyd: it took it without "
-        "CAP_NET_ADMIN; end it"
-    )

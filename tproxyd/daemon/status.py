@@ -18,7 +18,7 @@ from tproxyd import __version__, kernel
 from tproxyd.config import Config
 from tproxyd.config.wording import printable
 from tproxyd.daemon.comparison import DIFFERENT, compare
-from tproxyd.daemon.lock import StrangerError, find_holder, send_order
+from tproxyd.daemon.lock import KeptError, StrangerError, find_holder, send_order
 from tproxyd.errors import KernelError
 from tproxyd.kernel import Change
 from tproxyd.net.capabilities import require_capabilities
@@ -160,7 +160,7 @@ def _ask() -> Serving | Waiting | None:
     """What the one tells that has this namespace, if it is one of ours. Raises KernelError if it does not."""
     try:
         answer = send_order("status")
-    except StrangerError as error:
+    except (KeptError, StrangerError) as error:
         print(f"tproxyd: warning: {error}", file=sys.stderr)
         return None
     if answer is None:

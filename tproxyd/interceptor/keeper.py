@@ -2,6 +2,9 @@
 
 What should be there is computed anew at every look, because it depends on the namespace: IPv6 is switched off and on, interfaces
 come and go. A look costs some ten milliseconds, and happens when the kernel has news of what is ours, and once a minute besides.
+
+The namespace is the caller's own, or another one, a workload's. There every step is a throwaway thread, and the tables are nobody's in
+particular: to own them takes an open libnftables context (0.7 MiB) for as long as they live. A flush by somebody else is repaired there, not impossible.
 """
 
 from __future__ import annotations
@@ -11,8 +14,9 @@ import math
 import socket
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, MutableMapping
 from functools import partial
+from typing import Any, TypeVar
 
 import trio
 
@@ -20,12 +24,17 @@ from tproxyd import kernel
 from tproxyd.config import Config, is_interface
 from tproxyd.config.wording import few
 from tproxyd.errors import MissingError, TproxydError
+from tproxyd.interceptor.plan_book import PlanBook
 from tproxyd.interceptor.threads import in_thread
-from tproxyd.plan import Marks, Plan, Surroundings, make_marks, make_plan
+from tproxyd.net.namespaces import call_in_namespace
+from tproxyd.net.ownership import hold_namespace
+from tproxyd.plan import DEFAULT_NAME, Marks, Plan, Surroundings, make_marks, table_names
 
 __all__ = ["KINDS", "Keeper"]
 
 _log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 KINDS = ("route", "rule", "ruleset", "ipv6")
 """What is repaired, as counted: ipv6 is what was adapted because IPv6 had been switched off or on."""
@@ -45,23 +54,50 @@ _LINES = 60  # about interfaces, in a minute: a host of containers has hundreds 
 
 
 class Keeper:
-    """Made in a thread of the namespace that it keeps, where it looks first whether the config can work: raises MissingError,
-    CapabilityError, or KernelError if another program is in the way, and warns of what is half in the way. `put` first, then `watch` as a task, `leave` at the end, and `close`.
+    """Looks first whether the config can work, which blocks for some milliseconds: raises MissingError, CapabilityError, or KernelError if
+    another program is in the way, and warns of what is half in the way. `put` first, then `watch` as a task, `leave` at the end, and `close`.
+
+    Without `netns` it keeps the namespace of the calling thread, which the caller has taken (net/ownership.py). With a descriptor it keeps that
+    one, from whichever thread, and takes it until `close`: KernelError that names who has it already. The caller closes the descriptor, after that.
+    `name` is that of the tables, `workload` what the log calls the namespace, `book` what several keepers have in common.
 
     `repairs` counts what others have changed and this has put right, by kind (KINDS); `trouble` says what cannot be put right, if anything.
     `others` is set, and another one takes its place, when somebody else's ruleset has changed.
-    `ssh_ports` are known to the caller, besides those that are found here.
+    `ssh_ports` are known to the caller, besides those that are found here: in a namespace that is not the caller's own, where none of this
+    host's administrators comes in, port 22 alone is looked at.
     """
 
-    def __init__(self, config: Config, *, ssh_ports: Iterable[int] = ()) -> None:
+    def __init__(
+        self,
+        config: Config,
+        *,
+        netns: int | None = None,
+        name: str = DEFAULT_NAME,
+        workload: str = "",
+        book: PlanBook | None = None,
+        ssh_ports: Iterable[int] = (),
+    ) -> None:
+        table_names(name)  # raises ConfigError
         self.repairs: Counter[str] = Counter()
-        self._config = config
-        self._ssh_ports = {*kernel.find_ssh_ports(), *ssh_ports}
-        found = kernel.preflight(config, ssh_ports=self._ssh_ports)
-        for warning in found.warnings:
-            _log.warning("%s", warning)
-        self._surroundings = found.surroundings
-        self._nft = _own_tables(config)
+        self._netns = netns
+        self._name = name
+        self._book = book or PlanBook(0 if netns is None else 1)
+        self._own_book = book is None
+        self._config = self._book.same(config)
+        self._log = _OfWorkload(_log, {"workload": workload}) if workload else _log
+        self._ssh_ports = (*ssh_ports,)
+        self._held: socket.socket | None = None
+        self._nft: kernel.Nft | None = None  # of another namespace: opened for each step
+        self._listed: tuple[int, dict[str, str]] | None = None
+        try:
+            if netns is None:
+                self._begin()
+                self._nft = _own_tables(config)
+            else:
+                call_in_namespace(netns, self._take)
+        except BaseException:
+            self.close()
+            raise
         self._owned = isinstance(self._nft, kernel.Library)
         self._stays = False
         self._capturing = True
@@ -70,16 +106,18 @@ class Keeper:
         self._repaired: defaultdict[str, deque[float]] = defaultdict(deque)
         self._rested = -math.inf  # when the next look may begin, and of which kind a repair is due, on time.monotonic()
         self._due: dict[str, float] = {}
-        self._bridge_sysctl = kernel.bridge_sysctl()
-        self._links: dict[int, str] = dict(socket.if_nameindex())
         self._few_lines = FewLines(_LINES, _MINUTE, time.monotonic)
         self.trouble = ""
         self.others = trio.Event()
 
     def close(self) -> None:
-        """What this process owns in the kernel goes with it."""
+        """What this process owns in the kernel goes with it, and a namespace that was taken is free for others. Harmless when repeated."""
         if isinstance(self._nft, kernel.Library):
             self._nft.close()
+        if self._held is not None:
+            self._held.close()
+        if self._own_book:
+            self._book.close()
 
     @property
     def surroundings(self) -> Surroundings:
@@ -96,27 +134,26 @@ class Keeper:
     async def differences(self) -> list[kernel.Change]:
         """What is otherwise than planned, now. Raises TproxydError."""
         async with self._lock:
-            return await in_thread(self._compare)
+            return await self._step(self._compare)
 
     async def put(self) -> None:
         """Makes the kernel hold the plan, capture last; takes over what `tproxyd apply` or a predecessor has left. Raises
         TproxydError, with nothing changed."""
         async with self._lock:
-            self._stays = await in_thread(kernel.is_applied)
-            changes = await in_thread(partial(kernel.apply, self._wanted(self._surroundings), self._nft))
+            changes = await self._step(self._put)
             self._left = False
         if self._stays:
-            _log.info("the kernel state of `tproxyd apply` is taken over, and stays at the end")
+            self._log.info("the kernel state of `tproxyd apply` is taken over, and stays at the end")
         for change in changes:
-            _log.info("%s", change)
+            self._log.info("%s", change)
 
     async def watch(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Repairs what others change, until cancelled."""
-        with kernel.Events(self._config.routing.table) as events:
+        with self._here(self._open_events) as events:
             task_status.started()
             due = trio.current_time()  # what came between `put` and here was no news yet
             while True:
-                with trio.move_on_at(min(due, trio.current_time() + _GLANCE)):
+                with trio.move_on_at(min(due, trio.current_time() + (_GLANCE if self._glances else math.inf))):
                     await trio.lowlevel.wait_readable(events.fileno())
                 if self._hear(events) or trio.current_time() >= due or self._sees_bridges_otherwise():
                     await self._until_quiet(events)
@@ -127,14 +164,14 @@ class Keeper:
         """No new connection is taken from here on. Raises TproxydError, with capture still on. Harmless when repeated."""
         async with self._lock:
             if self._capturing and not self._left:
-                await in_thread(partial(kernel.stop_capture, self._wanted(self._surroundings), self._nft))
+                await self._step(partial(kernel.stop_capture, self._wanted(self._surroundings)))
             self._capturing = False
 
     async def revert(self) -> list[kernel.Change]:
         """Takes everything away, now and for good, for `tproxyd revert`. What was removed. Raises TproxydError; then what is missing is put
         there again."""
         async with self._lock:
-            removed = await in_thread(partial(kernel.revert, self._nft))
+            removed = await self._step(self._remove)
             self._capturing, self._left = False, True
             return removed
 
@@ -144,24 +181,82 @@ class Keeper:
             if self._left:
                 return
             if self._stays:
-                plan = make_plan(self._config, surroundings=self._surroundings)
-                await in_thread(partial(kernel.apply, plan, self._nft))
+                plan = self._book.plan(
+                    self._config, self._surroundings, stays=True, owned=False, capturing=True, name=self._name
+                )
+                await self._step(partial(kernel.apply, plan))
             else:
-                await in_thread(partial(kernel.revert, self._nft))
+                await self._step(self._remove)
             self._left = True
 
+    async def _step(self, step: Callable[[kernel.Nft], T]) -> T:
+        """Takes a step in a thread of the namespace, to its end whatever is cancelled."""
+        return await in_thread(partial(self._here, partial(self._with_nft, step)))
+
+    def _here(self, function: Callable[[], T]) -> T:
+        """Runs a function that blocks in the namespace that is kept."""
+        return function() if self._netns is None else call_in_namespace(self._netns, function)
+
+    def _with_nft(self, step: Callable[[kernel.Nft], T]) -> T:
+        if self._nft is not None:
+            return step(self._nft)
+        with self._book.open_nft(self._listed) as nft:
+            try:
+                return step(nft)
+            finally:
+                self._listed = self._book.shared_texts(nft.listed, self._wanted(self._surroundings))
+
+    def _open_events(self) -> kernel.Events:
+        return kernel.Events(self._config.routing.table, self._name, of_many=self._netns is not None)
+
+    def _take(self) -> None:
+        """The first step in another's namespace."""
+        self._held = hold_namespace("capture here")
+        kernel.require_nf_tables()  # the others look for themselves
+        self._book.require_nft()
+        self._begin()
+        if self._config.redirects and self._config.capture.when_down == "bypass":
+            self._log.warning(
+                'when_down = "bypass" holds for a stop, not for a death of this program: NAT does not look for a listener, and while none '
+                "is there clients are refused"
+            )
+
+    def _begin(self) -> None:
+        another = self._netns is not None
+        self._ssh_ports = tuple(sorted({*kernel.find_ssh_ports(usual_alone=another), *self._ssh_ports}))
+        found = kernel.preflight(self._config, ssh_ports=self._ssh_ports, name=self._name, nft_known=another)
+        for warning in found.warnings:
+            self._log.warning("%s", warning)
+        self._surroundings = self._book.same(found.surroundings)
+        self._links: dict[int, str] = dict(socket.if_nameindex())
+        self._look_at_bridges()
+
+    def _put(self, nft: kernel.Nft) -> list[kernel.Change]:
+        self._stays = kernel.is_applied(self._name)
+        return self._book.apply(self._wanted(self._surroundings), nft)
+
+    def _remove(self, nft: kernel.Nft) -> list[kernel.Change]:
+        return kernel.revert(nft, self._name, checked=self._netns is not None)
+
     def _wanted(self, surroundings: Surroundings) -> Plan:
-        return make_plan(
+        return self._book.plan(
             self._config,
-            surroundings=surroundings,
+            surroundings,
             stays=self._stays,
             owned=self._owned,
             capturing=self._capturing,
+            name=self._name,
         )
 
     def _look_around(self) -> Surroundings:
         # The marks stay as they were chosen at the start: connections have them.
-        return kernel.look_around(ssh_ports=self._ssh_ports, taken_marks=self._surroundings.taken_marks)
+        found = kernel.look_around(ssh_ports=self._ssh_ports, taken_marks=self._surroundings.taken_marks)
+        return self._book.same(found)
+
+    def _look_at_bridges(self) -> None:
+        self._bridge_sysctl = kernel.bridge_sysctl()
+        # In another namespace a glance is a thread; where there is no bridge, and a new one is news, nothing is missed without.
+        self._glances = self._netns is None or (any(self._bridge_sysctl) and kernel.has_bridges())
 
     def _hear(self, events: kernel.Events) -> bool:
         """Takes in what news there is; whether it may be of what is ours."""
@@ -185,16 +280,16 @@ class Keeper:
     def _sees_bridges_otherwise(self) -> bool:
         """br_netfilter is switched without any news."""
         try:
-            return kernel.bridge_sysctl() != self._bridge_sysctl
-        except OSError:
-            return False  # no file left: the next look tells
+            return self._glances and self._here(kernel.bridge_sysctl) != self._bridge_sysctl
+        except (OSError, RuntimeError, TproxydError):
+            return False  # no file left, or no thread: the next look tells
 
     async def _look_and_repair(self) -> float:
         """Puts right what is otherwise and due to be; when to look again without news, on trio.current_time()."""
         failed: Exception | None
         try:
             async with self._lock:
-                waiting, failed = await in_thread(self._repair)
+                waiting, failed = await self._step(self._repair)
         except Exception as error:  # whatever it is, connections that live are worth more than this one look
             waiting, failed = None, error
         if failed is None:
@@ -202,7 +297,7 @@ class Keeper:
         elif str(failed) != self.trouble:
             self.trouble = str(failed)
             known = isinstance(failed, (TproxydError, OSError))
-            _log.error(
+            self._log.error(
                 "cannot repair the kernel's state, and will try again: %s",
                 failed if known else f"this is a bug, please report it: {failed!r}",
                 exc_info=None if known else failed,
@@ -210,18 +305,18 @@ class Keeper:
         wait = _LOOK if failed is None else _RETRY
         return trio.current_time() + (wait if waiting is None else min(wait, waiting))
 
-    def _repair(self) -> tuple[float | None, TproxydError | None]:
+    def _repair(self, nft: kernel.Nft) -> tuple[float | None, TproxydError | None]:
         """Looks, and puts right what is due. Seconds until the rest of it is (None: nothing is left), and what went wrong.
 
         While lo is down nothing is looked at: what needs lo is mended when it is up again, and that is news, too.
         """
         began = time.monotonic()
-        self._bridge_sysctl = kernel.bridge_sysctl()
+        self._look_at_bridges()
         if self._left or not kernel.is_loopback_up():
             return None, None
         surroundings = self._look_around()
         plan = self._wanted(surroundings)
-        different = {change.kind for change in kernel.differences(plan, kernel.observe(self._nft), self._nft)}
+        different = {change.kind for change in kernel.differences(plan, kernel.observe(nft, self._name), nft)}
         # What has one cause is one repair.
         adapts = surroundings.families != self._surroundings.families
         kinds: set[str] = {"ipv6"} if adapts and different else {*different}
@@ -231,7 +326,7 @@ class Keeper:
         ready = [kind for kind, due in self._due.items() if due <= now]
         failed = None
         if ready:
-            changes, failed = kernel.repair(plan, different if adapts else ready, self._nft)
+            changes, failed = kernel.repair(plan, different if adapts else ready, nft)
             before, self._surroundings = self._surroundings, surroundings
             if changes:
                 self._tell(changes, before)
@@ -239,9 +334,9 @@ class Keeper:
                 del self._due[kind]
         return min((due - now for due in self._due.values()), default=None), failed
 
-    def _compare(self) -> list[kernel.Change]:
+    def _compare(self, nft: kernel.Nft) -> list[kernel.Change]:
         plan = self._wanted(self._look_around())
-        return kernel.differences(plan, kernel.observe(self._nft), self._nft)
+        return kernel.differences(plan, kernel.observe(nft, self._name), nft)
 
     def _tell(self, changes: list[kernel.Change], before: Surroundings) -> None:
         """One event, in one line of the log."""
@@ -250,15 +345,19 @@ class Keeper:
         if before.families != self._surroundings.families:
             kinds = ["ipv6"]
             on = 6 in self._surroundings.families
-            _log.warning("IPv6 %s: %s", "is on again, and captured" if on else "is off, and no more captured", what)
+            self._log.warning(
+                "IPv6 %s: %s", "is on again, and captured" if on else "is off, and no more captured", what
+            )
         elif before.bridge_netfilter != self._surroundings.bridge_netfilter:
             on = self._surroundings.bridge_netfilter
             what_of = (
                 "on, so what arrives on bridges is no more captured" if on else "off, and bridges are captured again"
             )
-            _log.warning("br_netfilter is %s: %s", what_of, what)
+            self._log.warning("br_netfilter is %s: %s", what_of, what)
         else:
-            _log.warning("another program has changed the kernel's state (%s), repaired: %s", ", ".join(kinds), what)
+            self._log.warning(
+                "another program has changed the kernel's state (%s), repaired: %s", ", ".join(kinds), what
+            )
         self.repairs.update(kinds)
         for kind in kinds:
             self._repaired[kind].append(time.monotonic())
@@ -275,7 +374,7 @@ class Keeper:
     def _tell_links(self, links: dict[int, str | None]) -> None:
         """Capture goes by names: what bears one now is captured, without anything to be changed, but not without a word."""
         if untold := self._few_lines.left_out():
-            _log.warning("%d more interfaces that capture names have come, gone or been renamed", untold)
+            self._log.warning("%d more interfaces that capture names have come, gone or been renamed", untold)
         for index, name in links.items():
             before = self._links.pop(index, None)
             if name is not None:
@@ -289,11 +388,19 @@ class Keeper:
                     what = f"interface {name} has come"
                 else:
                     what = f"interface {before} is now called {name}"
-                _log.warning("%s: what capture says of interfaces goes by the names that they have now", what)
+                self._log.warning("%s: what capture says of interfaces goes by the names that they have now", what)
 
     def _is_named(self, name: str) -> bool:
         capture = self._config.capture
         return any(is_interface(name, pattern) for pattern in (*capture.interfaces, *capture.exclude_interfaces))
+
+
+class _OfWorkload(logging.LoggerAdapter[logging.Logger]):
+    """Says of which workload it speaks."""
+
+    def process(self, msg: Any, kwargs: MutableMapping[str, Any]) -> tuple[Any, MutableMapping[str, Any]]:
+        workload = str((self.extra or {})["workload"]).replace("%", "%%")
+        return f"workload {workload}: {msg}", kwargs
 
 
 class FewLines:

@@ -16,7 +16,8 @@ from tproxyd.kernel.foreign_routing import (
 from tproxyd.kernel.links import Link, list_links
 from tproxyd.kernel.neighbours import Neighbour, legacy_tables, look_at_neighbours
 from tproxyd.kernel.nft import Library, Nft, Program, find_program, nft_version
-from tproxyd.kernel.preflight import Preflight, is_too_old, look_ahead, preflight, require_nf_tables
+from tproxyd.kernel.passing import LowFiles, Passing
+from tproxyd.kernel.preflight import Preflight, is_too_old, look_ahead, preflight, require_nf_tables, require_nft
 from tproxyd.kernel.probe_link import PROBE_INTERFACE, ProbeWay, open_probe_link
 from tproxyd.kernel.state import (
     Change,
@@ -39,6 +40,7 @@ from tproxyd.kernel.state import (
 from tproxyd.kernel.surroundings import (
     bridge_sysctl,
     find_ssh_ports,
+    has_bridges,
     is_bridge,
     is_forwarding,
     is_loopback_up,
@@ -56,9 +58,11 @@ __all__ = [
     "Kind",
     "Library",
     "Link",
+    "LowFiles",
     "Neighbour",
     "Nft",
     "Observed",
+    "Passing",
     "Preflight",
     "ProbeWay",
     "Program",
@@ -68,6 +72,7 @@ __all__ = [
     "expected",
     "find_program",
     "find_ssh_ports",
+    "has_bridges",
     "has_routes",
     "is_applied",
     "is_bridge",
@@ -90,6 +95,7 @@ __all__ = [
     "preflight",
     "repair",
     "require_nf_tables",
+    "require_nft",
     "restore",
     "revert",
     "revert_steps",

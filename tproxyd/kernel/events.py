@@ -7,6 +7,7 @@ minute, and none of them is ours, so the kernel is told to keep those to itself.
 from __future__ import annotations
 
 import errno
+import os
 import select
 import socket
 import struct
@@ -16,8 +17,9 @@ import msgspec
 
 from tproxyd.kernel.dumps import attributes
 from tproxyd.net.locality import ROUTING_NEWS
+from tproxyd.net.processes import move_up
 from tproxyd.net.sockets import filter_messages
-from tproxyd.plan import PROTOCOL
+from tproxyd.plan import DEFAULT_NAME, PROTOCOL
 
 __all__ = ["Events", "News"]
 
@@ -47,10 +49,16 @@ class News(msgspec.Struct, frozen=True):
 
 class Events:
     """News of the network namespace in whose thread it was made, and of routes only in this table or with our protocol. A context
-    manager; close it."""
+    manager; close it. `name` is that of our tables."""
 
-    def __init__(self, table: int) -> None:
+    def __init__(self, table: int, name: str = DEFAULT_NAME, *, of_many: bool = False) -> None:
+        """`of_many`: there are hundreds in this process, so their files are moved out of the way."""
+        self._name = name
+        self._of_many = of_many
         self._epoll = select.epoll()
+        if of_many:
+            with self._epoll as low:
+                self._epoll = select.epoll.fromfd(move_up(os.dup(low.fileno())))
         self._sockets: list[socket.socket] = []
         try:
             self._route = self._open(socket.NETLINK_ROUTE, ROUTING_NEWS)
@@ -62,6 +70,8 @@ class Events:
 
     def _open(self, protocol: int, groups: int) -> socket.socket:
         sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK, protocol)
+        if self._of_many:
+            sock = socket.socket(fileno=move_up(sock.detach()))
         self._sockets.append(sock)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER)
         sock.bind((0, groups))
@@ -107,7 +117,7 @@ class Events:
                 state = others = True
             elif kind >> 8 == _NFNL_SUBSYS_NFTABLES and kind & 0xFF != _NFT_MSG_NEWGEN:
                 table = _text(body[4:], _NFT_TABLE)
-                if table is not None and table.startswith("tproxyd"):
+                if table is not None and table.startswith(self._name):
                     state = True
                 else:
                     others = True

@@ -14,7 +14,8 @@ from typing import Any
 
 from tproxyd.errors import KernelError
 from tproxyd.kernel.dumps import attributes, dump_all, each_attribute
-from tproxyd.kernel.nft import is_ours, run_program
+from tproxyd.kernel.nft import find_program, has_foreign_tables, is_ours, run_program
+from tproxyd.plan import DEFAULT_NAME
 
 __all__ = ["Key", "is_name", "list_extensions", "list_foreign", "rule_lines"]
 
@@ -44,15 +45,19 @@ def is_name(text: str) -> bool:
     return _NAME.fullmatch(text) is not None
 
 
-def list_foreign() -> tuple[list[Part], str]:
-    """Chains, rules and sets of others, as libnftables-json(5) has them, and the text of the whole ruleset with handles.
+def list_foreign(name: str = DEFAULT_NAME) -> tuple[list[Part], str]:
+    """Chains, rules and sets of others, as libnftables-json(5) has them, and the text of the whole ruleset with handles. `name` is that
+    of our tables.
 
     Raises MissingError, CapabilityError, KernelError.
     """
+    find_program()
+    if not has_foreign_tables(name):
+        return [], ""  # nft takes 12 ms to say so
     for _ in range(_TRIES):
         text = run_program("-a", "-s", "-t", "list", "ruleset")
-        tables = [(family, name, flags) for family, name, flags in _tables(text) if not is_ours(family, name)]
-        dormant = {(family, name) for family, name, flags in tables if "dormant" in flags}
+        tables = [table for table in _tables(text) if not is_ours(*table[:2], name)]
+        dormant = {(family, table) for family, table, flags in tables if "dormant" in flags}
         try:
             if len(tables) == len(dormant):
                 return [], text
@@ -62,7 +67,7 @@ def list_foreign() -> tuple[list[Part], str]:
         except KernelError as error:
             failed = error  # a table that has gone, perhaps
             continue
-        return [part for part in parts if _is_wanted(part, dormant)], text
+        return [part for part in parts if _is_wanted(part, name, dormant)], text
     raise failed
 
 
@@ -102,10 +107,10 @@ def _parts(listing: str) -> list[Part]:
     return parts
 
 
-def _is_wanted(part: Part, dormant: set[tuple[str, str]]) -> bool:
+def _is_wanted(part: Part, name: str, dormant: set[tuple[str, str]]) -> bool:
     ((_, content),) = part.items()
     family, table = content.get("family"), content.get("table")
-    return table is not None and not is_ours(family, table) and (family, table) not in dormant
+    return table is not None and not is_ours(family, table, name) and (family, table) not in dormant
 
 
 def _tables(text: str) -> Iterator[tuple[str, str, str]]:

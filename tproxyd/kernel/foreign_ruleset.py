@@ -12,6 +12,7 @@ import msgspec
 
 from tproxyd.kernel.foreign_listing import Key, list_extensions, list_foreign, rule_lines
 from tproxyd.kernel.marks import Use, Values, expression_use, extension_use
+from tproxyd.plan import DEFAULT_NAME
 
 __all__ = ["ForeignNftRule", "list_foreign_nft_rules"]
 
@@ -35,9 +36,9 @@ class ForeignNftRule(msgspec.Struct, frozen=True, kw_only=True):
     ports: tuple[tuple[int, int], ...] = ()
 
 
-def list_foreign_nft_rules(ours: Values) -> list[ForeignNftRule]:
-    """Those rules that use marks, but for comparisons with `ours`, or take connections. Raises MissingError, CapabilityError, KernelError."""
-    parts, text = list_foreign()
+def list_foreign_nft_rules(ours: Values, name: str = DEFAULT_NAME) -> list[ForeignNftRule]:
+    """Those rules that use marks, but for comparisons with `ours`, or take connections. `name` is that of our tables. Raises MissingError, CapabilityError, KernelError."""
+    parts, text = list_foreign(name)
     chains: dict[tuple[str, str, str], dict[str, Any]] = {}
     rules: list[dict[str, Any]] = []
     for part in parts:

@@ -38,7 +38,7 @@ from tproxyd.config import Config, Mark
 from tproxyd.errors import KernelError
 from tproxyd.kernel.foreign_routing import ForeignRule, has_routes, list_foreign_routes, list_foreign_rules
 from tproxyd.kernel.foreign_ruleset import ForeignNftRule, list_foreign_nft_rules
-from tproxyd.plan import SUPPORTED_MARKS, Marks
+from tproxyd.plan import DEFAULT_NAME, SUPPORTED_MARKS, Marks
 
 __all__ = [
     "Neighbour",
@@ -71,15 +71,16 @@ class Neighbour(msgspec.Struct, frozen=True, kw_only=True):
         return f"`{self.line}` ({self.shown_by})"
 
 
-def look_at_neighbours(config: Config) -> tuple[Neighbour, ...]:
-    """All that is foreign and concerns this config, those with mark bits of any kind among it; the same for the same kernel state.
+def look_at_neighbours(config: Config, name: str = DEFAULT_NAME) -> tuple[Neighbour, ...]:
+    """All that is foreign and concerns this config, those with mark bits of any kind among it; the same for the same kernel
+    state. `name` is that of our tables.
 
     Raises MissingError (no nft, no ip rules), CapabilityError, KernelError.
     """
     return (
         *_rules(config, list_foreign_rules()),
         *_routes(config),
-        *_ruleset(config, list_foreign_nft_rules(_own_marks(config))),
+        *_ruleset(config, list_foreign_nft_rules(_own_marks(config), name)),
         *_legacy(),
     )
 

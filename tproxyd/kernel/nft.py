@@ -27,12 +27,14 @@ from tproxyd.errors import CapabilityError, KernelError, MissingError, TproxydEr
 from tproxyd.kernel.dumps import ask, attributes, dump_all
 from tproxyd.net.capabilities import missing_capabilities
 from tproxyd.net.namespaces import call_in_namespace, new_namespace
+from tproxyd.plan import DEFAULT_NAME, Plan
 
 __all__ = [
     "Library",
     "Nft",
     "Program",
     "find_program",
+    "has_foreign_tables",
     "is_ours",
     "list_names",
     "list_tables",
@@ -44,12 +46,14 @@ __all__ = [
 
 # The flags of a set whose elements come and go with the traffic, and those elements.
 _DYNAMIC = re.compile(r"(flags [^\n]*\bdynamic\b[^}]*?\n)\s*elements = \{[^}]*\}\n")
-_OURS = re.compile(r"tproxyd(_\w+)?", re.ASCII)  # names that nft itself could give
+# Names that nft itself could give. All of tproxyd's are ours; beside a name of somebody's choice stand tables of his own, perhaps.
+_OURS = re.compile(rf"{DEFAULT_NAME}(_\w+)?", re.ASCII)
+_SUFFIX = re.compile(r"(_(guard|state|[0-9]+))?", re.ASCII)
 _OWNER = re.compile(r"\{ # progname [^\n]*\n")
 _NETLINK_NETFILTER = 12  # linux/netlink.h
 _GETTABLE = 10 << 8 | 1  # NFNL_SUBSYS_NFTABLES, NFT_MSG_GETTABLE
 _GETGEN = 10 << 8 | 16  # NFT_MSG_GETGEN
-_NFPROTO_INET, _TABLE_NAME, _GEN_ID = 1, 1, 1  # linux/netfilter.h; NFTA_TABLE_NAME, NFTA_GEN_ID
+_NFPROTO_UNSPEC, _NFPROTO_INET, _TABLE_NAME, _GEN_ID = 0, 1, 1, 1  # linux/netfilter.h; NFTA_TABLE_NAME, NFTA_GEN_ID
 _STATELESS = 1 << 2  # NFT_CTX_OUTPUT_STATELESS, nftables/libnftables.h
 # How a rule that needs a kernel module begins to use it. Not bare words: "tproxy" is also the beginning of our tables' names.
 _MODULES = (
@@ -64,11 +68,13 @@ _MODULES = (
 _SYSTEM_PATH = "/usr/sbin:/sbin:/usr/local/sbin:/usr/bin:/bin"
 # A hung nft would hang the daemon's start and stop; its largest transactions take well under a second.
 _TIMEOUT = 30.0
+_SPARE_FILES = 4
+_FD_SETSIZE = 1024  # sys/select.h
 _FROM_TERMINALS = (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT, signal.SIGHUP)
 
 
 class Nft(Protocol):
-    """Who speaks to the kernel: `Program` or `Library`. `spellings` is how this machine's nft lists a table, by the table's text as
+    """Who speaks to the kernel: `Program`, `Library`, or `passing.Passing`. `spellings` is how this machine's nft lists a table, by the table's text as
     planned: versions differ, and finding out takes time and privileges. `listed` is what our tables were at which generation of the
     ruleset; only who is of one network namespace has it."""
 
@@ -108,17 +114,16 @@ class Library:
     owns in the kernel is gone.
 
     Ownership lives as long as any copy of the socket: it is not inherited by programs that are started, but by a child that only
-    forks. Used by one thread at a time. MissingError where the library is not installed.
+    forks. Used by one thread at a time. MissingError where the library is not installed, KernelError where there is no low file left for
+    it: see `_open_context`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, give_up: int | None = None) -> None:
+        """`give_up` is a file whose number it may have: closed right before."""
         self.spellings: dict[str, str] = {}
         self.listed: tuple[int, dict[str, str]] | None = None
         self._lib = _load_library()
-        with _close_on_exec():
-            self._context = self._lib.nft_ctx_new(0)
-        if not self._context:
-            raise KernelError("libnftables could not be initialised: is the machine out of files or memory?")
+        self._context: int | None = _open_context(self._lib, give_up)
         self._lib.nft_ctx_buffer_output(self._context)
         self._lib.nft_ctx_buffer_error(self._context)
         self._lib.nft_ctx_output_set_flags(self._context, _STATELESS)
@@ -132,13 +137,17 @@ class Library:
     def close(self) -> None:
         """Gives up what it owns; harmless when repeated."""
         if self._context:
-            self._lib.nft_ctx_free(self._context)
+            with contextlib.suppress(TproxydError):
+                _generation()  # who closes a socket of nft waits until what has been deleted is free: not within the lock
+            with _one_at_a_time:
+                self._lib.nft_ctx_free(self._context)
             self._context = None
 
     def run(self, text: str) -> str:
         if not self._context:
             raise KernelError("libnftables is closed already: the interception is over")
-        code = self._lib.nft_run_cmd_from_buffer(self._context, text.encode())
+        with _one_at_a_time:
+            code = self._lib.nft_run_cmd_from_buffer(self._context, text.encode())
         output: bytes = self._lib.nft_ctx_get_output_buffer(self._context)
         errors: bytes = self._lib.nft_ctx_get_error_buffer(self._context)
         if code != 0:
@@ -172,10 +181,23 @@ class Library:
             yield other
 
 
-def list_names() -> list[str]:
-    """The names of our tables. Not from nft: that takes half a megabyte for each table of anybody's, and names may be anything."""
+def list_names(name: str = DEFAULT_NAME) -> list[str]:
+    """The names of our tables, those of who is called so."""
+    return sorted(table for family, table in _all_tables(_NFPROTO_INET) if is_ours("inet", table, name))
+
+
+def has_foreign_tables(name: str = DEFAULT_NAME) -> bool:
+    """Whether there is any table of any family that is not ours, which are those of who is called so."""
+    return any(
+        not is_ours("inet" if family == _NFPROTO_INET else "other", table, name)
+        for family, table in _all_tables(_NFPROTO_UNSPEC)
+    )
+
+
+def _all_tables(family: int) -> list[tuple[int, str]]:
+    """Family and name. Not from nft: that takes half a megabyte for each table of anybody's, and names may be anything."""
     try:
-        bodies = dump_all(_NETLINK_NETFILTER, _GETTABLE, bytes([_NFPROTO_INET, 0, 0, 0]))  # struct nfgenmsg
+        bodies = dump_all(_NETLINK_NETFILTER, _GETTABLE, bytes([family, 0, 0, 0]))  # struct nfgenmsg
     except OSError as error:
         if error.errno in (errno.EPERM, errno.EACCES):
             raise CapabilityError(
@@ -186,34 +208,35 @@ def list_names() -> list[str]:
         raise KernelError(
             f"cannot list the tables of nft: {error.strerror}; is the machine out of files or memory?"
         ) from error
-    names = (attributes(body[4:]).get(_TABLE_NAME, b"").rstrip(b"\0").decode(errors="replace") for body in bodies)
-    return sorted(name for name in names if is_ours("inet", name))
+    return [
+        (body[0], attributes(body[4:]).get(_TABLE_NAME, b"").rstrip(b"\0").decode(errors="replace")) for body in bodies
+    ]
 
 
-def list_tables(nft: Nft) -> dict[str, str]:
+def list_tables(nft: Nft, name: str = DEFAULT_NAME) -> dict[str, str]:
     """Our tables: name to listing, without counters, handles, the owner's name and what the rules themselves have put into sets.
 
-    The library lists them again only when somebody's ruleset has changed: beside fifty thousand connections to local apps, which all
+    What is listed is remembered, and listed again only when somebody's ruleset has changed: beside fifty thousand connections to local apps, which all
     stand in a set, that takes most of a second.
     """
-    if not isinstance(nft, Library):
-        return _list_tables(nft)
+    if isinstance(nft, Program):  # used in any namespace
+        return _list_tables(nft, name)
     generation = _generation()
     if nft.listed is None or nft.listed[0] != generation:
-        tables = _list_tables(nft)
+        tables = _list_tables(nft, name)
         if _generation() != generation:
             return tables
         nft.listed = (generation, tables)
     return dict(nft.listed[1])
 
 
-def _list_tables(nft: Nft) -> dict[str, str]:
+def _list_tables(nft: Nft, name: str) -> dict[str, str]:
     tables = {}
-    for name in list_names():
+    for table in list_names(name):
         try:
-            tables[name] = _list_table(nft, name)
+            tables[table] = _list_table(nft, table)
         except KernelError:
-            if name in list_names():
+            if table in list_names(name):
                 raise  # else it has gone meanwhile
     return tables
 
@@ -227,8 +250,8 @@ def _generation() -> int:
     return int.from_bytes(attributes(body[4:])[_GEN_ID], "big")
 
 
-def spelled(ruleset: str, nft: Nft) -> dict[str, str]:
-    """How this machine's nft lists the tables of a ruleset: versions differ, and so do some values of marks.
+def spelled(plan: Plan, nft: Nft) -> dict[str, str]:
+    """How this machine's nft lists the tables of a plan: versions differ, and so do some values of marks.
 
     Found out by loading it in a throwaway network namespace, in some 40 ms, or 5 with the library. CapabilityError without
     CAP_SYS_ADMIN.
@@ -237,8 +260,8 @@ def spelled(ruleset: str, nft: Nft) -> dict[str, str]:
     def load_and_list() -> dict[str, str]:
         # One who owns tables lists them before it ends; a program that ends would have lost them.
         with nft.fresh() as other:
-            other.run(ruleset)
-            return list_tables(other)
+            other.run(plan.ruleset)
+            return list_tables(other, plan.name)
 
     namespace = new_namespace()
     try:
@@ -257,9 +280,11 @@ def _list_table(nft: Nft, name: str) -> str:
     return without_traffic(_OWNER.sub("{\n", listing, count=1))
 
 
-def is_ours(family: str, table: str) -> bool:
-    """Whether a table is one of ours, by its name."""
-    return family == "inet" and _OURS.fullmatch(table) is not None
+def is_ours(family: str, table: str, name: str = DEFAULT_NAME) -> bool:
+    """Whether a table is one of ours, by its name: of those of who is called so."""
+    if family != "inet" or not table.startswith(name):
+        return False
+    return (_OURS.fullmatch(table) if name == DEFAULT_NAME else _SUFFIX.fullmatch(table, len(name))) is not None
 
 
 def nft_version() -> str | None:
@@ -338,22 +363,68 @@ def _load_library() -> ctypes.CDLL:
     return lib
 
 
-_opening = threading.Lock()
+# For all contexts of the process: they share a cache of the names of interfaces (src/iface.c of nftables), which is no thread's own. (And no
+# namespace's: of interfaces by number our texts have lo alone, which is 1 everywhere.)
+_one_at_a_time = threading.Lock()
 
 
-@contextmanager
-def _close_on_exec() -> Iterator[None]:
-    """Marks the netlink sockets that the block opens as not to be inherited: the library does not."""
-    with _opening:
-        before = set(os.listdir("/proc/self/fd"))
-        yield
-        for name in set(os.listdir("/proc/self/fd")) - before:
-            with contextlib.suppress(OSError):  # of another thread, and closed already
-                if os.readlink(f"/proc/self/fd/{name}").startswith("socket:") and _is_netfilter(int(name)):
-                    fcntl.fcntl(int(name), fcntl.F_SETFD, fcntl.FD_CLOEXEC)
+def _open_context(lib: ctypes.CDLL, give_up: int | None) -> int:
+    """A context of the library. KernelError where it cannot be had, or would be a danger to the whole process:
+
+    - It ends the process where there is no file left for its socket. So there have to be some more than that one, because other threads
+      open files, too.
+    - It waits with select(), which glibc ends the process for when the number of the socket is 1024 or more.
+
+    The socket is marked as not to be inherited: the library does not.
+    """
+    with _one_at_a_time:
+        if give_up is not None:
+            os.close(give_up)
+        lowest = _lowest_file()
+        context: int | None = lib.nft_ctx_new(0)
+        if not context:
+            raise KernelError("libnftables could not be initialised: is the machine out of files or memory?")
+        # Of others there is no such socket that programs inherit. Another thread may have been quicker to take that number.
+        found = [lowest] if _is_inherited_netfilter(lowest) else _inherited_netfilter_sockets()
+        for fd in found:
+            fcntl.fcntl(fd, fcntl.F_SETFD, fcntl.FD_CLOEXEC)
+        if max(found, default=_FD_SETSIZE) >= _FD_SETSIZE:
+            lib.nft_ctx_free(context)
+            raise KernelError(
+                f"libnftables needs a file below number {_FD_SETSIZE}, and this process has so many open that there is none"
+            )
+    return context
+
+
+def _lowest_file() -> int:
+    """The number that the next file will have. Raises KernelError where there are not some left."""
+    spare: list[int] = []
+    try:
+        for _ in range(_SPARE_FILES):
+            spare.append(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
+    except OSError as error:
+        raise KernelError(f"cannot open libnftables: {error.strerror}; raise the limit of open files") from error
+    finally:
+        for fd in spare:
+            os.close(fd)
+    return spare[0]
+
+
+def _inherited_netfilter_sockets() -> list[int]:
+    return [fd for fd in map(int, os.listdir("/proc/self/fd")) if _is_inherited_netfilter(fd)]
+
+
+def _is_inherited_netfilter(fd: int) -> bool:
+    try:
+        return not fcntl.fcntl(fd, fcntl.F_GETFD) & fcntl.FD_CLOEXEC and _is_netfilter(fd)
+    except OSError:  # of another thread, and closed already; or no socket
+        return False
 
 
 def _is_netfilter(fd: int) -> bool:
+    """Raises OSError where there is no file."""
+    if not os.readlink(f"/proc/self/fd/{fd}").startswith("socket:"):
+        return False
     with socket.socket(fileno=os.dup(fd)) as sock:
         return sock.family == socket.AF_NETLINK and sock.proto == _NETLINK_NETFILTER
 

@@ -22,9 +22,9 @@ from tproxyd.kernel.neighbours import look_at_neighbours, require_no_collision, 
 from tproxyd.kernel.nft import nft_version
 from tproxyd.kernel.surroundings import is_loopback_up, look_around
 from tproxyd.net.capabilities import missing_capabilities
-from tproxyd.plan import Surroundings, make_marks
+from tproxyd.plan import DEFAULT_NAME, Surroundings, make_marks
 
-__all__ = ["Preflight", "is_too_old", "look_ahead", "preflight", "require_nf_tables"]
+__all__ = ["Preflight", "is_too_old", "look_ahead", "preflight", "require_nf_tables", "require_nft"]
 
 _NETLINK_NETFILTER = 12  # linux/netlink.h
 _OLDEST_NFT = (1, 0, 0)  # 0.9.8 knows neither `flags owner` nor `tcp flags syn / fin,syn,rst,ack`
@@ -38,19 +38,23 @@ class Preflight(msgspec.Struct, frozen=True):
     warnings: tuple[str, ...]
 
 
-def preflight(config: Config, *, ssh_ports: Iterable[int] = ()) -> Preflight:
-    """Whether this config can work in the calling thread's namespace. Changes nothing.
+def preflight(
+    config: Config, *, ssh_ports: Iterable[int] = (), name: str = DEFAULT_NAME, nft_known: bool = False
+) -> Preflight:
+    """Whether this config can work in the calling thread's namespace. Changes nothing. `name` is that of our tables; `nft_known`: that
+    nft is there and not too old is known (`require_nft`), which takes a child process to find out.
 
     Raises MissingError (no nf_tables, no policy routing, no nft or too old a one, lo down), CapabilityError, and KernelError if another
     program is in the way.
     """
     require_nf_tables()
-    _require_nft()
+    if not nft_known:
+        require_nft()
     if not is_loopback_up():
         raise MissingError(
             "the interface lo is down, and nothing can be delivered to the listeners: switch it on with `ip link set lo up`"
         )
-    neighbours = look_at_neighbours(config)
+    neighbours = look_at_neighbours(config, name)
     surroundings = look_around(ssh_ports=ssh_ports, taken_marks=taken_marks(neighbours))
     require_no_collision(config, make_marks(config, surroundings.taken_marks), neighbours)
     return Preflight(surroundings, (*_surrounding_warnings(config, surroundings), *tell_neighbours(neighbours)))
@@ -83,7 +87,8 @@ def is_too_old(version: str | None) -> bool:
     return number is not None and tuple(map(int, number.groups())) < _OLDEST_NFT
 
 
-def _require_nft() -> None:
+def require_nft() -> None:
+    """Raises MissingError where nft is too old."""
     said = nft_version()
     if is_too_old(said):
         raise MissingError(

@@ -21,7 +21,7 @@ from tproxyd.errors import KernelError, TproxydError
 from tproxyd.kernel import routing
 from tproxyd.kernel.nft import Nft, Program, list_names, list_tables, spelled
 from tproxyd.kernel.routing import RouteKey, RuleKey
-from tproxyd.plan import STATE, Plan, exchange_tables, is_owned, remove_tables
+from tproxyd.plan import DEFAULT_NAME, Plan, exchange_tables, is_owned, remove_tables, table_names
 
 __all__ = [
     "Change",
@@ -76,9 +76,9 @@ class Step(msgspec.Struct, frozen=True):
     check: Callable[[], None] | None = None
 
 
-def observe(nft: Nft = _PROGRAM) -> Observed:
-    """What is ours in this namespace, now. Raises MissingError, CapabilityError or KernelError."""
-    return Observed(routing.dump_rules(), routing.dump_routes(), list_tables(nft))
+def observe(nft: Nft = _PROGRAM, name: str = DEFAULT_NAME) -> Observed:
+    """What is ours in this namespace, now; `name` is that of the tables. Raises MissingError, CapabilityError or KernelError."""
+    return Observed(routing.dump_rules(), routing.dump_routes(), list_tables(nft, name))
 
 
 def planned(plan: Plan) -> Observed:
@@ -95,7 +95,7 @@ def expected(plan: Plan, observed: Observed, nft: Nft = _PROGRAM) -> Observed:
     tables = plan.tables
     if any(name in observed.tables for name in _unlike(tables, observed.tables)):
         with suppress(TproxydError):
-            tables = {**tables, **spelled(plan.ruleset, nft)}
+            tables = {**tables, **spelled(plan, nft)}
     unlike = _unlike(tables, observed.tables)
     return msgspec.structs.replace(
         planned(plan), tables={name: tables[name] if name in unlike else observed.tables[name] for name in tables}
@@ -117,9 +117,9 @@ def sections(state: Observed) -> dict[str, list[str]]:
     }
 
 
-def is_applied() -> bool:
+def is_applied(name: str = DEFAULT_NAME) -> bool:
     """Whether `tproxyd apply` was here: then the state is to stay when a daemon stops."""
-    return STATE in list_names()
+    return table_names(name).state in list_names(name)
 
 
 def differences(plan: Plan, observed: Observed, nft: Nft = _PROGRAM) -> list[Change]:
@@ -127,18 +127,19 @@ def differences(plan: Plan, observed: Observed, nft: Nft = _PROGRAM) -> list[Cha
     return [step.change for step in make_steps(plan, observed, nft)]
 
 
-def apply(plan: Plan, nft: Nft = _PROGRAM) -> list[Change]:
-    """Makes the kernel hold the plan, looks whether it does, and gives what was changed; a second time, that is nothing.
+def apply(plan: Plan, nft: Nft = _PROGRAM, *, checked: bool = False) -> list[Change]:
+    """Makes the kernel hold the plan, looks whether it does, and gives what was changed; a second time, that is nothing. `checked`: the
+    kernel is known to take it, in another namespace; what it refuses is found out a little later then, and taken back all the same.
 
     Raises MissingError, CapabilityError or KernelError, with everything as it was before.
     """
-    steps = make_steps(plan, observe(nft), nft)
+    steps = make_steps(plan, observe(nft, plan.name), nft)
     for step in steps:
-        if step.check is not None:
+        if step.check is not None and not checked:
             step.check()  # before the first step: most of what can fail, fails here
     with _taken(steps):
         if steps:
-            observed = observe(nft)
+            observed = observe(nft, plan.name)
             wrong = [step.change.what for step in make_steps(plan, observed, nft, unsure=False)]
             if wrong:
                 raise KernelError(
@@ -156,7 +157,7 @@ def repair(plan: Plan, kinds: Collection[str], nft: Nft = _PROGRAM) -> tuple[lis
     """
     done: list[Change] = []
     failed: TproxydError | None = None
-    for step in make_steps(plan, observe(nft), nft):
+    for step in make_steps(plan, observe(nft, plan.name), nft):
         if step.change.kind in kinds:
             try:
                 step.do()
@@ -165,7 +166,7 @@ def repair(plan: Plan, kinds: Collection[str], nft: Nft = _PROGRAM) -> tuple[lis
             else:
                 done.append(step.change)
     if any(change.kind == "ruleset" for change in done):
-        _learn_spellings(plan, observe(nft), nft)
+        _learn_spellings(plan, observe(nft, plan.name), nft)
     return done, failed
 
 
@@ -183,15 +184,15 @@ def restore(before: Observed) -> None:
         pass
 
 
-def revert(nft: Nft = _PROGRAM) -> list[Change]:
-    """Removes all that is ours in this namespace, whatever config put it there, and gives what was removed.
+def revert(nft: Nft = _PROGRAM, name: str = DEFAULT_NAME, *, checked: bool = False) -> list[Change]:
+    """Removes all that is ours in this namespace, with tables of this name, whatever config put it there, and gives what was removed.
 
     Looks first, and raises with nothing changed if it cannot, or if a table is owned by somebody who lives: then all of it is. Then a step that fails does not keep the others from being taken;
-    the first error is raised at the end.
+    the first error is raised at the end. `checked`: it is known that nobody owns them.
     """
-    steps = revert_steps(observe(nft), nft)
+    steps = revert_steps(observe(nft, name), nft)
     for step in steps:
-        if step.check is not None:
+        if step.check is not None and not checked:
             step.check()
     errors: list[TproxydError] = []
     for step in steps:
@@ -250,15 +251,16 @@ def _changed_tables(plan: Plan, observed: Observed, nft: Nft, *, unsure: bool) -
         if name not in missing and is_owned(plan.tables[name]) != is_owned(observed.tables[name])
     ]
     doubtful = [name for name in changed if name not in (*missing, *otherwise)]
-    if not all(plan.tables[name] in nft.spellings for name in doubtful):
+    words = {name: nft.spellings.get(plan.tables[name]) for name in doubtful}
+    if None in words.values():
         try:
-            listings = spelled(plan.ruleset, nft)
+            words |= spelled(plan, nft)
         except TproxydError:
             return changed if unsure else missing + otherwise
         if len(nft.spellings) > _MOST_SPELLINGS:
             nft.spellings.clear()
-        nft.spellings.update((plan.tables[name], listing) for name, listing in listings.items())
-    unlike = _unlike({name: nft.spellings[plan.tables[name]] for name in doubtful}, observed.tables)
+        nft.spellings.update((plan.tables[name], listing) for name, listing in words.items() if listing is not None)
+    unlike = _unlike({name: words[name] or "" for name in doubtful}, observed.tables)
     return [name for name in changed if name not in doubtful or name in unlike]
 
 

@@ -15,14 +15,18 @@ import ctypes
 import errno
 import fcntl
 import os
+import select
 import threading
 from collections.abc import Callable
+from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
 from tproxyd.errors import CapabilityError, KernelError, MissingError, TproxydError
+from tproxyd.net.processes import move_up
 
 __all__ = [
     "NamespaceLike",
+    "NamespaceWatch",
     "call_in_namespace",
     "enter_namespace",
     "namespace_inode",
@@ -63,6 +67,80 @@ def open_namespace(where: NamespaceLike) -> int:
     if not _is_network_namespace(where.fileno()):
         raise MissingError(f"file descriptor {where.fileno()} is not open on a network namespace")
     return os.dup(where.fileno())
+
+
+class NamespaceWatch:
+    """A network namespace, and whether it is still the one that is meant by what it was given by. A context manager; close it.
+
+    The descriptor `fd` keeps the namespace alive, so that it goes is seen only from outside: a path is gone or leads to another
+    one (`ip netns del`, an end of the process of /proc/PID/ns/net), or the process has ended, whose `pidfd` becomes readable then. Of one that was given
+    by a descriptor nothing is to be seen, nor of a process where the kernel has no pidfds.
+
+    `identity` is device and inode, which no other namespace has as long as this is open. Raises like `open_namespace`.
+    """
+
+    def __init__(self, where: NamespaceLike) -> None:
+        self.pidfd: int | None = None
+        self._path = os.path.abspath(where) if isinstance(where, str | os.PathLike) else None
+        if isinstance(where, int) and not _is_network_namespace(where):
+            # Before its namespace is looked up: if it lives after that, it was the same process all the time.
+            self.pidfd = _open_process(where)
+        self.fd = -1
+        try:
+            self.fd = move_up(open_namespace(where))
+            if self.gone():
+                raise MissingError(f"process {where} has just ended, or the network namespace at {where} was exchanged")
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> NamespaceWatch:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    @property
+    def identity(self) -> tuple[int, int]:
+        return _identity(os.fstat(self.fd))
+
+    def gone(self) -> bool:
+        """Whether what it was given by means it no more. Some microseconds; never blocks."""
+        if self.pidfd is not None:
+            poll = select.poll()  # not select(): the number may be above 1023
+            poll.register(self.pidfd, select.POLLIN)
+            return bool(poll.poll(0))
+        if self._path is None:
+            return False
+        try:
+            return _identity(os.stat(self._path)) != self.identity
+        except OSError as error:
+            return error.errno != errno.ENOMEM
+
+    def close(self) -> None:
+        """Gives the namespace up; harmless when repeated."""
+        for fd in (self.fd, self.pidfd):
+            if fd is not None and fd >= 0:
+                os.close(fd)
+        self.fd, self.pidfd = -1, None
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
+
+
+def _open_process(pid: int) -> int | None:
+    """A pidfd; None where the kernel has none (before 5.3), or a filter forbids it."""
+    try:
+        return move_up(os.pidfd_open(pid))
+    except (ProcessLookupError, ValueError, OverflowError) as error:
+        raise MissingError(f"there is no process {pid}") from error
+    except OSError as error:
+        if error.errno == errno.EINVAL:
+            raise MissingError(f"{pid} is not the number of a process") from error
+        if error.errno in (errno.ENOSYS, errno.EPERM):
+            return None
+        raise KernelError(f"cannot watch process {pid}: {error.strerror}") from error
 
 
 def namespace_inode(fd: int) -> int:

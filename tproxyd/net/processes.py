@@ -1,4 +1,4 @@
-"""What /proc tells of processes: their names, who holds which socket, their capabilities and limits. Standard library only.
+"""What /proc tells of processes: their names, who holds which socket, their capabilities and limits; numbers of files. Standard library only.
 
 Everything is a look at one moment: a process that has ended meanwhile, or that is not ours to see, is left out.
 """
@@ -6,6 +6,7 @@ Everything is a look at one moment: a process that has ended meanwhile, or that 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import resource
 from collections.abc import Collection, Iterator
@@ -14,9 +15,10 @@ from typing import NamedTuple
 
 from tproxyd.net.capabilities import CAPABILITIES
 
-__all__ = ["Process", "processes_here", "read_process", "socket_holders"]
+__all__ = ["Process", "move_up", "processes_here", "read_process", "socket_holders"]
 
 _PROC = Path("/proc")
+_FD_SETSIZE = 1024  # sys/select.h
 
 
 class Process(NamedTuple):
@@ -58,6 +60,18 @@ def read_process(pid: int) -> Process | None:
         files=files,
         most_files=most_files,
     )
+
+
+def move_up(fd: int) -> int:
+    """The same file with a number above those that select() can wait for, in place of this one; this one where the limit forbids it.
+
+    For files that are kept long and come by the hundred: libnftables, among other libraries of a program, needs a low number."""
+    try:
+        high = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _FD_SETSIZE)
+    except OSError:
+        return fd
+    os.close(fd)
+    return high
 
 
 def processes_here() -> dict[int, str]:

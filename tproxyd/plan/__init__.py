@@ -10,10 +10,21 @@ from tproxyd.plan.diff import Sections, unified_diff
 from tproxyd.plan.model import Family, LocalRoute, Marks, Plan, Rule, Surroundings
 from tproxyd.plan.plan import PROTOCOL, SUPPORTED_MARKS, UNOWNED_BYPASS, make_marks, make_plan
 from tproxyd.plan.render import FORMATS, render
-from tproxyd.plan.ruleset import GUARD, STATE, STEERING, exchange_tables, is_owned, match_mark, remove_tables
+from tproxyd.plan.ruleset import (
+    DEFAULT_NAME,
+    GUARD,
+    STATE,
+    STEERING,
+    exchange_tables,
+    is_owned,
+    match_mark,
+    remove_tables,
+    table_names,
+)
 from tproxyd.plan.ssh import spared_in, ssh_remarks
 
 __all__ = [
+    "DEFAULT_NAME",
     "FORMATS",
     "GUARD",
     "PROTOCOL",
@@ -37,5 +48,6 @@ __all__ = [
     "render",
     "spared_in",
     "ssh_remarks",
+    "table_names",
     "unified_diff",
 ]

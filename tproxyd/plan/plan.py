@@ -9,14 +9,13 @@ from tproxyd.errors import ConfigError
 from tproxyd.plan.model import Family, LocalRoute, Marks, Plan, Rule, Surroundings
 from tproxyd.plan.ruleset import (
     CAPTURE_CHAIN,
-    GUARD,
-    STATE,
-    STEERING,
+    DEFAULT_NAME,
     guard_table,
     listen_addresses,
     redirecting_table,
     state_table,
     steering_table,
+    table_names,
     transaction,
 )
 from tproxyd.policy import compile_source
@@ -90,16 +89,17 @@ def make_plan(
     stays: bool = True,
     owned: bool = False,
     capturing: bool = True,
+    name: str = DEFAULT_NAME,
 ) -> Plan:
     """What the kernel should hold for this Config, in a namespace with these surroundings.
 
     Pure: the same arguments give the same Plan on every machine; `kernel.look_around` gives the surroundings of this one.
     `stays` is for `tproxyd apply`, whose state outlives every daemon; a daemon's own goes with it. `owned` is for who holds a
     kernel.Library: the steering table goes with it and is safe from everybody else. Not `capturing`, what lives is delivered and
-    nothing new is taken. A Config that captures nothing gives a plan with no table, rule or route. Raises ConfigError when the
-    marks do not fit together.
+    nothing new is taken. `name` is that of the tables; rules and routes have none. A Config that captures nothing gives a plan with
+    no table, rule or route. Raises ConfigError when the marks do not fit together, or for a name that is none.
     """
-    marks = make_marks(config, surroundings.taken_marks)
+    marks, names = make_marks(config, surroundings.taken_marks), table_names(name)
     table, first = config.routing.table, config.routing.priority
     # NAT changes the destination to an address of this host, so there is nothing to be routed.
     families = surroundings.families if config.captures and not config.redirects else ()
@@ -116,13 +116,16 @@ def make_plan(
     tables = {}
     if config.captures:
         make_table = redirecting_table if config.redirects else steering_table
-        tables[STEERING] = make_table(config, marks, surroundings, owned=owned, capturing=capturing)
-        guard = guard_table(config, marks, surroundings)
+        tables[names.steering] = make_table(
+            config, marks, surroundings, name=names.steering, owned=owned, capturing=capturing
+        )
+        guard = guard_table(config, marks, surroundings, name=names.guard)
         if guard is not None:
-            tables[GUARD] = guard
+            tables[names.guard] = guard
         if stays:
-            tables[STATE] = state_table()
+            tables[names.state] = state_table(names.state)
     return Plan(
+        name=name,
         listen=tuple(
             (listen[family], config.listen.port) for family in (surroundings.sockets if config.captures else ())
         ),
@@ -131,11 +134,11 @@ def make_plan(
         rules=rules,
         tables=tables,
         sysctls={},  # every way works with every setting (ruleset.py: answers of local apps are sent back by their addresses)
-        ruleset=transaction(tables),
+        ruleset=transaction(tables, names),
         # With `add` before it, `flush` succeeds where somebody has flushed the whole ruleset: capture is off there already. A table
         # with an owner cannot be flushed by others, nor added again.
-        capture_off=("" if owned else f"add table inet {STEERING}\nadd chain inet {STEERING} {CAPTURE_CHAIN}\n")
-        + f"flush chain inet {STEERING} {CAPTURE_CHAIN}\n",
+        capture_off=("" if owned else f"add table inet {name}\nadd chain inet {name} {CAPTURE_CHAIN}\n")
+        + f"flush chain inet {name} {CAPTURE_CHAIN}\n",
         sources=_sources(config) if config.captures else (),
         losses=_losses(config, owned=owned) if config.captures and config.redirects else (),
     )

@@ -25,8 +25,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from tproxyd.config import Config, Mark
+from tproxyd.errors import ConfigError
 from tproxyd.plan.model import Family, Marks, Surroundings
 from tproxyd.plan.selectors import (
     BRIDGE,
@@ -47,9 +49,11 @@ from tproxyd.plan.sets import NamedSet, capture_sets, has_all_ports, relayed_set
 
 __all__ = [
     "CAPTURE_CHAIN",
+    "DEFAULT_NAME",
     "GUARD",
     "STATE",
     "STEERING",
+    "TableNames",
     "exchange_tables",
     "guard_table",
     "is_owned",
@@ -59,13 +63,35 @@ __all__ = [
     "remove_tables",
     "state_table",
     "steering_table",
+    "table_names",
     "take_rules",
     "transaction",
 ]
 
-STEERING = "tproxyd"
-GUARD = "tproxyd_guard"
-STATE = "tproxyd_state"
+
+class TableNames(NamedTuple):
+    """What our tables are called."""
+
+    steering: str
+    guard: str
+    state: str
+
+
+_NAME = re.compile(r"[a-zA-Z][a-zA-Z0-9_]{0,31}", re.ASCII)
+
+
+def table_names(name: str) -> TableNames:
+    """The tables of who bears this name. Raises ConfigError for one that nft, or a reader, could take for something else."""
+    if not _NAME.fullmatch(name):
+        raise ConfigError(
+            f"the name {name!r} cannot be that of tproxyd's tables: it has to begin with a letter, and to have letters, digits and _ "
+            "alone, at most 32"
+        )
+    return TableNames(name, f"{name}_guard", f"{name}_state")
+
+
+DEFAULT_NAME = "tproxyd"
+STEERING, GUARD, STATE = table_names(DEFAULT_NAME)
 
 _LISTEN_ADDRESS: dict[Family, str] = {4: "127.0.0.1", 6: "::1"}
 """Loopback, so that the network cannot reach the listener's port (but for IPv4 where route_localnet is on); the statement names
@@ -93,9 +119,9 @@ def listen_addresses(config: Config) -> dict[Family, str]:
     return _LISTEN_EVERYWHERE if config.redirects else _LISTEN_ADDRESS
 
 
-def transaction(tables: Mapping[str, str]) -> str:
+def transaction(tables: Mapping[str, str], names: TableNames) -> str:
     """One file for `nft -f`: replaces all tables at once, and removes those that are no longer wanted."""
-    return remove_tables(dict.fromkeys((STEERING, GUARD, STATE), "")) + "\n" + "\n".join(tables.values())
+    return remove_tables(dict.fromkeys(names, "")) + "\n" + "\n".join(tables.values())
 
 
 def remove_tables(tables: Mapping[str, str]) -> str:
@@ -141,7 +167,13 @@ def is_owned(listing: str) -> bool:
 
 
 def steering_table(
-    config: Config, marks: Marks, surroundings: Surroundings, *, owned: bool = False, capturing: bool = True
+    config: Config,
+    marks: Marks,
+    surroundings: Surroundings,
+    *,
+    name: str = STEERING,
+    owned: bool = False,
+    capturing: bool = True,
 ) -> str:
     """The table that captures, delivers and keeps conntrack away. Not `capturing`, it does the last two."""
     families = surroundings.families
@@ -182,8 +214,7 @@ def steering_table(
             "untrack",
             # A type `route` chain makes the kernel route a packet again whose mark it has changed.
             f"type {'route' if config.spoofs else 'filter'} hook output priority raw; policy accept;",
-            *([_ERRORS] if config.spoofs else []),
-            'meta l4proto != tcp accept comment "only TCP is captured"',
+            _ERRORS if config.spoofs else 'meta l4proto != tcp accept comment "only TCP is captured"',
             *foreign_ports(config),
             'oif "lo" goto loopback comment "to a local app, and its answers"',
             'socket transparent 1 notrack accept comment "sent by a socket of ours: no conntrack entry"',
@@ -204,14 +235,20 @@ def steering_table(
         *([_chain("errors", None, *_errors_back(marks))] if config.spoofs else []),
     ]
     # Those that packets fill come first, and stay where they are when the rest of the table is exchanged.
-    filled: list[str | NamedSet] = [_filled_set(name, family) for family in _IP for name in _FILLED]
+    filled: list[str | NamedSet] = [_filled_set(one, family) for family in _IP for one in _FILLED]
     filled += [_DIALS] if config.spoofs else []
     sets = [*filled, *capture_sets(config), *relayed_sets(config), *special_sets(config, families)]
-    return _table(STEERING, sets, chains, owned=owned)
+    return _table(name, sets, chains, owned=owned)
 
 
 def redirecting_table(
-    config: Config, marks: Marks, surroundings: Surroundings, *, owned: bool = False, capturing: bool = True
+    config: Config,
+    marks: Marks,
+    surroundings: Surroundings,
+    *,
+    name: str = STEERING,
+    owned: bool = False,
+    capturing: bool = True,
 ) -> str:
     """The steering table of redirect mode: what the config selects is marked at priority raw, as in tproxy mode and seen by the same
     guard, and NAT brings what is marked to the listener. No mark leaves prerouting. Not `capturing`, it does nothing: what lives needs
@@ -238,10 +275,10 @@ def redirecting_table(
             ' comment "the mark has done its work: nobody else is to see it"',
         ),
     ]
-    return _table(STEERING, [*capture_sets(config), *special_sets(config, surroundings.families)], chains, owned=owned)
+    return _table(name, [*capture_sets(config), *special_sets(config, surroundings.families)], chains, owned=owned)
 
 
-def guard_table(config: Config, marks: Marks, surroundings: Surroundings) -> str | None:
+def guard_table(config: Config, marks: Marks, surroundings: Surroundings, *, name: str = GUARD) -> str | None:
     """The table that a dead daemon leaves behind; None if there need not be one.
 
     It makes `when_down = "refuse"` true: it resets what the config selects and nobody steered. In redirect mode it also keeps NAT at work,
@@ -255,7 +292,7 @@ def guard_table(config: Config, marks: Marks, surroundings: Surroundings) -> str
         chains.append(_defragment_chain(config))
     else:
         return None
-    return _table(GUARD, capture_sets(config) if refuses else [], chains)
+    return _table(name, capture_sets(config) if refuses else [], chains)
 
 
 def _refusing_chains(config: Config, marks: Marks, surroundings: Surroundings) -> list[str]:
@@ -323,9 +360,9 @@ def _nat_chains(config: Config, marks: Marks, *, refuses: bool) -> list[str]:
     return [missed, keep] if refuses else [keep]
 
 
-def state_table() -> str:
+def state_table(name: str = STATE) -> str:
     """The table that makes `tproxyd apply` last: it holds no rule, only the word that a daemon's stop is not its end."""
-    return f'table inet {STATE} {{\n\tcomment "put there by tproxyd apply: stays when a daemon stops, until tproxyd revert"\n}}\n'
+    return f'table inet {name} {{\n\tcomment "put there by tproxyd apply: stays when a daemon stops, until tproxyd revert"\n}}\n'
 
 
 def take_rules(config: Config, marks: Marks, families: Sequence[Family]) -> list[Selector]:
@@ -456,7 +493,7 @@ def _remembering() -> list[str]:
 # chance; the error to the second SYN, after one second, is in time.
 _DIALS = "\tset dials {\n\t\ttypeof @th,0,32\n\t\tsize 32768\n\t\tflags dynamic,timeout\n\t}\n"
 _DIALLING = f'{SYN} update @dials {{ @th,0,32 timeout 2s }} comment "its ports: an ICMP error about it is for us, too"'
-_ERRORS = 'meta l4proto { icmp, ipv6-icmp } goto errors comment "may be about a connection of ours to a local app"'
+_ERRORS = 'meta l4proto != tcp goto errors comment "only TCP is captured, and ICMP errors about it"'
 _QUOTED = (
     ("icmp", 136, 224),
     ("icmpv6", 112, 384),

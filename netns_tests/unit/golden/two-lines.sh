@@ -158,8 +158,7 @@ table inet tproxyd {
 
 	chain untrack {
 		type route hook output priority raw; policy accept;
-		meta l4proto { icmp, ipv6-icmp } goto errors comment "may be about a connection of ours to a local app"
-		meta l4proto != tcp accept comment "only TCP is captured"
+		meta l4proto != tcp goto errors comment "only TCP is captured, and ICMP errors about it"
 		tcp dport != @ports tcp sport != @ports accept comment "no captured port on either side: no connection of ours"
 		oif "lo" goto loopback comment "to a local app, and its answers"
 		socket transparent 1 notrack accept comment "sent by a socket of ours: no conntrack entry"

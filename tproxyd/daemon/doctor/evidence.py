@@ -20,7 +20,7 @@ from tproxyd import kernel
 from tproxyd.config import Config
 from tproxyd.daemon.comparison import kernel_view, open_nft, ssh_ports_here
 from tproxyd.daemon.doctor.model import Evidence
-from tproxyd.daemon.lock import find_holder, send_order
+from tproxyd.daemon.lock import KeptError, find_holder, send_order
 from tproxyd.daemon.status import Serving, Waiting
 from tproxyd.errors import CapabilityError, KernelError, MissingError, TproxydError
 from tproxyd.kernel.routing import dump_rules
@@ -154,7 +154,10 @@ def _ask(daemon: Process | None, relays: tuple[Process, ...]) -> Serving | None:
     stopped = any(process.stopped for process in (daemon, *relays) if process is not None)
     if stopped or missing_capabilities(["CAP_NET_ADMIN"]):
         return None
-    answer = send_order("status")
+    try:
+        answer = send_order("status")
+    except KeptError:
+        return None
     try:
         told = msgspec.json.decode(answer, type=Serving | Waiting) if answer is not None else None
     except msgspec.MsgspecError as error:
