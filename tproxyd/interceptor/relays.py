@@ -33,6 +33,8 @@ _COUNT = 1.0  # seconds for a loop to tell its counters
 _YOUNG = 5.0  # seconds; a loop that dies younger than that has something against it ...
 _TRIES = 5  # ... and after so many of them in a row the interception ends: better no daemon than one that steers clients nowhere
 _CHANNEL_BYTES = 1 << 20  # of messages that wait; the kernel gives what net.core.wmem_max allows
+_MESSAGES = 32  # of a loop that are taken before other tasks have their turn
+_ONE_DESCRIPTOR = socket.CMSG_SPACE(4)
 
 OnLines = Callable[[bytes], None]
 
@@ -127,7 +129,7 @@ class _Relay:
         self._setup = setup
         self._listeners = listeners
         self.on_lines = on_lines
-        self._channel: trio.socket.SocketType | None = None
+        self._channel: _Orders | None = None
         self._before = Counters()  # of those that died
         self.counters = Counters()
         self._living: dict[str, tuple[float, Record]] = {}  # and when they were told
@@ -196,7 +198,7 @@ class _Relay:
                 await home.start(theirs, self._listeners)
             ours.setblocking(False)
             self._ours = ours
-            channel = self._channel = trio.socket.from_stdlib_socket(ours)
+            channel = self._channel = _Orders(ours)
             self._ready = trio.Event()
             try:
                 async with trio.open_nursery() as nursery:
@@ -207,7 +209,7 @@ class _Relay:
                         await self._tell(report.TELL_IDLE)
                     if self._counted is not None:
                         await self._tell(report.TELL_COUNTERS)
-                    async for message, sock in _messages(channel):
+                    async for message, sock in _messages(ours):
                         if sock is None:
                             self._take(message)
                         else:
@@ -224,7 +226,7 @@ class _Relay:
                         await self.nothing_handed.wait()
                 with trio.CancelScope(shield=True), trio.move_on_after(_STOP):
                     await self._tell(report.STOP)
-                    async for message, sock in _messages(channel):
+                    async for message, sock in _messages(ours):
                         if sock is None:
                             self._take(message)
                         else:
@@ -285,9 +287,7 @@ class _Relay:
                 with suppress(OSError):
                     self._ours.send(order)
 
-    def _take_socket(
-        self, message: bytes, sock: socket.socket, handed: trio.Nursery, channel: trio.socket.SocketType
-    ) -> None:
+    def _take_socket(self, message: bytes, sock: socket.socket, handed: trio.Nursery, channel: _Orders) -> None:
         """A connection that the embedding program is to decide about."""
         assert self._policy is not None
         told = msgspec.msgpack.decode(message[1:], type=report.HandedOver)
@@ -361,7 +361,7 @@ class _Relay:
 class _Books:
     """Where account is kept of a connection that is with the embedding program: in the loop that it came from, if it lives."""
 
-    def __init__(self, relay: _Relay, channel: trio.socket.SocketType) -> None:
+    def __init__(self, relay: _Relay, channel: _Orders) -> None:
         self._relay = relay
         self._channel = channel
         self._began = trio.current_time()
@@ -371,7 +371,7 @@ class _Books:
         order = report.FORWARD + msgspec.msgpack.encode(report.ForwardOrder(connection.id, target))
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", sock.fileno()))]
         try:
-            await self._channel.sendmsg([order], rights)
+            await self._channel.send(order, rights)
         except (OSError, trio.ClosedResourceError):
             abort(sock)
             self._record(connection, "worker_lost", 0, 0)
@@ -415,13 +415,48 @@ def _identity(line: bytes) -> str:
     return line[begin : begin + 16].decode()
 
 
-async def _messages(channel: trio.socket.SocketType) -> AsyncIterator[tuple[bytes, socket.socket | None]]:
+class _Orders:
+    """What is said to a loop, by as many tasks as there are connections: trio lets only one at a time wait for a socket."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._turn = trio.Lock()
+
+    async def send(self, order: bytes, rights: Sequence[tuple[int, int, bytes]] = ()) -> None:
+        """At once if there is room, and else in the order of those who wait; cancelled, it was not sent. Raises OSError or ClosedResourceError
+        when the loop is gone."""
+        if not self._turn.locked():
+            with suppress(BlockingIOError):
+                self._sock.sendmsg([order], rights)
+                return
+        async with self._turn:
+            while True:
+                await trio.lowlevel.wait_writable(self._sock)
+                with suppress(BlockingIOError):
+                    self._sock.sendmsg([order], rights)
+                    return
+
+    def close(self) -> None:
+        trio.lowlevel.notify_closing(self._sock)
+        self._sock.close()
+
+
+async def _messages(channel: socket.socket) -> AsyncIterator[tuple[bytes, socket.socket | None]]:
     """Messages, each with the socket that came with it, until the other end is gone."""
     while True:
         try:
-            message, rights, _, _ = await channel.recvmsg(report.MESSAGE, socket.CMSG_SPACE(4))
+            message, rights, _, _ = channel.recvmsg(report.MESSAGE, _ONE_DESCRIPTOR)
+        except BlockingIOError:
+            await trio.lowlevel.wait_readable(channel)
+            turns = _MESSAGES
+            continue
         except OSError:
             return
         if not message:
             return
         yield message, socket.socket(fileno=struct.unpack("i", rights[0][2])[0]) if rights else None
+    turns = _MESSAGES
+        turns -= 1
+        if not turns:
+            turns = _MESSAGES
+            await trio.lowlevel.checkpoint()
