@@ -8,6 +8,7 @@ from ipaddress import IPv4Address
 
 import pytest
 import trio
+import trio.testing
 
 from tproxyd import Connection, ConnectionStream, Forward
 
@@ -24,8 +25,7 @@ def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
 
 
 def stream_on(sock: socket.socket, already: bytes) -> ConnectionStream:
-    sock.setblocking(False)
-    return ConnectionStream(trio.SocketStream(trio.socket.from_stdlib_socket(sock)), CONNECTION, already)
+    return ConnectionStream(sock, CONNECTION, already)
 
 
 @pytest.mark.parametrize("target", [None, ("192.0.2.1", 80), ("2001:db8::1", 65535)])
@@ -65,3 +65,70 @@ async def test_a_client_that_is_gone_is_told_from_other_trouble(pair: tuple[sock
         await stream.send_all(b"x" * 1_000_000)
     assert stream.broken
     await stream.aclose()
+
+
+async def test_a_stream_whose_calls_never_wait_lets_others_have_their_turn_and_can_be_cancelled(
+    pair: tuple[socket.socket, socket.socket],
+) -> None:
+    stream = stream_on(pair[0], b"")
+    pair[1].send(b"x" * 10_000)
+    turns = 0
+
+    async def other() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await trio.lowlevel.checkpoint()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(other)
+        for _ in range(1_000):
+            assert await stream.receive_some(1) == b"x"
+        assert turns >= 1_000 // 16 - 1
+        nursery.cancel_scope.cancel()
+        for _ in range(100):
+            await stream.receive_some(1)
+    assert stream.received < 1_000 + 32
+
+
+async def test_one_task_sends_at_a_time_and_none_after_the_end(pair: tuple[socket.socket, socket.socket]) -> None:
+    stream = stream_on(pair[0], b"")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(stream.send_all, b"x" * 10_000_000)
+        await trio.testing.wait_all_tasks_blocked()
+        assert 0 < stream.sent < 10_000_000  # what the kernel has taken is told at once
+        for call in (stream.send_all(b"y"), stream.send_eof(), stream.wait_send_all_might_not_block()):
+            with pytest.raises(trio.BusyResourceError):
+                await call
+        nursery.cancel_scope.cancel()
+    await stream.send_eof()
+    await stream.send_eof()
+    with pytest.raises(trio.ClosedResourceError):
+        await stream.send_all(b"y")
+    assert not stream.broken
+
+
+async def test_who_waits_for_a_client_is_told_when_its_stream_is_closed(
+    pair: tuple[socket.socket, socket.socket],
+) -> None:
+    stream = stream_on(pair[0], b"")
+
+    async def wait() -> None:
+        with pytest.raises(trio.ClosedResourceError):
+            await stream.receive_some()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(wait)
+        await trio.testing.wait_all_tasks_blocked()
+        await stream.aclose()
+    for call in (stream.receive_some(), stream.send_all(b"y"), stream.wait_send_all_might_not_block()):
+        with pytest.raises(trio.ClosedResourceError):
+            await call
+    await stream.aclose()
+    assert not stream.broken
+
+
+@pytest.mark.parametrize("size", [-1, 0])
+async def test_nothing_cannot_be_asked_for(pair: tuple[socket.socket, socket.socket], size: int) -> None:
+    with pytest.raises(ValueError, match="at least one"):
+        await stream_on(pair[0], b"").receive_some(size)

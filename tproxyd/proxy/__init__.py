@@ -5,6 +5,7 @@ if the answer is to forward it.
 """
 
 from tproxyd.proxy.handed import Complaints, serve_handed
-from tproxyd.proxy.verdict import Connection, ConnectionStream, Forward, Handle, Policy, Refuse
+from tproxyd.proxy.stream import ConnectionStream
+from tproxyd.proxy.verdict import Connection, Forward, Handle, Policy, Refuse
 
 __all__ = ["Complaints", "Connection", "ConnectionStream", "Forward", "Handle", "Policy", "Refuse", "serve_handed"]

@@ -11,7 +11,8 @@ import trio
 
 from tproxyd.datapath import Outcome
 from tproxyd.net.sockets import abort
-from tproxyd.proxy.verdict import Connection, ConnectionStream, Forward, Handle, Policy, Refuse
+from tproxyd.proxy.stream import ConnectionStream
+from tproxyd.proxy.verdict import Connection, Forward, Handle, Policy, Refuse
 
 __all__ = ["Complaints", "serve_handed"]
 
@@ -67,8 +68,7 @@ async def serve_handed(
         elif isinstance(verdict, Refuse):
             outcome = "refused_by_policy"
         elif isinstance(verdict, Handle):
-            sock.setblocking(False)
-            stream = ConnectionStream(trio.SocketStream(trio.socket.from_stdlib_socket(sock)), connection, already)
+            stream = ConnectionStream(sock, connection, already)
             try:
                 outcome = await _handle(verdict.handler, stream, complaints)
             finally:
@@ -78,10 +78,10 @@ async def serve_handed(
     finally:
         if sock.fileno() >= 0:
             trio.lowlevel.notify_closing(sock)  # who still waits in a task of its own is told
-        if outcome in (None, "handled"):
-            sock.close()
-        else:
-            abort(sock)
+            if outcome in (None, "handled"):
+                sock.close()
+            else:
+                abort(sock)
         if outcome is not None:
             with trio.CancelScope(shield=True):
                 await loop.end(connection, outcome, received, sent)
@@ -121,4 +121,4 @@ async def _handle(
             "the handler of connection %s failed, and its client is reset", stream.connection.id, trace=True
         )
         return "policy_error"
-    return "handled"
+    return stream.outcome or "handled"
