@@ -28,13 +28,14 @@ __all__ = ["Relays", "merge_counters"]
 _log = logging.getLogger(__name__)
 
 _START = 10.0  # seconds for a loop to answer; it takes some hundredths
-_STOP = 3.0  # seconds for handlers to end when they are cancelled, and then for a loop to say its last words
+_STOP = 3.0  # seconds for a loop to say its last words
+_HANDLERS_STOP = 0.5  # seconds for handlers to end when they are cancelled, before the sockets are taken away from them
 _COUNT = 1.0  # seconds for a loop to tell its counters
 _YOUNG = 5.0  # seconds; a loop that dies younger than that has something against it ...
 _TRIES = 5  # ... and after so many of them in a row the interception ends: better no daemon than one that steers clients nowhere
-_CHANNEL_BYTES = 1 << 20  # of messages that wait; the kernel gives what net.core.wmem_max allows
 _MESSAGES = 32  # of a loop that are taken before other tasks have their turn
 _ONE_DESCRIPTOR = socket.CMSG_SPACE(4)
+_CHANNEL_BYTES = 1 << 20  # of messages that wait; the kernel gives what net.core.wmem_max allows
 
 OnLines = Callable[[bytes], None]
 
@@ -56,9 +57,11 @@ class Relays:
         policy_timeout: float = 1.0,
     ) -> None:
         self._relays = [
-            _Relay(setup, own, on_lines, policy, policy_timeout) for setup, own in zip(setups, listeners, strict=True)
+            _Relay(setup, own, on_lines, policy, policy_timeout, self._count_ended)
+            for setup, own in zip(setups, listeners, strict=True)
         ]
         self._ended = trio.Event()
+        self._ended_loops = 0
 
     @property
     def active(self) -> int:
@@ -78,8 +81,13 @@ class Relays:
             self._ended.set()
 
     async def ended(self) -> None:
-        """Returns when `serve` has."""
+        """Returns when no loop and no connection is left. So has `serve` then, unless a handler of the program goes on although it was cancelled."""
         await self._ended.wait()
+
+    def _count_ended(self) -> None:
+        self._ended_loops += 1
+        if self._ended_loops == len(self._relays):
+            self._ended.set()
 
     async def wait_idle(self) -> None:
         """Returns when no loop has a connection left; what waits to be accepted is accepted first."""
@@ -123,7 +131,9 @@ class _Relay:
         on_lines: OnLines,
         policy: Policy | None,
         policy_timeout: float,
+        on_end: Callable[[], None] = lambda: None,
     ) -> None:
+        self._on_end = on_end
         self._policy = policy
         self._policy_timeout = policy_timeout
         self._setup = setup
@@ -133,8 +143,11 @@ class _Relay:
         self._before = Counters()  # of those that died
         self.counters = Counters()
         self._living: dict[str, tuple[float, Record]] = {}  # and when they were told
-        self.handed: set[str] = set()
+        self.handed: dict[str, socket.socket] = {}
         """Connections that are with the embedding program."""
+        self.abandoned: set[str] = set()
+        """Those of them that it did not give up in time; the loop has recorded their end."""
+        self._handlers_ended = False
         self._complaints = Complaints()
         self._orphans: set[str] = set()  # those of them whose loop has died
         self.nothing_handed = trio.Event()
@@ -151,16 +164,21 @@ class _Relay:
         tries = 0
         # What the program has in its hands outlives the loop that it came from.
         async with trio.open_nursery() as handed:
-            while True:
-                began = trio.current_time()
-                reason = await self._live(handed, task_status)
-                self._bury(reason)
-                tries = tries + 1 if trio.current_time() - began < _YOUNG else 1
-                if tries >= _TRIES:
-                    raise KernelError(
-                        f"relay loops die as soon as they are started ({reason}), so connections cannot be served"
-                    )
-                await trio.sleep(0.05 * 2**tries)
+            try:
+                while True:
+                    began = trio.current_time()
+                    reason = await self._live(handed, task_status)
+                    self._bury(reason)
+                    tries = tries + 1 if trio.current_time() - began < _YOUNG else 1
+                    if tries >= _TRIES:
+                        raise KernelError(
+                            f"relay loops die as soon as they are started ({reason}), so connections cannot be served"
+                        )
+                    await trio.sleep(0.05 * 2**tries)
+            finally:
+                handed.cancel_scope.cancel()
+                await self._end_handlers()
+                self._on_end()
 
     async def wait_idle(self) -> None:
         idle = self._idle
@@ -221,9 +239,7 @@ class _Relay:
                 return await home.ended()
             except BaseException:
                 # Those that are with the program are being cancelled, too, and each is still to say how it ended.
-                with trio.CancelScope(shield=True), trio.move_on_after(_STOP):
-                    if self.handed:
-                        await self.nothing_handed.wait()
+                await self._end_handlers()
                 with trio.CancelScope(shield=True), trio.move_on_after(_STOP):
                     await self._tell(report.STOP)
                     async for message, sock in _messages(ours):
@@ -293,7 +309,7 @@ class _Relay:
         told = msgspec.msgpack.decode(message[1:], type=report.HandedOver)
         if not self.handed:
             self.nothing_handed = trio.Event()
-        self.handed.add(told.id)
+        self.handed[told.id] = sock
         connection = Connection(
             id=told.id,
             source=told.source,
@@ -315,12 +331,28 @@ class _Relay:
 
     def forget(self, identity: str) -> None:
         """A connection is not with the program any more."""
-        self.handed.discard(identity)
+        self.handed.pop(identity, None)
         if identity in self._orphans:
             self._orphans.discard(identity)
             self._before.active -= 1
         if not self.handed:
             self.nothing_handed.set()
+
+    async def _end_handlers(self) -> None:
+        """Waits a moment for handlers that have been cancelled, and takes the sockets away from those that go on: neither their clients nor
+        all that comes after is to wait for them."""
+        if not self.handed or self._handlers_ended:
+            return
+        self._handlers_ended = True
+        with trio.CancelScope(shield=True), trio.move_on_after(_HANDLERS_STOP):
+            await self.nothing_handed.wait()
+        for identity, sock in self.handed.items():
+            _log.error("the handler of connection %s goes on although it was cancelled; its client is reset", identity)
+            if sock.fileno() >= 0:
+                trio.lowlevel.notify_closing(sock)
+                abort(sock)
+            if identity not in self._orphans:
+                self.abandoned.add(identity)
 
     def count_orphan(self, outcome: Outcome) -> None:
         """A connection has ended whose loop had died before."""
@@ -352,7 +384,7 @@ class _Relay:
             self._counted = None
         self._before = self.total
         self._before.active = len(self.handed)
-        self._orphans |= self.handed
+        self._orphans |= self.handed.keys()
         if lost:
             self._before.outcomes["worker_lost"] = self._before.outcomes.get("worker_lost", 0) + lost
         self.counters = Counters()
@@ -389,6 +421,8 @@ class _Books:
             self._relay.forget(connection.id)
 
     def _record(self, connection: Connection, outcome: Outcome, received: int, sent: int) -> None:
+        if connection.id in self._relay.abandoned:
+            return
         record = Record(
             ts=_wall_clock(time.time()),
             id=connection.id,
@@ -443,6 +477,7 @@ class _Orders:
 
 async def _messages(channel: socket.socket) -> AsyncIterator[tuple[bytes, socket.socket | None]]:
     """Messages, each with the socket that came with it, until the other end is gone."""
+    turns = _MESSAGES
     while True:
         try:
             message, rights, _, _ = channel.recvmsg(report.MESSAGE, _ONE_DESCRIPTOR)
@@ -455,7 +490,6 @@ async def _messages(channel: socket.socket) -> AsyncIterator[tuple[bytes, socket
         if not message:
             return
         yield message, socket.socket(fileno=struct.unpack("i", rights[0][2])[0]) if rights else None
-    turns = _MESSAGES
         turns -= 1
         if not turns:
             turns = _MESSAGES
