@@ -13,6 +13,7 @@ from tproxyd.config import Config, config_from_mapping
 from tproxyd.datapath import Counters, Setup, report
 from tproxyd.datapath.timers import Timed, Wheel
 from tproxyd.interceptor import relays
+from tproxyd.proxy import Receivers
 
 
 class Channel:
@@ -28,7 +29,7 @@ class Channel:
 
 def relay_answering(*answers: bytes) -> relays._Relay:
     setup = Setup(config=Config(), listen=(), limit=1, pipes=0, alone=True)
-    relay = relays._Relay(setup, [], lambda _: None, None, 1.0)
+    relay = relays._Relay(setup, [], lambda _: None, None, 1.0, Receivers())
     relay._channel = Channel(relay, *answers)  # type: ignore[assignment]  # what is used of one
     return relay
 

@@ -10,7 +10,7 @@ import pytest
 import trio
 import trio.testing
 
-from tproxyd import Connection, ConnectionStream, Forward
+from tproxyd import Connection, ConnectionStream, Forward, HandOff
 
 CONNECTION = Connection(
     id="0", source=("192.0.2.2", 4444), original_destination=("203.0.113.9", 80), target=("203.0.113.9", 80)
@@ -132,3 +132,10 @@ async def test_who_waits_for_a_client_is_told_when_its_stream_is_closed(
 async def test_nothing_cannot_be_asked_for(pair: tuple[socket.socket, socket.socket], size: int) -> None:
     with pytest.raises(ValueError, match="at least one"):
         await stream_on(pair[0], b"").receive_some(size)
+
+
+@pytest.mark.parametrize("path", ["relative.sock", "", "/" + 107 * "x", "/a\0b", "/" + 54 * "é"])
+def test_what_is_no_path_of_a_unix_socket_is_refused_where_it_is_written(path: str) -> None:
+    with pytest.raises(ValueError, match="is no Unix socket's path"):
+        HandOff(path)
+    assert HandOff("/" + 106 * "x").otherwise

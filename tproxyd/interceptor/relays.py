@@ -21,7 +21,7 @@ from tproxyd.datapath import Counters, LogLine, Outcome, Record, Setup, report
 from tproxyd.errors import KernelError
 from tproxyd.interceptor.homes import ProcessHome, ThreadHome
 from tproxyd.net.sockets import abort, format_address
-from tproxyd.proxy import Complaints, Connection, Policy, serve_handed
+from tproxyd.proxy import Complaints, Connection, Policy, Receivers, serve_handed
 
 __all__ = ["Relays", "merge_counters"]
 
@@ -56,8 +56,9 @@ class Relays:
         policy: Policy | None = None,
         policy_timeout: float = 1.0,
     ) -> None:
+        self._receivers = Receivers()
         self._relays = [
-            _Relay(setup, own, on_lines, policy, policy_timeout, self._count_ended)
+            _Relay(setup, own, on_lines, policy, policy_timeout, self._receivers, self._count_ended)
             for setup, own in zip(setups, listeners, strict=True)
         ]
         self._ended = trio.Event()
@@ -78,6 +79,7 @@ class Relays:
                         starting.start_soon(nursery.start, relay.serve)
                 task_status.started()
         finally:
+            self._receivers.close()
             self._ended.set()
 
     async def ended(self) -> None:
@@ -131,11 +133,13 @@ class _Relay:
         on_lines: OnLines,
         policy: Policy | None,
         policy_timeout: float,
+        receivers: Receivers,
         on_end: Callable[[], None] = lambda: None,
     ) -> None:
         self._on_end = on_end
         self._policy = policy
         self._policy_timeout = policy_timeout
+        self._receivers = receivers
         self._setup = setup
         self._listeners = listeners
         self.on_lines = on_lines
@@ -324,6 +328,7 @@ class _Relay:
                 policy=self._policy,
                 timeout=self._policy_timeout,
                 loop=books,
+                receivers=self._receivers,
                 complaints=self._complaints,
             ),
             *(connection, sock, told.data),

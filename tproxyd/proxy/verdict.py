@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Awaitable, Callable
 
@@ -9,7 +10,9 @@ import msgspec
 
 from tproxyd.proxy.stream import ConnectionStream
 
-__all__ = ["Connection", "Forward", "Handle", "Policy", "Refuse"]
+__all__ = ["Connection", "Forward", "HandOff", "Handle", "Policy", "Refuse"]
+
+_PATH_BYTES = 107  # struct sockaddr_un (linux/un.h), less the NUL at its end
 
 
 class Connection(msgspec.Struct, frozen=True, kw_only=True):
@@ -58,5 +61,23 @@ class Handle(msgspec.Struct, frozen=True):
     handler: Callable[[ConnectionStream], Awaitable[None]]
 
 
-Policy = Callable[[Connection], Awaitable[Forward | Refuse | Handle]]
+class HandOff(msgspec.Struct, frozen=True):
+    """Give the accepted socket itself to the process that listens at the Unix socket `path` (proxy/handoff.py has the format); from then on it is
+    that one's. If nobody listens there, or who does takes nothing for `policy_timeout` seconds, it becomes of it what `otherwise` says.
+
+    Only root and this process's own user may listen there, and `uid` if that is given. ValueError if the path is none.
+    """
+
+    path: str
+    otherwise: Forward | Refuse = Refuse()
+    uid: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.path.startswith("/") or "\0" in self.path or len(os.fsencode(self.path)) > _PATH_BYTES:
+            raise ValueError(
+                f"{self.path!r} is no Unix socket's path: give an absolute one of at most {_PATH_BYTES} bytes"
+            )
+
+
+Policy = Callable[[Connection], Awaitable[Forward | Refuse | Handle | HandOff]]
 """Asked once for each connection that the configuration does not refuse."""
