@@ -231,11 +231,11 @@ class _Relay:
                         await self._tell(report.TELL_IDLE)
                     if self._counted is not None:
                         await self._tell(report.TELL_COUNTERS)
-                    async for message, sock in _messages(ours):
-                        if sock is None:
+                    async for message, fd in _messages(ours):
+                        if fd is None:
                             self._take(message)
                         else:
-                            self._take_socket(message, sock, handed, channel)
+                            self._take_socket(message, fd, handed, channel)
                         if self._ready.is_set() and not self._started:
                             self._started = True
                             task_status.started()
@@ -246,11 +246,11 @@ class _Relay:
                 await self._end_handlers()
                 with trio.CancelScope(shield=True), trio.move_on_after(_STOP):
                     await self._tell(report.STOP)
-                    async for message, sock in _messages(ours):
-                        if sock is None:
+                    async for message, fd in _messages(ours):
+                        if fd is None:
                             self._take(message)
                         else:
-                            abort(sock)  # too late for anybody to decide
+                            abort(socket.socket(fileno=fd))  # too late for anybody to decide
                 raise
         finally:
             if self._channel is not None:
@@ -307,10 +307,12 @@ class _Relay:
                 with suppress(OSError):
                     self._ours.send(order)
 
-    def _take_socket(self, message: bytes, sock: socket.socket, handed: trio.Nursery, channel: _Orders) -> None:
+    def _take_socket(self, message: bytes, fd: int, handed: trio.Nursery, channel: _Orders) -> None:
         """A connection that the embedding program is to decide about."""
         assert self._policy is not None
         told = msgspec.msgpack.decode(message[1:], type=report.HandedOver)
+        family = socket.AF_INET6 if ":" in told.source[0] else socket.AF_INET
+        sock = socket.socket(family, socket.SOCK_STREAM, 0, fd)  # told all that, it does not ask the kernel
         if not self.handed:
             self.nothing_handed = trio.Event()
         self.handed[told.id] = sock
@@ -480,8 +482,8 @@ class _Orders:
         self._sock.close()
 
 
-async def _messages(channel: socket.socket) -> AsyncIterator[tuple[bytes, socket.socket | None]]:
-    """Messages, each with the socket that came with it, until the other end is gone."""
+async def _messages(channel: socket.socket) -> AsyncIterator[tuple[bytes, int | None]]:
+    """Messages, each with the descriptor that came with it, until the other end is gone."""
     turns = _MESSAGES
     while True:
         try:
@@ -494,7 +496,7 @@ async def _messages(channel: socket.socket) -> AsyncIterator[tuple[bytes, socket
             return
         if not message:
             return
-        yield message, socket.socket(fileno=struct.unpack("i", rights[0][2])[0]) if rights else None
+        yield message, struct.unpack("i", rights[0][2])[0] if rights else None
         turns -= 1
         if not turns:
             turns = _MESSAGES

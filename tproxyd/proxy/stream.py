@@ -190,6 +190,7 @@ class _Relay:
             self._upstream = socket.socket(inner.family, inner.type, inner.proto, inner.fileno())
         else:
             self._upstream = upstream
+        self._ended = 0
         self._scope = trio.CancelScope()
         buffer = _buffers.get()
         if buffer is None:
@@ -219,6 +220,7 @@ class _Relay:
         forth = source is self._client
         recv_into, send = source.recv_into, sink.send
         turns = _TURNS
+        ask_again = not forth  # the first answer of a server is often its last, and its FIN is there with it
         if held and not await self._send_rest(sink, held):
             return None
         while True:
@@ -247,6 +249,8 @@ class _Relay:
                 if not await self._send_rest(sink, bytes(buffer[sent:count])):
                     return None
                 turns = _TURNS
+            elif count < _BULK_READ and ask_again:
+                ask_again = False
             elif count < _BULK_READ:
                 # All that was there: what comes next is waited for without asking.
                 await trio.lowlevel.wait_readable(source)
@@ -257,8 +261,10 @@ class _Relay:
                     turns = _TURNS
                     await trio.lowlevel.checkpoint()
         if stream.outcome is None:  # else it is no end in order, but what is left of a reset
+            self._ended += 1
             try:
-                sink.shutdown(socket.SHUT_WR)
+                if self._ended < 2:  # after the second one both are closed
+                    sink.shutdown(socket.SHUT_WR)
             except OSError as error:
                 return self._break(sink, error)
         return None
