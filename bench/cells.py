@@ -77,7 +77,8 @@ async def handler(lengths: Lengths, visit: Visit) -> tuple[dict[str, float], dic
         "ka64": await visit.measure("requests", 64, lengths.requests),
     }
     figures = {name: cells[name].client["bytes"] * 8e-9 / cells[name].client["seconds"] for name in ("bulk1", "bulk8")}
-    figures |= {name: _rate(cells[name]) for name in ("conn32", "ka1", "ka64")}
+    figures |= {name: _rate(cells[name]) for name in ("conn32", "ka64")}
+    figures["ka1_p50"] = cells["ka1"].client["p50_us"]
     figures["conn_cpu"] = cells["conn32"].cpu / cells["conn32"].client["opened"] * 1e6
     return figures, _raw(cells)
 

@@ -42,7 +42,6 @@ FIGURES: Mapping[str, Figure] = {
     "conn_cpu": Figure("proxy CPU per connection", "us", 1, more_is_better=False),
     "ka1_p50": Figure("kept alive, 1 connection, p50", "us", 1, more_is_better=False),
     "ka1_p99": Figure("kept alive, 1 connection, p99", "us", 1, more_is_better=False),
-    "ka1": Figure("kept alive, 1 connection", "1/s"),
     "ka64": Figure("kept alive, 64 connections", "1/s"),
     "ka64_p99": Figure("kept alive, 64 connections, p99", "us", 0, more_is_better=False),
     "idle_ka64": Figure("kept alive 64 beside idle ones, of that without", "x", 2),

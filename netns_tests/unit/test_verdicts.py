@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Iterator
 from ipaddress import IPv4Address
@@ -139,3 +140,75 @@ def test_what_is_no_path_of_a_unix_socket_is_refused_where_it_is_written(path: s
     with pytest.raises(ValueError, match="is no Unix socket's path"):
         HandOff(path)
     assert HandOff("/" + 106 * "x").otherwise
+
+
+class CancelAt(trio.abc.Instrument):
+    """Cancels the scope when so many steps of tasks have been taken."""
+
+    def __init__(self, step: int, scope: trio.CancelScope) -> None:
+        self.step, self.scope, self.seen = step, scope, 0
+
+    def before_task_step(self, task: trio.lowlevel.Task) -> None:
+        self.seen += 1
+        if self.seen == self.step:
+            self.scope.cancel()
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["socket", "stream"])
+async def test_61_a_relay_that_is_cancelled_at_any_step_closes_its_upstream_and_gives_no_end_in_order(
+    wrapped: bool,
+) -> None:
+    """With what had been read before, more than one buffer of it each way, and half-closes."""
+    size = 600_000
+    step = 0
+    while True:
+        step += 1
+        (ours, client), (upstream, server) = socket.socketpair(), socket.socketpair()
+        number = upstream.fileno()
+        with ours, client, server:
+            for end in (client, server):
+                end.setblocking(False)
+            stream = stream_on(ours, b"already")
+            with trio.CancelScope() as scope:
+                instrument = CancelAt(step, scope)
+                trio.lowlevel.add_instrument(instrument)
+                try:
+                    async with trio.open_nursery() as nursery:
+                        nursery.start_soon(_say, client, b"x" * size)
+                        nursery.start_soon(_say, server, b"y" * size)
+                        nursery.start_soon(_hear, client, size)
+                        nursery.start_soon(_hear, server, size + 7)
+                        given = trio.SocketStream(trio.socket.from_stdlib_socket(upstream)) if wrapped else upstream
+                        await stream.relay_to(given)
+                finally:
+                    trio.lowlevel.remove_instrument(instrument)
+            if given is upstream:
+                assert upstream.fileno() < 0
+            else:
+                assert isinstance(given, trio.SocketStream)
+                assert given.socket.fileno() < 0
+            with pytest.raises(OSError, match="Bad file descriptor"):
+                os.fstat(number)
+            if not scope.cancelled_caught:
+                break
+            assert ours.fileno() >= 0 or stream.received == size + 7, step  # else it was through already
+    assert (stream.received, stream.sent, stream.outcome) == (size + 7, size, None)
+    assert step > 20
+
+
+async def _say(sock: socket.socket, data: bytes) -> None:
+    while data:
+        await trio.lowlevel.wait_writable(sock)
+        data = data[sock.send(data[:50_000]) :]
+    sock.shutdown(socket.SHUT_WR)
+
+
+async def _hear(sock: socket.socket, size: int) -> None:
+    total = 0
+    while True:
+        await trio.lowlevel.wait_readable(sock)
+        data = sock.recv(100_000)
+        total += len(data)
+        if not data:
+            break
+    assert total == size

@@ -179,7 +179,8 @@ async def receive_connections(
 
     Each is a ConnectionStream as a handler gets it, and the caller's to close; what nobody asks for waits with its sender. They are taken from root and this process's
     own user, or from `uids`. `mode` is that of the socket's path. A path that a dead process has left is taken over. At the end of the block
-    nothing is received any more, and the path is removed. Raises OSError: EADDRINUSE if somebody listens there.
+    nothing is received any more, and the path is removed. Raises OSError: EADDRINUSE if somebody listens there. What the block itself raises arrives in
+    an ExceptionGroup, as from a nursery.
     """
     file = os.fspath(path)
     allowed = frozenset({0, os.geteuid()} if uids is None else uids)

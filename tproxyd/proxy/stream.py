@@ -151,9 +151,9 @@ class ConnectionStream(trio.abc.HalfCloseableStream):
     async def relay_to(self, upstream: socket.socket | trio.SocketStream) -> None:
         """Moves bytes both ways, what had been read before first, until both sides have ended, and closes both.
 
-        `upstream` is a connected TCP or Unix socket, non-blocking, or a stream of one; it is this call's to close, also on cancellation,
+        `upstream` is a connected TCP or Unix socket, or a stream of one; it is this call's to close, also on cancellation,
         which resets it. A FIN is passed on as one. If a side breaks, the other one is reset after the bytes that came before; that is
-        no error: `outcome` says which, and so will the record.
+        no error: `outcome` says which, and so will the record. There is no time-out but the kernel's for peers that have vanished.
         """
         already, self._already = self._already, b""
         await _Relay(self, upstream).run(already)
@@ -190,6 +190,7 @@ class _Relay:
             self._upstream = socket.socket(inner.family, inner.type, inner.proto, inner.fileno())
         else:
             self._upstream = upstream
+            upstream.setblocking(False)
         self._ended = 0
         self._scope = trio.CancelScope()
         buffer = _buffers.get()
@@ -307,7 +308,8 @@ class _Relay:
             self._upstream.detach()
             self._given.socket.close()
         else:
-            trio.lowlevel.notify_closing(self._upstream)
+            if not orderly:  # else nobody waits for it any more
+                trio.lowlevel.notify_closing(self._upstream)
             self._upstream.close()
 
 
