@@ -12,7 +12,7 @@ from functools import partial
 
 from bench.rig import Cell, Visit, as_row
 
-__all__ = ["Lengths", "Turn", "bulk", "idle", "push", "small", "workers"]
+__all__ = ["Lengths", "Turn", "bulk", "handler", "idle", "push", "small", "workers"]
 
 Turn = Callable[[Visit], Awaitable[tuple[dict[str, float], dict[str, object]]]]
 """Figures, and raw numbers by cell."""
@@ -64,6 +64,22 @@ async def small(lengths: Lengths, visit: Visit) -> tuple[dict[str, float], dict[
     }
     if visit.peer.proxied:
         figures["conn_cpu"] = cells["conn32"].cpu / cells["conn32"].client["opened"] * 1e6
+    return figures, _raw(cells)
+
+
+async def handler(lengths: Lengths, visit: Visit) -> tuple[dict[str, float], dict[str, object]]:
+    """The few cells that tell what a handler in a program costs."""
+    cells = {
+        "bulk1": await visit.measure("bulk", "download", 1, lengths.bulk),
+        "bulk8": await visit.measure("bulk", "download", 8, lengths.bulk),
+        "conn32": await visit.measure("connections", 32, lengths.connections),
+        "ka1": await visit.measure("requests", 1, lengths.requests),
+        "ka64": await visit.measure("requests", 64, lengths.requests),
+    }
+    figures = {name: cells[name].client["bytes"] * 8e-9 / cells[name].client["seconds"] for name in ("bulk1", "bulk8")}
+    figures |= {name: _rate(cells[name]) for name in ("conn32", "ka64")}
+    figures["ka1_p50"] = cells["ka1"].client["p50_us"]
+    figures["conn_cpu"] = cells["conn32"].cpu / cells["conn32"].client["opened"] * 1e6
     return figures, _raw(cells)
 
 

@@ -11,7 +11,7 @@ listens. Refuses to know what is measured with it.
   `proxy_half_close` it drops the answer to a client that has ended its own side, so that is on.
 - Envoy keeps the address, not the port: its original_src filter binds to port 0. Its default of 1,024 connections a cluster is lifted.
 - The C relay is `splice_relay.c`.
-- tproxyd runs with its defaults, its access log read through a pipe.
+- tproxyd runs with its defaults, its access log read through a pipe; so does the embedding program, `handler.py`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from __future__ import annotations
 import json
 import resource
 import signal
+import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
@@ -30,8 +31,9 @@ import trio
 from tproxyd.net.sockets import open_listener
 from tproxyd.testing import LabProcess, Node, open_daemon
 
-__all__ = ["CAPTURE", "LISTEN_PORT", "Peer", "Place", "all_peers", "tproxyd"]
+__all__ = ["CAPTURE", "HANDLER", "HANDLER_LOOP", "LISTEN_PORT", "Peer", "Place", "all_peers", "tproxyd"]
 
+HANDLER, HANDLER_LOOP = "tproxyd handler", "tproxyd handler loop"
 LISTEN_PORT = 15006
 CAPTURE = (
     f'[capture]\nports = ["8001-8009"]\nexclude_ports = []\nwhen_down = "bypass"\n[listen]\nport = {LISTEN_PORT}\n'
@@ -92,6 +94,8 @@ def all_peers() -> list[Peer]:
         Peer("envoy", _envoy, "Envoy, tcp_proxy; keeps the address, not the port", keeps_port=False, needs="envoy"),
         Peer("splice", _splice, "C, epoll and splice: the limit of user space", needs="splice_relay"),
         tproxyd("tproxyd"),
+        Peer(HANDLER, partial(_handler, "relay"), "a program that handles each connection: connects, and relay_to"),
+        Peer(HANDLER_LOOP, partial(_handler, "loop"), "the same, with a loop of receive_some and send_all each way"),
     ]
 
 
@@ -239,6 +243,18 @@ async def _tproxyd(config: str, place: Place) -> AsyncIterator[LabProcess]:
             yield daemon.process
         finally:
             await _end(daemon.process)
+
+
+@asynccontextmanager
+async def _handler(way: str, place: Place) -> AsyncIterator[LabProcess]:
+    config = place.directory / "handler.toml"
+    config.write_text(CAPTURE, encoding="utf-8")
+    process = place.node.process(
+        *(sys.executable, "-m", "bench.handler", str(config), way), collect=True, cwd=str(Path(__file__).parent.parent)
+    )
+    async with _ended(process) as running:
+        await running.wait_for_output("ready")  # its listeners are there before the capture is its own
+        yield running
 
 
 @asynccontextmanager

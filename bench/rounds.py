@@ -14,9 +14,9 @@ import trio
 
 from bench import cells
 from bench.cells import Lengths, Turn
-from bench.figures import FIGURES, QUIET, Results
+from bench.figures import FIGURES, QUIET, REFERENCE, Results
 from bench.goals import BUSY, TWO_WORKERS
-from bench.peers import CAPTURE, Peer, all_peers
+from bench.peers import CAPTURE, HANDLER, HANDLER_LOOP, Peer, all_peers
 from bench.rig import Rig, UnprovenError, Visit, apply_config, open_rig
 from bench.scaling import CLIENT_NETWORK, capture_excluding, networks, run_scaling
 from tproxyd.testing import LabError, activate_conntrack, conntrack_count
@@ -24,8 +24,9 @@ from tproxyd.testing.daemon import TPROXYD
 
 __all__ = ["GROUPS", "Plan", "run"]
 
-GROUPS = ("bulk", "small", "idle", "push", "workers", "bypass", "conntrack", "scaling")
+GROUPS = ("bulk", "small", "handler", "idle", "push", "workers", "bypass", "conntrack", "scaling")
 
+_HANDLERS = (REFERENCE, HANDLER, HANDLER_LOOP)
 _NO_RIVALS_AT_IDLE = ("direct", "haproxy+splice", "haproxy tuned", BUSY)
 _CONNTRACK_CONNECTIONS = 10_000
 _EXCLUDED = 10_000
@@ -48,26 +49,31 @@ class Plan:
 
 async def run(plan: Plan, results: Results, say: Callable[[str], None]) -> None:
     """All groups. What is measured is in `results` at once, so an interrupted run has what it has."""
+    peers, handlers = (
+        _without(plan.peers, HANDLER, HANDLER_LOOP),
+        [peer for peer in plan.peers if peer.name in _HANDLERS],
+    )
     turns: dict[str, tuple[Turn, Sequence[Peer]]] = {
-        "bulk": (partial(cells.bulk, plan.lengths), _without(plan.peers, BUSY, TWO_WORKERS)),
-        "small": (partial(cells.small, plan.lengths), _without(plan.peers, TWO_WORKERS)),
-        "idle": (partial(cells.idle, plan.lengths), _without(plan.peers, *_NO_RIVALS_AT_IDLE, TWO_WORKERS)),
-        "push": (cells.push, _without(plan.peers, BUSY, TWO_WORKERS)),
-        "workers": (partial(cells.workers, plan.lengths), _workers(plan.peers)),
+        "bulk": (partial(cells.bulk, plan.lengths), _without(peers, BUSY, TWO_WORKERS)),
+        "small": (partial(cells.small, plan.lengths), _without(peers, TWO_WORKERS)),
+        "handler": (partial(cells.handler, plan.lengths), handlers),
+        "idle": (partial(cells.idle, plan.lengths), _without(peers, *_NO_RIVALS_AT_IDLE, TWO_WORKERS)),
+        "push": (cells.push, _without(peers, BUSY, TWO_WORKERS)),
+        "workers": (partial(cells.workers, plan.lengths), _workers(peers)),
     }
     async with open_rig(plan.programs, plan.directory) as rig:
         results.others = rig.others  # grows with every cell
         for group in plan.groups:
             if group in turns:
-                turn, peers = turns[group]
+                turn, those = turns[group]
                 for number in range(1, plan.rounds[group] + 1):
-                    for peer in peers:
+                    for peer in those:
                         await _take(partial(_turn, rig, group, peer, number, turn, results, say), results, say, group)
             elif group == "bypass":
                 for number in range(1, plan.rounds[group] + 1):
                     await _take(partial(_bypass, rig, plan, number, results, say), results, say, group)
         if "scaling" in plan.groups:
-            await run_scaling(rig, plan.peers, plan.files, plan.rounds["scaling"], results, say)
+            await run_scaling(rig, peers, plan.files, plan.rounds["scaling"], results, say)
     if "conntrack" in plan.groups:
         for number in range(1, plan.rounds["conntrack"] + 1):
             for peer in plan.peers:

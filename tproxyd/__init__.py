@@ -5,7 +5,8 @@ The public names, imported when they are first used: reading a config needs neit
     load_config, config_from_mapping    a file or a mapping becomes a frozen Config
     make_plan, render                   a Config becomes what the kernel should hold, and its text
     open_interceptor                    captures, and serves what is captured, in a trio program
-    Connection; Forward, Refuse, Handle what its policy is asked, and may answer
+    Connection; Forward, Refuse, Handle, HandOff    what its policy is asked, and may answer
+    receive_connections                 what is handed off, in another process
     Record, Outcome, Counters           what a connection leaves behind, and all of them together
     TproxydError and its branches       what is raised on purpose
 """
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from tproxyd.errors import CapabilityError, ConfigError, KernelError, MissingError, TproxydError, UsageError
     from tproxyd.interceptor import Interceptor, open_interceptor
     from tproxyd.plan import Plan, make_plan, render
-    from tproxyd.proxy import Connection, ConnectionStream, Forward, Handle, Refuse
+    from tproxyd.proxy import Connection, ConnectionStream, Forward, Handle, HandOff, Refuse, receive_connections
 
 __all__ = [
     "CapabilityError",
@@ -31,6 +32,7 @@ __all__ = [
     "ConnectionStream",
     "Counters",
     "Forward",
+    "HandOff",
     "Handle",
     "Interceptor",
     "KernelError",
@@ -46,6 +48,7 @@ __all__ = [
     "load_config",
     "make_plan",
     "open_interceptor",
+    "receive_connections",
     "render",
 ]
 
@@ -57,7 +60,15 @@ _HOME = {
     "tproxyd.datapath": ("Counters", "Outcome", "Record"),
     "tproxyd.interceptor": ("Interceptor", "open_interceptor"),
     "tproxyd.plan": ("Plan", "make_plan", "render"),
-    "tproxyd.proxy": ("Connection", "ConnectionStream", "Forward", "Handle", "Refuse"),
+    "tproxyd.proxy": (
+        "Connection",
+        "ConnectionStream",
+        "Forward",
+        "HandOff",
+        "Handle",
+        "Refuse",
+        "receive_connections",
+    ),
 }
 
 

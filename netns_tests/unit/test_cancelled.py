@@ -17,6 +17,7 @@ from tproxyd.errors import KernelError
 from tproxyd.interceptor import keeper, relays
 from tproxyd.interceptor.threads import in_thread
 from tproxyd.plan import Surroundings
+from tproxyd.proxy import Receivers
 
 
 async def test_61_a_step_is_done_also_when_it_is_cancelled_before_it_begins() -> None:
@@ -95,7 +96,7 @@ class Channel:
         self._relay, self._answer = relay, answer
         self.blocked = trio.Event()
 
-    async def sendmsg(self, _: list[bytes], __: list[object]) -> None:
+    async def send(self, _: bytes, __: object = ()) -> None:
         if not self.blocked.is_set():
             self.blocked.set()
             await trio.sleep_forever()
@@ -114,7 +115,7 @@ async def test_61_who_is_cancelled_while_asking_a_loop_leaves_nobody_without_an_
     question: str, names: list[str], answer: bytes
 ) -> None:
     setup = Setup(config=Config(), limit=1, pipes=0, alone=True)
-    relay = relays._Relay(setup, lambda _: None, None, 1.0)
+    relay = relays._Relay(setup, lambda _: None, None, 1.0, Receivers())
     relay._served["web"] = relays.Served(WorkloadSetup(name="web", config=Config(), listen=()), (), 0)
     channel = Channel(relay, answer)
     relay._channel = channel  # type: ignore[assignment]  # what is used of one

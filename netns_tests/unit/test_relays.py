@@ -7,11 +7,13 @@ import socket
 import msgspec
 import pytest
 import trio
+import trio.testing
 
 from tproxyd.config import Config, config_from_mapping
 from tproxyd.datapath import Counters, Setup, WorkloadSetup, report
 from tproxyd.datapath.timers import Timed, Wheel
 from tproxyd.interceptor import relays
+from tproxyd.proxy import Receivers
 
 
 class Channel:
@@ -20,14 +22,14 @@ class Channel:
     def __init__(self, relay: relays._Relay, *answers: bytes) -> None:
         self._relay, self._answers = relay, answers
 
-    async def sendmsg(self, _: list[bytes], __: list[object]) -> None:
+    async def send(self, _: bytes, __: object = ()) -> None:
         for answer in self._answers:
             self._relay._take(answer)
 
 
 def relay_answering(*answers: bytes) -> relays._Relay:
     setup = Setup(config=Config(), limit=1, pipes=0, alone=True)
-    relay = relays._Relay(setup, lambda _: None, None, 1.0)
+    relay = relays._Relay(setup, lambda _: None, None, 1.0, Receivers())
     relay._served["web"] = relays.Served(WorkloadSetup(name="web", config=Config(), listen=()), (), 0)
     relay._channel = Channel(relay, *answers)  # type: ignore[assignment]  # what is used of one
     return relay
@@ -91,3 +93,24 @@ def test_who_was_active_meanwhile_stays_in_the_wheel_unless_all_are_wanted() -> 
     assert 11.9 <= wheel.due <= 11.9 + 1 / 32 + 1e-9
     member.active = 11.8
     assert list(wheel.expire(12.0, also_active=True)) == [member]
+
+
+async def test_orders_of_many_tasks_to_a_loop_that_is_busy_wait_in_turn() -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        ours.setblocking(False)
+        orders = relays._Orders(ours)
+        total = 1000  # more than the queue takes
+        with trio.fail_after(5):
+            async with trio.open_nursery() as nursery:
+                for number in range(total):
+                    nursery.start_soon(orders.send, b"%1000d" % number)
+                await trio.testing.wait_all_tasks_blocked()
+                assert len(nursery.child_tasks) > 10
+                theirs.setblocking(False)
+                received: set[int] = set()
+                while len(received) < total:
+                    await trio.lowlevel.wait_readable(theirs)
+                    received.add(int(theirs.recv(2000)))
+        assert received == set(range(total))
+        orders.close()

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Iterator
 from ipaddress import IPv4Address
 
 import pytest
 import trio
+import trio.testing
 
-from tproxyd import Connection, ConnectionStream, Forward
+from tproxyd import Connection, ConnectionStream, Forward, HandOff
 
 CONNECTION = Connection(
     id="0", source=("192.0.2.2", 4444), original_destination=("203.0.113.9", 80), target=("203.0.113.9", 80)
@@ -24,8 +26,7 @@ def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
 
 
 def stream_on(sock: socket.socket, already: bytes) -> ConnectionStream:
-    sock.setblocking(False)
-    return ConnectionStream(trio.SocketStream(trio.socket.from_stdlib_socket(sock)), CONNECTION, already)
+    return ConnectionStream(sock, CONNECTION, already)
 
 
 @pytest.mark.parametrize("target", [None, ("192.0.2.1", 80), ("2001:db8::1", 65535)])
@@ -65,3 +66,149 @@ async def test_a_client_that_is_gone_is_told_from_other_trouble(pair: tuple[sock
         await stream.send_all(b"x" * 1_000_000)
     assert stream.broken
     await stream.aclose()
+
+
+async def test_a_stream_whose_calls_never_wait_lets_others_have_their_turn_and_can_be_cancelled(
+    pair: tuple[socket.socket, socket.socket],
+) -> None:
+    stream = stream_on(pair[0], b"")
+    pair[1].send(b"x" * 10_000)
+    turns = 0
+
+    async def other() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await trio.lowlevel.checkpoint()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(other)
+        for _ in range(1_000):
+            assert await stream.receive_some(1) == b"x"
+        assert turns >= 1_000 // 16 - 1
+        nursery.cancel_scope.cancel()
+        for _ in range(100):
+            await stream.receive_some(1)
+    assert stream.received < 1_000 + 32
+
+
+async def test_one_task_sends_at_a_time_and_none_after_the_end(pair: tuple[socket.socket, socket.socket]) -> None:
+    stream = stream_on(pair[0], b"")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(stream.send_all, b"x" * 10_000_000)
+        await trio.testing.wait_all_tasks_blocked()
+        assert 0 < stream.sent < 10_000_000  # what the kernel has taken is told at once
+        for call in (stream.send_all(b"y"), stream.send_eof(), stream.wait_send_all_might_not_block()):
+            with pytest.raises(trio.BusyResourceError):
+                await call
+        nursery.cancel_scope.cancel()
+    await stream.send_eof()
+    await stream.send_eof()
+    with pytest.raises(trio.ClosedResourceError):
+        await stream.send_all(b"y")
+    assert not stream.broken
+
+
+async def test_who_waits_for_a_client_is_told_when_its_stream_is_closed(
+    pair: tuple[socket.socket, socket.socket],
+) -> None:
+    stream = stream_on(pair[0], b"")
+
+    async def wait() -> None:
+        with pytest.raises(trio.ClosedResourceError):
+            await stream.receive_some()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(wait)
+        await trio.testing.wait_all_tasks_blocked()
+        await stream.aclose()
+    for call in (stream.receive_some(), stream.send_all(b"y"), stream.wait_send_all_might_not_block()):
+        with pytest.raises(trio.ClosedResourceError):
+            await call
+    await stream.aclose()
+    assert not stream.broken
+
+
+@pytest.mark.parametrize("size", [-1, 0])
+async def test_nothing_cannot_be_asked_for(pair: tuple[socket.socket, socket.socket], size: int) -> None:
+    with pytest.raises(ValueError, match="at least one"):
+        await stream_on(pair[0], b"").receive_some(size)
+
+
+@pytest.mark.parametrize("path", ["relative.sock", "", "/" + 107 * "x", "/a\0b", "/" + 54 * "é"])
+def test_what_is_no_path_of_a_unix_socket_is_refused_where_it_is_written(path: str) -> None:
+    with pytest.raises(ValueError, match="is no Unix socket's path"):
+        HandOff(path)
+    assert HandOff("/" + 106 * "x").otherwise
+
+
+class CancelAt(trio.abc.Instrument):
+    """Cancels the scope when so many steps of tasks have been taken."""
+
+    def __init__(self, step: int, scope: trio.CancelScope) -> None:
+        self.step, self.scope, self.seen = step, scope, 0
+
+    def before_task_step(self, task: trio.lowlevel.Task) -> None:
+        self.seen += 1
+        if self.seen == self.step:
+            self.scope.cancel()
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["socket", "stream"])
+async def test_61_a_relay_that_is_cancelled_at_any_step_closes_its_upstream_and_gives_no_end_in_order(
+    wrapped: bool,
+) -> None:
+    """With what had been read before, more than one buffer of it each way, and half-closes."""
+    size = 600_000
+    step = 0
+    while True:
+        step += 1
+        (ours, client), (upstream, server) = socket.socketpair(), socket.socketpair()
+        number = upstream.fileno()
+        with ours, client, server:
+            for end in (client, server):
+                end.setblocking(False)
+            stream = stream_on(ours, b"already")
+            with trio.CancelScope() as scope:
+                instrument = CancelAt(step, scope)
+                trio.lowlevel.add_instrument(instrument)
+                try:
+                    async with trio.open_nursery() as nursery:
+                        nursery.start_soon(_say, client, b"x" * size)
+                        nursery.start_soon(_say, server, b"y" * size)
+                        nursery.start_soon(_hear, client, size)
+                        nursery.start_soon(_hear, server, size + 7)
+                        given = trio.SocketStream(trio.socket.from_stdlib_socket(upstream)) if wrapped else upstream
+                        await stream.relay_to(given)
+                finally:
+                    trio.lowlevel.remove_instrument(instrument)
+            if given is upstream:
+                assert upstream.fileno() < 0
+            else:
+                assert isinstance(given, trio.SocketStream)
+                assert given.socket.fileno() < 0
+            with pytest.raises(OSError, match="Bad file descriptor"):
+                os.fstat(number)
+            if not scope.cancelled_caught:
+                break
+            assert ours.fileno() >= 0 or stream.received == size + 7, step  # else it was through already
+    assert (stream.received, stream.sent, stream.outcome) == (size + 7, size, None)
+    assert step > 20
+
+
+async def _say(sock: socket.socket, data: bytes) -> None:
+    while data:
+        await trio.lowlevel.wait_writable(sock)
+        data = data[sock.send(data[:50_000]) :]
+    sock.shutdown(socket.SHUT_WR)
+
+
+async def _hear(sock: socket.socket, size: int) -> None:
+    total = 0
+    while True:
+        await trio.lowlevel.wait_readable(sock)
+        data = sock.recv(100_000)
+        total += len(data)
+        if not data:
+            break
+    assert total == size

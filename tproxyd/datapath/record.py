@@ -22,6 +22,7 @@ Outcome = Literal[
     "half_close_timeout",
     "drained",
     "handled",
+    "handed_over",
     "limit",
     "no_ports",
     "policy_error",

@@ -24,17 +24,20 @@ from tproxyd.datapath import Counters, LogLine, Outcome, Record, Setup, Workload
 from tproxyd.errors import KernelError
 from tproxyd.interceptor.homes import ProcessHome, ThreadHome
 from tproxyd.net.sockets import abort, format_address
-from tproxyd.proxy import Complaints, Connection, Policy, serve_handed
+from tproxyd.proxy import Complaints, Connection, Policy, Receivers, serve_handed
 
 __all__ = ["Relays", "first_of", "merge_counters"]
 
 _log = logging.getLogger(__name__)
 
 _START = 10.0  # seconds for a loop to answer; it takes some hundredths
-_STOP = 3.0  # seconds for handlers to end when they are cancelled, and then for a loop to say its last words
+_STOP = 3.0  # seconds for a loop to say its last words
+_HANDLERS_STOP = 0.5  # seconds for handlers to end when they are cancelled, before the sockets are taken away from them
 _COUNT = 1.0  # seconds for a loop to tell its counters
 _YOUNG = 5.0  # seconds; a loop that dies younger than that has something against it ...
 _TRIES = 5  # ... and after so many of them in a row the interception ends: better no daemon than one that steers clients nowhere
+_MESSAGES = 32  # of a loop that are taken before other tasks have their turn
+_ONE_DESCRIPTOR = socket.CMSG_SPACE(4)
 _CHANNEL_BYTES = 1 << 20  # of messages that wait; the kernel gives what net.core.wmem_max allows
 
 OnLines = Callable[[bytes], None]
@@ -56,8 +59,12 @@ class Relays:
         policy: Policy | None = None,
         policy_timeout: float = 1.0,
     ) -> None:
-        self._relays = [_Relay(setup, on_lines, policy, policy_timeout) for setup in setups]
+        self._receivers = Receivers()
+        self._relays = [
+            _Relay(setup, on_lines, policy, policy_timeout, self._receivers, self._count_ended) for setup in setups
+        ]
         self._ended = trio.Event()
+        self._ended_loops = 0
 
     @property
     def active(self) -> int:
@@ -95,11 +102,17 @@ class Relays:
                         starting.start_soon(nursery.start, relay.serve)
                 task_status.started()
         finally:
+            self._receivers.close()
             self._ended.set()
 
     async def ended(self) -> None:
-        """Returns when `serve` has."""
+        """Returns when no loop and no connection is left. So has `serve` then, unless a handler of the program goes on although it was cancelled."""
         await self._ended.wait()
+
+    def _count_ended(self) -> None:
+        self._ended_loops += 1
+        if self._ended_loops == len(self._relays):
+            self._ended.set()
 
     async def wait_idle(self, name: str) -> None:
         """Returns when no loop has a connection of this workload left; what waits to be accepted is accepted first."""
@@ -148,6 +161,13 @@ def first_of(error: BaseException, kind: type[E]) -> E | None:
     return None
 
 
+class Handed(NamedTuple):
+    """A connection that is with the embedding program: whose it is, and its socket."""
+
+    workload: str
+    sock: socket.socket
+
+
 class Served(NamedTuple):
     """A workload as one loop serves it. `netns` is a descriptor of its namespace."""
 
@@ -167,22 +187,30 @@ class _Relay:
         on_lines: OnLines,
         policy: Policy | None,
         policy_timeout: float,
+        receivers: Receivers,
+        on_end: Callable[[], None] = lambda: None,
     ) -> None:
+        self._on_end = on_end
         self._policy = policy
         self._policy_timeout = policy_timeout
+        self._receivers = receivers
         self._setup = setup
         self._served: dict[str, Served] = {}
+        self._adds = trio.Lock()
         self._adding: dict[str, trio.Event] = {}
         self._failed: dict[str, str] = {}
         self._removing: dict[str, trio.Event] = {}
         self.records_dropped = 0
         self.on_lines = on_lines
-        self._channel: trio.socket.SocketType | None = None
+        self._channel: _Orders | None = None
         self._before: dict[str, Counters] = {}  # of loops that died
         self.counters: dict[str, Counters] = {}
         self._living: dict[str, tuple[float, Record]] = {}  # and when they were told
-        self.handed: dict[str, str] = {}
-        """Connections that are with the embedding program, and their workload's name."""
+        self.handed: dict[str, Handed] = {}
+        """Connections that are with the embedding program."""
+        self.abandoned: set[str] = set()
+        """Those of them that it did not give up in time; the loop has recorded their end."""
+        self._handlers_ended = False
         self._complaints = Complaints()
         self._orphans: set[str] = set()  # those of them whose loop has died
         self.nothing_handed = trio.Event()
@@ -227,25 +255,31 @@ class _Relay:
         data = pickle.dumps(served.setup)
         size = report.MESSAGE - 1
         fds = [served.netns, *(listener.fileno() for listener in served.listeners)]
-        while len(data) > size:
-            await self._tell(report.ADD_PART + data[:size])
-            data = data[size:]
-        await self._tell(report.ADD + data, fds)
+        async with self._adds:  # parts of two must not mix
+            while len(data) > size:
+                await self._tell(report.ADD_PART + data[:size])
+                data = data[size:]
+            await self._tell(report.ADD + data, fds)
 
     async def serve(self, *, task_status: trio.TaskStatus[None]) -> None:
         tries = 0
         # What the program has in its hands outlives the loop that it came from.
         async with trio.open_nursery() as handed:
-            while True:
-                began = trio.current_time()
-                reason = await self._live(handed, task_status)
-                self._bury(reason)
-                tries = tries + 1 if trio.current_time() - began < _YOUNG else 1
-                if tries >= _TRIES:
-                    raise KernelError(
-                        f"relay loops die as soon as they are started ({reason}), so connections cannot be served"
-                    )
-                await trio.sleep(0.05 * 2**tries)
+            try:
+                while True:
+                    began = trio.current_time()
+                    reason = await self._live(handed, task_status)
+                    self._bury(reason)
+                    tries = tries + 1 if trio.current_time() - began < _YOUNG else 1
+                    if tries >= _TRIES:
+                        raise KernelError(
+                            f"relay loops die as soon as they are started ({reason}), so connections cannot be served"
+                        )
+                    await trio.sleep(0.05 * 2**tries)
+            finally:
+                handed.cancel_scope.cancel()
+                await self._end_handlers()
+                self._on_end()
 
     async def wait_idle(self, name: str) -> None:
         if name not in self._served:
@@ -271,7 +305,7 @@ class _Relay:
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"{len(fds)}i", *fds))] if fds else []
         if self._channel is not None:
             with suppress(OSError, trio.ClosedResourceError):  # it has died, which is noticed elsewhere
-                await self._channel.sendmsg([order], rights)
+                await self._channel.send(order, rights)
 
     async def _live(self, handed: trio.Nursery, task_status: trio.TaskStatus[None]) -> str:
         """One loop's life; tells when the first one has answered. Gives why it ended; when this is cancelled, the loop is ended in order."""
@@ -284,7 +318,7 @@ class _Relay:
                 await home.start(theirs)
             ours.setblocking(False)
             self._ours = ours
-            channel = self._channel = trio.socket.from_stdlib_socket(ours)
+            channel = self._channel = _Orders(ours)
             self._ready = trio.Event()
             try:
                 async with trio.open_nursery() as nursery:
@@ -297,11 +331,11 @@ class _Relay:
                         await self._tell(report.TELL_IDLE + name.encode())
                     if self._counted is not None:
                         await self._tell(report.TELL_COUNTERS)
-                    async for message, sock in _messages(channel):
-                        if sock is None:
+                    async for message, fd in _messages(ours):
+                        if fd is None:
                             self._take(message)
                         else:
-                            self._take_socket(message, sock, handed, channel)
+                            self._take_socket(message, fd, handed, channel)
                         if self._ready.is_set() and not self._started:
                             self._started = True
                             task_status.started()
@@ -309,16 +343,14 @@ class _Relay:
                 return await home.ended()
             except BaseException:
                 # Those that are with the program are being cancelled, too, and each is still to say how it ended.
-                with trio.CancelScope(shield=True), trio.move_on_after(_STOP):
-                    if self.handed:
-                        await self.nothing_handed.wait()
+                await self._end_handlers()
                 with trio.CancelScope(shield=True), trio.move_on_after(_STOP):
                     await self._tell(report.STOP)
-                    async for message, sock in _messages(channel):
-                        if sock is None:
+                    async for message, fd in _messages(ours):
+                        if fd is None:
                             self._take(message)
                         else:
-                            abort(sock)  # too late for anybody to decide
+                            abort(socket.socket(fileno=fd))  # too late for anybody to decide
                 raise
         finally:
             if self._channel is not None:
@@ -395,15 +427,15 @@ class _Relay:
         counters.bytes_from_upstream = max(counters.bytes_from_upstream, before.bytes_from_upstream)
         self.counters[name] = counters
 
-    def _take_socket(
-        self, message: bytes, sock: socket.socket, handed: trio.Nursery, channel: trio.socket.SocketType
-    ) -> None:
+    def _take_socket(self, message: bytes, fd: int, handed: trio.Nursery, channel: _Orders) -> None:
         """A connection that the embedding program is to decide about."""
         assert self._policy is not None
         told = msgspec.msgpack.decode(message[1:], type=report.HandedOver)
+        family = socket.AF_INET6 if ":" in told.source[0] else socket.AF_INET
+        sock = socket.socket(family, socket.SOCK_STREAM, 0, fd)  # told all that, it does not ask the kernel
         if not self.handed:
             self.nothing_handed = trio.Event()
-        self.handed[told.id] = told.workload
+        self.handed[told.id] = Handed(told.workload, sock)
         connection = Connection(
             id=told.id,
             workload=told.workload,
@@ -419,6 +451,7 @@ class _Relay:
                 policy=self._policy,
                 timeout=self._policy_timeout,
                 loop=books,
+                receivers=self._receivers,
                 complaints=self._complaints,
             ),
             *(connection, sock, told.data),
@@ -426,13 +459,29 @@ class _Relay:
 
     def forget(self, identity: str) -> None:
         """A connection is not with the program any more."""
-        name = self.handed.pop(identity, "")
+        gone = self.handed.pop(identity, None)
         if identity in self._orphans:
             self._orphans.discard(identity)
-            if name in self._before:
-                self._before[name].active -= 1
+            if gone is not None and gone.workload in self._before:
+                self._before[gone.workload].active -= 1
         if not self.handed:
             self.nothing_handed.set()
+
+    async def _end_handlers(self) -> None:
+        """Waits a moment for handlers that have been cancelled, and takes the sockets away from those that go on: neither their clients nor
+        all that comes after is to wait for them."""
+        if not self.handed or self._handlers_ended:
+            return
+        self._handlers_ended = True
+        with trio.CancelScope(shield=True), trio.move_on_after(_HANDLERS_STOP):
+            await self.nothing_handed.wait()
+        for identity, (_, sock) in self.handed.items():
+            _log.error("the handler of connection %s goes on although it was cancelled; its client is reset", identity)
+            if sock.fileno() >= 0:
+                trio.lowlevel.notify_closing(sock)
+                abort(sock)
+            if identity not in self._orphans:
+                self.abandoned.add(identity)
 
     def count_orphan(self, workload: str, outcome: Outcome) -> None:
         """A connection has ended whose loop had died before."""
@@ -441,7 +490,7 @@ class _Relay:
 
     def _bury(self, reason: str) -> None:
         """What a loop leaves behind that died: its connections are lost, and every one that was known gets its record."""
-        living = Counter(self.handed.values())  # those live on
+        living = Counter(handed.workload for handed in self.handed.values())  # those live on
         lost = {name: counters.active - living[name] for name, counters in self.counters.items()}
         _log.error(
             "a relay loop ended unexpectedly (%s) and took %d connections with it; another one takes its place",
@@ -478,7 +527,7 @@ class _Relay:
 class _Books:
     """Where account is kept of a connection that is with the embedding program: in the loop that it came from, if it lives."""
 
-    def __init__(self, relay: _Relay, channel: trio.socket.SocketType) -> None:
+    def __init__(self, relay: _Relay, channel: _Orders) -> None:
         self._relay = relay
         self._channel = channel
         self._began = trio.current_time()
@@ -488,7 +537,7 @@ class _Books:
         order = report.FORWARD + msgspec.msgpack.encode(report.ForwardOrder(connection.id, target))
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", sock.fileno()))]
         try:
-            await self._channel.sendmsg([order], rights)
+            await self._channel.send(order, rights)
         except (OSError, trio.ClosedResourceError):
             abort(sock)
             self._record(connection, "worker_lost", 0, 0)
@@ -506,6 +555,8 @@ class _Books:
             self._relay.forget(connection.id)
 
     def _record(self, connection: Connection, outcome: Outcome, received: int, sent: int) -> None:
+        if connection.id in self._relay.abandoned:
+            return
         record = Record(
             ts=_wall_clock(time.time()),
             id=connection.id,
@@ -533,13 +584,48 @@ def _identity(line: bytes) -> str:
     return line[begin : begin + 16].decode()
 
 
-async def _messages(channel: trio.socket.SocketType) -> AsyncIterator[tuple[bytes, socket.socket | None]]:
-    """Messages, each with the socket that came with it, until the other end is gone."""
+class _Orders:
+    """What is said to a loop, by as many tasks as there are connections: trio lets only one at a time wait for a socket."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._turn = trio.Lock()
+
+    async def send(self, order: bytes, rights: Sequence[tuple[int, int, bytes]] = ()) -> None:
+        """At once if there is room, and else in the order of those who wait; cancelled, it was not sent. Raises OSError or ClosedResourceError
+        when the loop is gone."""
+        if not self._turn.locked():
+            with suppress(BlockingIOError):
+                self._sock.sendmsg([order], rights)
+                return
+        async with self._turn:
+            while True:
+                await trio.lowlevel.wait_writable(self._sock)
+                with suppress(BlockingIOError):
+                    self._sock.sendmsg([order], rights)
+                    return
+
+    def close(self) -> None:
+        trio.lowlevel.notify_closing(self._sock)
+        self._sock.close()
+
+
+async def _messages(channel: socket.socket) -> AsyncIterator[tuple[bytes, int | None]]:
+    """Messages, each with the descriptor that came with it, until the other end is gone."""
+    turns = _MESSAGES
     while True:
         try:
-            message, rights, _, _ = await channel.recvmsg(report.MESSAGE, socket.CMSG_SPACE(4))
+            message, rights, _, _ = channel.recvmsg(report.MESSAGE, _ONE_DESCRIPTOR)
+        except BlockingIOError:
+            await trio.lowlevel.wait_readable(channel)
+            turns = _MESSAGES
+            continue
         except OSError:
             return
         if not message:
             return
-        yield message, socket.socket(fileno=struct.unpack("i", rights[0][2])[0]) if rights else None
+        yield message, struct.unpack("i", rights[0][2])[0] if rights else None
+        turns -= 1
+        if not turns:
+            turns = _MESSAGES
+            await trio.lowlevel.checkpoint()

@@ -35,6 +35,7 @@ __all__ = [
     "open_upstream",
     "original_destination",
     "redirected_destination",
+    "reset_on_close",
     "round_trip_seconds",
     "send_at_once",
     "source_towards",
@@ -288,8 +289,13 @@ def wait_for_reader(sock: socket.SocketType, seconds: float) -> bool:
 def abort(sock: socket.SocketType) -> None:
     """Close with a reset instead of a FIN; what is still unsent is dropped. Never raises OSError."""
     with contextlib.suppress(OSError):  # the connection is gone already: closing is all that is left
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        reset_on_close(sock)
     sock.close()
+
+
+def reset_on_close(sock: socket.SocketType) -> None:
+    """Lets the close of the last copy of this socket be a reset."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
 
 def round_trip_seconds(sock: socket.SocketType) -> float:

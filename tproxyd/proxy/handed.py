@@ -11,11 +11,15 @@ import trio
 
 from tproxyd.datapath import Outcome
 from tproxyd.net.sockets import abort
-from tproxyd.proxy.verdict import Connection, ConnectionStream, Forward, Handle, Policy, Refuse
+from tproxyd.proxy.handoff import NoReceiverError, Receivers
+from tproxyd.proxy.stream import ConnectionStream
+from tproxyd.proxy.verdict import Connection, Forward, Handle, HandOff, Policy, Refuse
 
 __all__ = ["Complaints", "serve_handed"]
 
 _log = logging.getLogger(__name__)
+
+_LIVES_ON = (None, "handled", "handed_over")  # outcomes after which a reset would be wrong
 
 _SAY_EVERY = 5.0  # seconds between two log lines of one kind
 
@@ -33,11 +37,11 @@ class Complaints:
     def __init__(self) -> None:
         self._said: dict[str, float] = {}
 
-    def tell(self, message: str, *args: object, trace: bool = False) -> None:
-        """An error, with the traceback of the exception that is being handled if `trace`."""
+    def tell(self, message: str, *args: object, kind: str = "", trace: bool = False) -> None:
+        """An error, with the traceback of the exception that is being handled if `trace`. Those of another `kind` are told apart."""
         now = trio.current_time()
-        if now - self._said.get(message, -_SAY_EVERY) >= _SAY_EVERY:
-            self._said[message] = now
+        if now - self._said.get(message + kind, -_SAY_EVERY) >= _SAY_EVERY:
+            self._said[message + kind] = now
             _log.error(message, *args, exc_info=trace)
 
 
@@ -49,9 +53,10 @@ async def serve_handed(
     policy: Policy,
     timeout: float,
     loop: Loop,
+    receivers: Receivers,
     complaints: Complaints,
 ) -> None:
-    """Asks the policy, for at most `timeout` seconds, and does as it says; closes the socket, or gives it back to the loop.
+    """Asks the policy, for at most `timeout` seconds, and does as it says; closes the socket, or gives it back to the loop, or to a receiver.
 
     `already` is what has been read from it. Whatever the embedding program raises costs this connection only; on cancellation
     the client is reset. Raises nothing but Cancelled.
@@ -60,15 +65,24 @@ async def serve_handed(
     received, sent = len(already), 0
     try:
         verdict = await _ask(policy, connection, timeout, complaints)
-        if isinstance(verdict, Forward):
+        if isinstance(verdict, HandOff):
+            try:
+                await receivers.hand_off(verdict, connection, sock, already, timeout)
+            except NoReceiverError as error:
+                complaints.tell("connection %s is not handed off: %s", connection.id, error, kind=verdict.path)
+                verdict = verdict.otherwise
+            else:
+                outcome = "handed_over"
+        if outcome == "handed_over":
+            pass
+        elif isinstance(verdict, Forward):
             outcome = None
             with trio.CancelScope(shield=True):  # what is left of its life is the loop's
                 await loop.forward(connection, sock, verdict.target)
         elif isinstance(verdict, Refuse):
             outcome = "refused_by_policy"
         elif isinstance(verdict, Handle):
-            sock.setblocking(False)
-            stream = ConnectionStream(trio.SocketStream(trio.socket.from_stdlib_socket(sock)), connection, already)
+            stream = ConnectionStream(sock, connection, already)
             try:
                 outcome = await _handle(verdict.handler, stream, complaints)
             finally:
@@ -78,10 +92,10 @@ async def serve_handed(
     finally:
         if sock.fileno() >= 0:
             trio.lowlevel.notify_closing(sock)  # who still waits in a task of its own is told
-        if outcome in (None, "handled"):
-            sock.close()
-        else:
-            abort(sock)
+            if outcome in _LIVES_ON:
+                sock.close()
+            else:
+                abort(sock)
         if outcome is not None:
             with trio.CancelScope(shield=True):
                 await loop.end(connection, outcome, received, sent)
@@ -89,7 +103,7 @@ async def serve_handed(
 
 async def _ask(
     policy: Policy, connection: Connection, timeout: float, complaints: Complaints
-) -> Forward | Refuse | Handle | None:
+) -> Forward | Refuse | Handle | HandOff | None:
     """The policy's answer; None if it has none in time, or fails, or answers something else."""
     verdict: object = None
     try:
@@ -98,7 +112,7 @@ async def _ask(
     except Exception:  # the program's, whatever it is; it costs this connection only
         complaints.tell("the policy failed for connection %s, which is refused", connection.id, trace=True)
         return None
-    if isinstance(verdict, Forward | Refuse | Handle):
+    if isinstance(verdict, Forward | Refuse | Handle | HandOff):
         return verdict
     if scope.cancelled_caught:
         complaints.tell(
@@ -121,4 +135,4 @@ async def _handle(
             "the handler of connection %s failed, and its client is reset", stream.connection.id, trace=True
         )
         return "policy_error"
-    return "handled"
+    return stream.outcome or "handled"

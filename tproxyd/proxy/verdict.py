@@ -1,15 +1,18 @@
-"""What an embedding program's policy is asked, what it may answer, and the stream that a handler gets."""
+"""What an embedding program's policy is asked, and what it may answer."""
 
 from __future__ import annotations
 
+import os
 import socket
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable
 
 import msgspec
-import trio
 
-__all__ = ["Connection", "ConnectionStream", "Forward", "Handle", "Policy", "Refuse"]
+from tproxyd.proxy.stream import ConnectionStream
+
+__all__ = ["Connection", "Forward", "HandOff", "Handle", "Policy", "Refuse"]
+
+_PATH_BYTES = 107  # struct sockaddr_un (linux/un.h), less the NUL at its end
 
 
 class Connection(msgspec.Struct, frozen=True, kw_only=True):
@@ -58,62 +61,23 @@ class Handle(msgspec.Struct, frozen=True):
     handler: Callable[[ConnectionStream], Awaitable[None]]
 
 
-Policy = Callable[[Connection], Awaitable[Forward | Refuse | Handle]]
-"""Asked once for each connection that the configuration does not refuse."""
+class HandOff(msgspec.Struct, frozen=True):
+    """Give the accepted socket itself to the process that listens at the Unix socket `path` (proxy/handoff.py has the format); from then on it is
+    that one's. If nobody listens there, or who does takes nothing for `policy_timeout` seconds, it becomes of it what `otherwise` says.
 
-
-class ConnectionStream(trio.abc.HalfCloseableStream):
-    """The client's side of a connection, for a handler. `connection` tells whose it is.
-
-    `received` and `sent` count bytes. A handler that raises, or is cancelled, resets the client: an orderly end would tell it
-    that it has everything.
+    Only root and this process's own user may listen there, and `uid` if that is given. ValueError if the path is none.
     """
 
-    def __init__(self, stream: trio.SocketStream, connection: Connection, already: bytes) -> None:
-        self.connection = connection
-        self.received = len(already)
-        self.sent = 0
-        self.broken = False
-        """The client has reset the connection, or is gone."""
-        self._stream = stream
-        self._already = already
+    path: str
+    otherwise: Forward | Refuse = Refuse()
+    uid: int | None = None
 
-    async def receive_some(self, max_bytes: int | None = None) -> bytes:
-        """The next bytes, those first that had been read before; b"" at the client's FIN. Raises BrokenResourceError on a reset."""
-        if self._already:
-            await trio.lowlevel.checkpoint()
-            size = len(self._already) if max_bytes is None else max_bytes
-            chunk, self._already = self._already[:size], self._already[size:]
-            return chunk
-        with self._noting():
-            data = bytes(await self._stream.receive_some(max_bytes))
-        self.received += len(data)
-        return data
+    def __post_init__(self) -> None:
+        if not self.path.startswith("/") or "\0" in self.path or len(os.fsencode(self.path)) > _PATH_BYTES:
+            raise ValueError(
+                f"{self.path!r} is no Unix socket's path: give an absolute one of at most {_PATH_BYTES} bytes"
+            )
 
-    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
-        """All of it, or BrokenResourceError."""
-        with self._noting():
-            await self._stream.send_all(data)
-        self.sent += len(data)
 
-    async def wait_send_all_might_not_block(self) -> None:
-        """Back-pressure without data."""
-        with self._noting():
-            await self._stream.wait_send_all_might_not_block()
-
-    async def send_eof(self) -> None:
-        """A FIN; what the client says goes on."""
-        with self._noting():
-            await self._stream.send_eof()
-
-    @contextmanager
-    def _noting(self) -> Iterator[None]:
-        try:
-            yield
-        except trio.BrokenResourceError:
-            self.broken = True
-            raise
-
-    async def aclose(self) -> None:
-        """Closes it; harmless when repeated."""
-        await self._stream.aclose()
+Policy = Callable[[Connection], Awaitable[Forward | Refuse | Handle | HandOff]]
+"""Asked once for each connection that the configuration does not refuse."""
