@@ -309,7 +309,8 @@ class Connection(Timed):
         choice = workload.choose_source(self.client[0], self.dialled, target, is_local, dialled_local)  # type: ignore[arg-type]
         if not choice.ways:
             loop.remark(
-                f'a connection is refused: upstream.source = "client", and {format_address(target)} would see {choice.why}'
+                f'a connection is refused: upstream.source = "client", and {format_address(target)} would see {choice.why}',
+                kind=choice.why,
             )
             return self.end("refused_by_policy")
         sock, number, way = workload.enter().dial(choice, self.client, target)
