@@ -95,7 +95,7 @@ from tproxyd import MissingError, config_from_mapping
 from tproxyd.interceptor import open_interceptor
 async def main():
     config = {{"capture": {{"ports": ["8081", "8082"]}}, "relay": {{"workers": 0, "engine": "{engine}"}}}}
-    async with open_interceptor(config_from_mapping(config), on_record=lambda r: print(r.outcome, flush=True)):
+    async with open_interceptor(config_from_mapping(config), on_record=lambda r: print(r.outcome, flush=True), own_namespace=True):
         print("open", flush=True)
         await trio.sleep_forever()
 logging.basicConfig()
@@ -369,7 +369,7 @@ loop.RelayLoop.__init__ = noting
 
 async def main():
     config = {"capture": {"ports": ["8080", "9999"]}, "relay": {"workers": 0, "idle_timeout": "300ms"}}
-    async with open_interceptor(config_from_mapping(config), on_record=lambda record: None) as interceptor:
+    async with open_interceptor(config_from_mapping(config), on_record=lambda record: None, own_namespace=True) as interceptor:
         print("open", flush=True)
         await trio.to_thread.run_sync(sys.stdin.readline)
         (own,) = loops

@@ -87,7 +87,7 @@ async def main():
         print(record.source, record.outcome, record.bytes_from_client, record.bytes_from_upstream, flush=True)
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGUSR1) as signals:
         async with trio.open_nursery() as nursery:
-            async with open_interceptor(config, policy=policy, on_record=on_record) as interceptor:
+            async with open_interceptor(config, policy=policy, on_record=on_record, own_namespace=True) as interceptor:
                 print("open", flush=True)
                 async for number in signals:
                     if number == signal.SIGTERM:

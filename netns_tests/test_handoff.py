@@ -44,7 +44,7 @@ async def main():
         sys.stdout.write(lines.decode())
         sys.stdout.flush()
     with trio.open_signal_receiver(signal.SIGTERM) as signals:
-        async with open_interceptor(config, policy=policy, policy_timeout=0.4, on_lines=on_lines) as interceptor:
+        async with open_interceptor(config, policy=policy, policy_timeout=0.4, on_lines=on_lines, own_namespace=True) as interceptor:
             print("open", flush=True)
             async for _ in signals:
                 break

@@ -453,7 +453,7 @@ async def main():
     def on_record(record):
         print("record", record.source, record.outcome, record.bytes_from_client, flush=True)
     with trio.open_signal_receiver(signal.SIGTERM) as signals:
-        async with open_interceptor(config, policy=policy, on_record=on_record):
+        async with open_interceptor(config, policy=policy, on_record=on_record, own_namespace=True):
             print("open", flush=True)
             async for number in signals:
                 break

@@ -197,7 +197,7 @@ homes.ProcessHome.start = start_and_kill_the_first
 
 async def main():
     with trio.fail_after(8):
-        async with open_interceptor(config_from_mapping({"capture": {"ports": ["8080"]}})):
+        async with open_interceptor(config_from_mapping({"capture": {"ports": ["8080"]}}), own_namespace=True):
             print("ready", len(born), flush=True)
 
 trio.run(main)
