@@ -81,6 +81,10 @@ async def test_27_a_unix_socket_at_which_nobody_can_be_had(way: Way, what: str) 
             took.append(since_it_was_there(tap.heard(), one))
         assert median_ms(f"{way}, {what}: reset after", took) < AT_ONCE
         assert await daemon.stop() == 0
+    told = {"no file": "there is no such socket (ENOENT)", "no permission": "permission denied (EACCES)"}.get(what)
+    lines = [line for line in daemon.process.stderr_text.splitlines() if "cannot connect" in line]
+    assert len(lines) == (told is not None)  # of five within five seconds
+    assert told is None or f"cannot connect to unix:{path}: {told}; " in lines[0]
 
 
 @BOTH_LAYOUTS

@@ -323,7 +323,7 @@ class RelayLoop:
             if now >= wheel.due:
                 for connection in wheel.expire(now, also_active=True):
                     if not connection.settle():
-                        connection.end("upstream_timeout")
+                        connection.give_up()
         if now >= self.settling.due:
             for connection in self.settling.expire(now, also_active=True):
                 connection.settle()
