@@ -6,13 +6,14 @@ namespace before anything else happened, so not even a mistake in a test can rea
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Generator, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from netns_tests.turns import turn
 from tproxyd.net.capabilities import missing_capabilities
 from tproxyd.testing.isolation import LAB_CAPABILITIES, isolate_this_process
 from tproxyd.testing.plugin import DEFAULT_COUNT_DIVISOR
@@ -30,13 +31,41 @@ _UNIT = Path(__file__).parent / "unit"
 _NEEDS_ROOT = "make nstest needs root: type `sudo make nstest`"
 
 
+_TURNS = pytest.StashKey[Path]()
+
+
 def pytest_configure(config: pytest.Config) -> None:
     if config.option.count_divisor is None:
         config.option.count_divisor = DEFAULT_COUNT_DIVISOR
     if not missing_capabilities(LAB_CAPABILITIES) and not all(
         _is_unit(Path(argument.partition("::")[0])) for argument in config.args
     ):
-        isolate_this_process()
+        # xdist's workers (pytest -n) are born in the empty namespace of the process that hands out the tests, the thread
+        # that talks with it included; each takes one of its own, because a namespace has one lock, one set of ports.
+        isolate_this_process(other_threads_are=hasattr(config, "workerinput"))
+    if hasattr(config, "workerinput"):
+        config.stash[_TURNS] = Path(config.workerinput["turns"])
+    else:
+        turns = TemporaryDirectory(prefix="tproxyd-turns-")
+        config.add_cleanup(turns.cleanup)
+        config.stash[_TURNS] = Path(turns.name)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """xdist asks it for each worker that it is about to start."""
+    node.workerinput["turns"] = str(node.config.stash[_TURNS])
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Those that run alone come last: while one does, the other workers have nothing to do."""
+    items.sort(key=_is_timed)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    with turn(item.config.stash[_TURNS], alone=_is_timed(item)):
+        return (yield)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
@@ -83,6 +112,10 @@ async def bench(request: pytest.FixtureRequest, open_lab: OpenLab) -> AsyncItera
 
     async with open_bench(request.param, open_lab) as opened:
         yield opened
+
+
+def _is_timed(item: pytest.Item) -> bool:
+    return item.get_closest_marker("timed") is not None
 
 
 def _is_unit(path: Path) -> bool:
