@@ -379,8 +379,12 @@ async def main():
         kept = {
             "connections": own._books.connections, "new": own._books._new, "again": own._again, "blocked": own._blocked,
             "flushing": own.flushing, "sources": own._books._sources, "records": own._books._records, "ready": own._ready,
-            **{name: [one for slot in getattr(own, name)._slots.values() for one in slot]
-               for name in ("dialling", "settling", "idle", "half_closed")},
+            "waiting": own.waiting, "handed": own._handed,
+            **{f"of {name}": one.connections for name, one in own._workloads.items()},
+            **{name: [one for wheel in wheels for slot in wheel._slots.values() for one in slot]
+               for name, wheels in (
+                   ("dialling", own._dialling.values()), ("opening", own._opening.values()),
+                   ("settling", [own.settling]), ("idle", [own.idle]), ("half_closed", [own.half_closed]))},
         }
         print({name: len(what) for name, what in kept.items() if what}, len(own._handlers), own.pipes.open - len(own.pipes._spare))
         gc.disable()
