@@ -31,7 +31,8 @@ _UNIT = Path(__file__).parent / "unit"
 _NEEDS_ROOT = "make nstest needs root: type `sudo make nstest`"
 
 
-_TURNS = pytest.StashKey[Path]()
+_OF_THIS_RUN = pytest.StashKey[Path]()
+"""A directory that all processes of a run share."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -44,17 +45,17 @@ def pytest_configure(config: pytest.Config) -> None:
         # that talks with it included; each takes one of its own, because a namespace has one lock, one set of ports.
         isolate_this_process(other_threads_are=hasattr(config, "workerinput"))
     if hasattr(config, "workerinput"):
-        config.stash[_TURNS] = Path(config.workerinput["turns"])
+        config.stash[_OF_THIS_RUN] = Path(config.workerinput["of_this_run"])
     else:
-        turns = TemporaryDirectory(prefix="tproxyd-turns-")
-        config.add_cleanup(turns.cleanup)
-        config.stash[_TURNS] = Path(turns.name)
+        directory = TemporaryDirectory(prefix="tproxyd-tests-")
+        config.add_cleanup(directory.cleanup)
+        config.stash[_OF_THIS_RUN] = Path(directory.name)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node: Any) -> None:
     """xdist asks it for each worker that it is about to start."""
-    node.workerinput["turns"] = str(node.config.stash[_TURNS])
+    node.workerinput["of_this_run"] = str(node.config.stash[_OF_THIS_RUN])
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -64,7 +65,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
-    with turn(item.config.stash[_TURNS], alone=_is_timed(item)):
+    with turn(item.config.stash[_OF_THIS_RUN], alone=_is_timed(item)):
         return (yield)
 
 
@@ -75,11 +76,11 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _bytecode() -> Iterator[None]:
+def _bytecode(pytestconfig: pytest.Config) -> Iterator[None]:
     """What Python compiles of tproxyd is kept for this run alone: a checkout gets no file from it, and every daemon starts faster."""
-    with TemporaryDirectory(prefix="tproxyd-bytecode-") as directory, pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
-        patch.setenv("PYTHONPYCACHEPREFIX", directory)
+        patch.setenv("PYTHONPYCACHEPREFIX", str(pytestconfig.stash[_OF_THIS_RUN] / "bytecode"))
         yield
 
 
