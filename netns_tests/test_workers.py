@@ -27,6 +27,7 @@ def count(number: int) -> str:
 
 @pytest.mark.parametrize("number", [1, 2])
 @GATEWAY_V4
+@pytest.mark.timed
 async def test_a_killed_worker_costs_its_own_connections_and_nothing_else(
     way: Way, nursery: trio.Nursery, number: int
 ) -> None:
