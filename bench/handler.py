@@ -71,7 +71,9 @@ async def main(config: Path, way: str) -> None:
     write = partial(os.write, 1)
     gc.set_threshold(50_000, 20, 100)  # as a program would that has many connections
     with trio.open_signal_receiver(signal.SIGTERM) as signals:
-        async with open_interceptor(load_config(config), policy=policy, on_lines=lambda lines: void(write(lines))):
+        async with open_interceptor(
+            load_config(config), policy=policy, on_lines=lambda lines: void(write(lines)), own_namespace=True
+        ):
             print("ready", file=sys.stderr, flush=True)
             async for _ in signals:
                 break

@@ -224,6 +224,7 @@ async def test_33_slow_reader_does_not_grow_the_proxy(way: Way, nursery: trio.Nu
 
 
 @GATEWAY_V4
+@pytest.mark.timed
 async def test_33_stalled_connections_cost_no_time(way: Way, nursery: trio.Nursery) -> None:
     """Nothing is polled for them: 300 downloads that nobody reads."""
 

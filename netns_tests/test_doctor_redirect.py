@@ -420,7 +420,7 @@ async def test_a_program_that_embeds_tproxyd_is_no_dead_daemon(sidecar_lab: Lab,
         "import pathlib, sys, trio, tproxyd\n"
         "from tproxyd.config import load_config\n"
         "async def main():\n"
-        "    async with tproxyd.open_interceptor(load_config(pathlib.Path(sys.argv[1]))):\n"
+        "    async with tproxyd.open_interceptor(load_config(pathlib.Path(sys.argv[1])), own_namespace=True):\n"
         '        print("up", flush=True)\n'
         "        await trio.sleep(60)\n"
         "trio.run(main)"

@@ -87,7 +87,7 @@ async def main():
         print(record.source, record.outcome, record.bytes_from_client, record.bytes_from_upstream, flush=True)
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGUSR1) as signals:
         async with trio.open_nursery() as nursery:
-            async with open_interceptor(config, policy=policy, on_record=on_record) as interceptor:
+            async with open_interceptor(config, policy=policy, on_record=on_record, own_namespace=True) as interceptor:
                 print("open", flush=True)
                 async for number in signals:
                     if number == signal.SIGTERM:
@@ -197,6 +197,23 @@ async def test_30_what_a_server_has_said_reaches_a_slow_client_before_the_reset(
             assert seen.end == "reset"
             assert_is_payload(seen.data, 200_000)
             assert await record(process, client) == "upstream_reset 0 200000"
+
+
+@GATEWAY_V4
+async def test_30_a_reset_that_is_found_on_sending_lets_the_answer_through_and_is_no_end_in_order(way: Way) -> None:
+    """The client does not read, so nothing is read from the server; then it speaks, and the server is gone."""
+    async with program(way) as process, both_ends(way, 8090) as (client, app):
+        with trio.fail_after(15):
+            sent = 0
+            with trio.move_on_after(0.5):  # until nothing more is taken
+                while True:
+                    sent += await app.socket.send(b"y" * 65536)
+            await reset(app)
+            await client.send_all(b"anybody there?")
+            seen = await read(client, Seen())
+            assert seen.end == "reset"
+            assert 1_000_000 < len(seen.data) <= sent
+            assert await record(process, client) == f"upstream_reset 14 {len(seen.data)}"
 
 
 @GATEWAY_V4

@@ -41,7 +41,7 @@ async def main():
     print("cancelled", flush=True)
 
 async def serve():
-    async with open_interceptor(config_from_mapping({"capture": {"ports": ["8080"]}}), on_record=on_record) as interceptor:
+    async with open_interceptor(config_from_mapping({"capture": {"ports": ["8080"]}}), on_record=on_record, own_namespace=True) as interceptor:
         print("open", interceptor.listen, flush=True)
         await trio.sleep_forever()
 
@@ -64,7 +64,7 @@ class CancelAt(trio.abc.Instrument):
             self.scope.cancel()
 
 async def run():
-    async with open_interceptor(config_from_mapping({"capture": {"ports": ["8080"]}}), on_record=lambda record: None) as interceptor:
+    async with open_interceptor(config_from_mapping({"capture": {"ports": ["8080"]}}), on_record=lambda record: None, own_namespace=True) as interceptor:
         with trio.socket.socket() as client:
             with contextlib.suppress(ConnectionResetError):  # a self-call, and reset as fast as that
                 await client.connect(("127.0.0.1", 15006))

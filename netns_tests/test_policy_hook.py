@@ -60,7 +60,7 @@ async def main():
     def on_record(record):
         print(record.source, record.outcome, record.bytes_from_client, record.bytes_from_upstream, record.rule, flush=True)
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGUSR1) as signals:
-        async with open_interceptor(config, policy=policy, policy_timeout=0.3, on_record=on_record) as interceptor:
+        async with open_interceptor(config, policy=policy, policy_timeout=0.3, on_record=on_record, own_namespace=True) as interceptor:
             print("open", flush=True)
             async for number in signals:
                 if number == signal.SIGTERM:

@@ -229,6 +229,7 @@ async def test_35_without_sniffing_a_header_waits_for_nothing(way: Way, version:
 
 
 @BOTH_LAYOUTS
+@pytest.mark.timed
 async def test_35_a_server_that_speaks_first_is_kept_waiting_for_sniff_timeout_and_no_longer(way: Way) -> None:
     async with open_wire(way, config("v2", policy='sniff_timeout = "400ms"')) as wire:
         hello, began = client_hello(), trio.current_time()
@@ -266,6 +267,7 @@ async def test_34_a_client_hello_in_pieces_is_waited_for(way: Way) -> None:
 
 
 @SIDECAR_V4
+@pytest.mark.timed
 async def test_34_a_client_hello_that_is_too_slow_is_done_without(way: Way) -> None:
     hello = client_hello()
     async with open_wire(way, config("v2", policy='sniff_timeout = "300ms"')) as wire:

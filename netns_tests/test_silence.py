@@ -43,7 +43,7 @@ def told(record):
 
 async def main():
     config = config_from_mapping({"capture": {"ports": ["8080-8090"]}, "relay": {"workers": 0}})
-    async with open_interceptor(config, on_record=told):
+    async with open_interceptor(config, on_record=told, own_namespace=True):
         print("open", flush=True)
         await trio.sleep_forever()
 trio.run(main)

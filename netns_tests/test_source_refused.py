@@ -126,7 +126,7 @@ def on_record(record):
 
 async def main():
     config = {"capture": {"ports": ["8080"]}, "upstream": {"source": sys.argv[1]}}
-    async with open_interceptor(config_from_mapping(config), policy=policy, on_record=on_record):
+    async with open_interceptor(config_from_mapping(config), policy=policy, on_record=on_record, own_namespace=True):
         print("open", flush=True)
         await trio.sleep_forever()
 logging.basicConfig(level="INFO")

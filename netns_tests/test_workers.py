@@ -27,6 +27,7 @@ def count(number: int) -> str:
 
 @pytest.mark.parametrize("number", [1, 2])
 @GATEWAY_V4
+@pytest.mark.timed
 async def test_a_killed_worker_costs_its_own_connections_and_nothing_else(
     way: Way, nursery: trio.Nursery, number: int
 ) -> None:
@@ -197,7 +198,7 @@ homes.ProcessHome.start = start_and_kill_the_first
 
 async def main():
     with trio.fail_after(8):
-        async with open_interceptor(config_from_mapping({"capture": {"ports": ["8080"]}})):
+        async with open_interceptor(config_from_mapping({"capture": {"ports": ["8080"]}}), own_namespace=True):
             print("ready", len(born), flush=True)
 
 trio.run(main)

@@ -5,6 +5,7 @@ The public names, imported when they are first used: reading a config needs neit
     load_config, config_from_mapping    a file or a mapping becomes a frozen Config
     make_plan, render                   a Config becomes what the kernel should hold, and its text
     open_interceptor                    captures, and serves what is captured, in a trio program
+    Workload, Event                     a network namespace that is captured, and what happens to it
     Connection; Forward, Refuse, Handle, HandOff    what its policy is asked, and may answer
     receive_connections                 what is handed off, in another process
     Record, Outcome, Counters           what a connection leaves behind, and all of them together
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from tproxyd.config import Config, config_from_mapping, load_config
     from tproxyd.datapath import Counters, Outcome, Record
     from tproxyd.errors import CapabilityError, ConfigError, KernelError, MissingError, TproxydError, UsageError
-    from tproxyd.interceptor import Interceptor, open_interceptor
+    from tproxyd.interceptor import Event, Interceptor, Workload, open_interceptor
     from tproxyd.plan import Plan, make_plan, render
     from tproxyd.proxy import Connection, ConnectionStream, Forward, Handle, HandOff, Refuse, receive_connections
 
@@ -31,6 +32,7 @@ __all__ = [
     "Connection",
     "ConnectionStream",
     "Counters",
+    "Event",
     "Forward",
     "HandOff",
     "Handle",
@@ -43,6 +45,7 @@ __all__ = [
     "Refuse",
     "TproxydError",
     "UsageError",
+    "Workload",
     "__version__",
     "config_from_mapping",
     "load_config",
@@ -58,7 +61,7 @@ _HOME = {
     "tproxyd.config": ("Config", "config_from_mapping", "load_config"),
     "tproxyd.errors": ("CapabilityError", "ConfigError", "KernelError", "MissingError", "TproxydError", "UsageError"),
     "tproxyd.datapath": ("Counters", "Outcome", "Record"),
-    "tproxyd.interceptor": ("Interceptor", "open_interceptor"),
+    "tproxyd.interceptor": ("Event", "Interceptor", "Workload", "open_interceptor"),
     "tproxyd.plan": ("Plan", "make_plan", "render"),
     "tproxyd.proxy": (
         "Connection",

@@ -26,7 +26,7 @@ from tproxyd.config.schema import (
 from tproxyd.config.values import Endpoint, Mark, Network, PortRange, UnixPath, is_interface
 
 if TYPE_CHECKING:
-    from tproxyd.config.load import DEFAULT_FILE, config_from_mapping, load_config
+    from tproxyd.config.load import DEFAULT_FILE, config_from_mapping, load_config, override
 
 __all__ = [
     "DEFAULT_FILE",
@@ -50,10 +50,11 @@ __all__ = [
     "config_from_mapping",
     "is_interface",
     "load_config",
+    "override",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("DEFAULT_FILE", "config_from_mapping", "load_config"):
+    if name in ("DEFAULT_FILE", "config_from_mapping", "load_config", "override"):
         return getattr(import_module("tproxyd.config.load"), name)
     raise AttributeError(f"module 'tproxyd.config' has no attribute {name!r}")

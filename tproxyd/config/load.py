@@ -23,7 +23,7 @@ from tproxyd.config.values import ports as read_ports
 from tproxyd.config.wording import printable, short, shown, toml_kind
 from tproxyd.errors import ConfigError, UsageError
 
-__all__ = ["DEFAULT_FILE", "config_from_mapping", "load_config"]
+__all__ = ["DEFAULT_FILE", "config_from_mapping", "load_config", "override"]
 
 DEFAULT_FILE = Path("/etc/tproxyd/tproxyd.toml")
 """Read without -c, then conf.d/*.toml beside it."""
@@ -69,6 +69,18 @@ def load_config(path: Path | None = None, *, ports: Sequence[str] = (), default:
 def config_from_mapping(mapping: Mapping[str, Any], *, origin: str = "config") -> Config:
     """A Config from what TOML would give. `origin` names it in messages. Raises ConfigError with every problem."""
     return _make(_Tree(mapping, origin=origin))
+
+
+def override(config: Config, overrides: Mapping[str, Any], *, origin: str = "overrides") -> Config:
+    """The Config with some keys of some tables otherwise, given as TOML would: tables merge by key, lists replace, rules too. What concerns the
+    whole program ([relay], [limits], [drain], [admin], [log]) cannot be otherwise. `origin` as above. Raises ConfigError with every problem."""
+    whole = [name for name in overrides if name in keys_of(Config) and name not in _OVERRIDDEN]
+    if whole:
+        raise ConfigError(*(f"{origin}: `{name}` is the same for all workloads; remove it there" for name in whole))
+    return _make(_Tree(overrides, origin=origin), base=config)
+
+
+_OVERRIDDEN = ("capture", "listen", "routing", "upstream", "policy")
 
 
 def _drop_ins(directory: Path) -> list[Path]:
@@ -177,7 +189,10 @@ class _Tree:
         return printable(written[-1] if written else self._origin)
 
 
-def _make(tree: _Tree, *, added: tuple[PortRange, ...] = (), unread: Sequence[str] = ()) -> Config:
+def _make(
+    tree: _Tree, *, added: tuple[PortRange, ...] = (), unread: Sequence[str] = (), base: Config | None = None
+) -> Config:
+    base = base or Config()
     problems = list(unread)
     bad: set[_Keys] = set()
 
@@ -198,8 +213,11 @@ def _make(tree: _Tree, *, added: tuple[PortRange, ...] = (), unread: Sequence[st
         elif not isinstance(content, Mapping):
             say(f"`{name}` is {toml_kind(content)}; it is a table: write [{name}] on a line of its own", (name,))
         else:
-            tables[name] = kinds[name](**_read_keys(tree, (name,), name, kinds[name], content, say))
-    config = Config(**tables)  # where a key is bad, its default stands in; nothing below looks at those
+            fields = _read_keys(tree, (name,), name, kinds[name], content, say)
+            tables[name] = msgspec.structs.replace(getattr(base, name), **fields)
+    config = msgspec.structs.replace(
+        base, **tables
+    )  # where a key is bad, its default stands in; nothing below looks at those
     if added and good(_PORTS):
         config = msgspec.structs.replace(config, capture=_with_ports(config.capture, added))
         for sentence in _check_added(config.capture, added):

@@ -342,12 +342,13 @@ class Connection(Timed):
 
     def _dial_unix(self) -> None:
         assert isinstance(self.target, str)
-        waiting = self.loop.waiting
+        waiting = self.workload.waiting
         sock, number = None, errno.EAGAIN
         if not waiting or next(iter(waiting)) is self:  # who comes later does not overtake
             sock, number = self.workload.enter().dial_unix(self.target)
         if number == errno.EAGAIN:
             waiting[self] = None  # until connect_timeout; who is there keeps its place
+            self.loop.knocking.add(self.workload)
             return self.workload.dialling.add(self)
         waiting.pop(self, None)
         if sock is None:

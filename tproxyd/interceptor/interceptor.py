@@ -1,42 +1,44 @@
-"""Plan, kernel and data path put together for the caller's own network namespace.
+"""What an embedding program opens and holds: relay loops, the own namespace's interception if that is wanted, and workloads.
 
-The order is the whole point: listeners first, then the kernel's state with capture last; at the end capture first, then the
-connections, then everything else. Cancelled or broken anywhere, the kernel is left as if this had never run.
+How one interception is put together and taken apart is `capture`; how workloads come and go, `workloads`.
 """
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import resource
 import socket
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from functools import partial
+from pathlib import Path
+from typing import Any, Literal
 
 import msgspec
 import trio
 
 from tproxyd import kernel
-from tproxyd.config import Config
+from tproxyd.config import Config, config_from_mapping, load_config
 from tproxyd.datapath import Counters, Record, Setup, WorkloadSetup, splice_error
-from tproxyd.errors import ConfigError, KernelError, MissingError, TproxydError
+from tproxyd.errors import ConfigError, KernelError, MissingError
+from tproxyd.interceptor.capture import Capture, Listeners, open_listeners
 from tproxyd.interceptor.keeper import Keeper
 from tproxyd.interceptor.relays import OnLines, Relays
 from tproxyd.interceptor.threads import in_thread
+from tproxyd.interceptor.workloads import Event, Workload, Workloads
 from tproxyd.net.capabilities import require_capabilities
-from tproxyd.net.namespaces import open_namespace
-from tproxyd.net.proc_net import Connections, closing_connections, half_open_connections, open_file_count, port_holder
-from tproxyd.net.sockets import format_address, open_listener, spread_by_source
-from tproxyd.plan import Family, Marks, Surroundings, make_plan, ssh_remarks
+from tproxyd.net.namespaces import NamespaceLike, open_namespace
+from tproxyd.net.proc_net import open_file_count
+from tproxyd.plan import DEFAULT_NAME, Family, Marks, Plan, Surroundings, ssh_remarks, table_names
 from tproxyd.proxy import Policy
 
 __all__ = ["Interceptor", "open_interceptor"]
 
 _log = logging.getLogger(__name__)
 
-_OWN = "host"  # what the own namespace is called as a workload
+OWN = "host"
+"""What the own namespace is called as a workload."""
 
 # Files that connections leave to the rest of the process: listeners, a child's pipes, netlink, and some of the program around.
 _RESERVED_FILES = 32
@@ -44,76 +46,89 @@ _MOST_PIPES = 1024  # of a loop
 _FILES_A_PIPE = (
     40  # of all files, one in twenty for pipes, which take two each: a thousand pipes beside nine thousand connections
 )
-_STUCK = 3.0  # seconds without progress: a packet and its retransmissions after one and two more
-_POLL = 0.02  # seconds; the kernel has no event for either of what is waited for
 
 
 class Interceptor:
-    """What `open_interceptor` gives. `listen` has the listeners' addresses; `connections` is how many live, as told some hundredths of
-    a second ago."""
+    """What `open_interceptor` gives. `listen` has the addresses of the own namespace's listeners, if that is captured."""
 
-    def __init__(self, config: Config, listen: tuple[tuple[str, int], ...], keeper: Keeper, relays: Relays) -> None:
-        self.listen = listen
+    def __init__(self, config: Config, relays: Relays, workloads: Workloads, own: Capture | None) -> None:
+        self.listen = own.keeper.plan().listen if own is not None else ()
         self._config = config
-        self._keeper = keeper
         self._relays = relays
+        self._workloads = workloads
+        self._own = own
+
+    # Workloads: other network namespaces.
+
+    async def add_workload(
+        self,
+        name: str,
+        *,
+        netns: NamespaceLike,
+        overrides: Mapping[str, Any] | None = None,
+        dial: Literal["workload", "agent"] = "workload",
+    ) -> None:
+        """Captures in another network namespace: a path, a process id, or a file descriptor. On return capture is on there.
+
+        `overrides` are tables as in the configuration file ([capture], [listen], [routing], [upstream], [policy]) that are otherwise than the
+        interceptor's. Connections to upstreams are made in the workload's namespace, or with `dial` "agent" in the program's own, as
+        the program itself.
+
+        The same again is harmless. The same name with another namespace (by device and inode), overrides or `dial` replaces what was there; its
+        connections are reset. It ends when it is removed, when its namespace is gone (the path leads elsewhere, the process
+        has ended; of a descriptor that cannot be seen), or with the interceptor.
+
+        Raises ConfigError, MissingError (there is no such namespace), CapabilityError, and KernelError (somebody else captures there, a port in use, ...);
+        then it is not there, and nothing of it is left.
+        """
+        await self._workloads.add(name, Workload(netns=netns, overrides=overrides, dial=dial))
+
+    async def remove_workload(self, name: str, *, drain: float = 0.0) -> None:
+        """Takes a workload's interception away: capture first. Its connections are reset, or have `drain` seconds to end. Harmless where there is
+        none of this name."""
+        await self._workloads.remove(name, drain=drain)
+
+    async def sync_workloads(self, workloads: Mapping[str, NamespaceLike | Workload]) -> None:
+        """Makes these the workloads: what is missing is added, what is otherwise replaced, all others are removed. Returns when each has been tried once.
+
+        One that cannot be captured is none of the others' trouble: it is told as an event and in the log, and tried again after one second, two, and so on
+        up to a minute, until it is wanted no more. Raises ConfigError for bad names, overrides or `dial`, before anything is done.
+        """
+        await self._workloads.sync(workloads)
 
     @property
-    def repairs(self) -> Mapping[str, int]:
-        """How often the kernel's state was put right after somebody else had changed it, by kind."""
-        return self._keeper.repairs
+    def workloads(self) -> tuple[str, ...]:
+        """The names of those that are captured, or are to be."""
+        return tuple(self._workloads)
+
+    def events(self) -> AbstractAsyncContextManager[AsyncIterator[Event]]:
+        """What happens to workloads, from now on: `async with interceptor.events() as events: async for event in events: ...`. There may be several
+        listeners. Whoever takes none keeps nobody waiting: of more than 1,024 the oldest are dropped, and counted in the next."""
+        return self._workloads.events()
+
+    def plan(self, workload: str = OWN) -> Plan:
+        """What the kernel is to hold for a workload, or for the own namespace. Raises KeyError if there is none of this name, and KernelError while
+        it cannot be captured."""
+        if workload == OWN and self._own is not None:
+            return self._own.keeper.plan()
+        return self._workloads.plan(workload)
+
+    async def stats(self) -> dict[str, Counters]:
+        """By workload, what has been counted since it was added, living connections included; "host" is the own namespace."""
+        return await self._relays.count()
 
     @property
-    def trouble(self) -> str:
-        """What is wrong with the kernel's state and cannot be put right at the moment; empty if nothing is."""
-        return self._keeper.trouble
+    def troubles(self) -> dict[str, str]:
+        """By workload, what is wrong with it at the moment, as far as something is."""
+        own = {OWN: self._own.keeper.trouble} if self._own is not None and self._own.keeper.trouble else {}
+        return own | self._workloads.troubles()
 
-    @property
-    def capturing(self) -> bool:
-        """Whether new connections are taken: not after `stop_capture`, `drain` or `revert`."""
-        return self._keeper.capturing
-
-    @property
-    def others(self) -> trio.Event:
-        """Set when somebody else's nft rules have changed since it was asked for."""
-        return self._keeper.others
-
-    @property
-    def families(self) -> tuple[Family, ...]:
-        """Those that are captured at the moment."""
-        return self._keeper.surroundings.families
-
-    @property
-    def marks(self) -> Marks:
-        return self._keeper.marks
-
-    async def differences(self) -> list[kernel.Change]:
-        """What would have to change in the kernel, now; after `revert`, all that has been taken away. Raises TproxydError."""
-        return await self._keeper.differences()
+    # All of it.
 
     @property
     def connections(self) -> int:
+        """How many live, as told some hundredths of a second ago."""
         return self._relays.active
-
-    async def stop_capture(self) -> None:
-        """Takes no new connection from now on: new clients get what `capture.when_down` says. Harmless when repeated.
-
-        If the kernel refuses, that is logged, and connections go on being taken.
-        """
-        try:
-            await self._keeper.stop_capture()
-        except TproxydError as error:
-            _log.error("capture cannot be switched off: %s", error)
-
-    async def revert(self) -> list[kernel.Change]:
-        """Takes all kernel state away, for good: what `tproxyd revert` asks for. Connections to foreign addresses, and in redirect mode all, do not
-        survive that."""
-        return await self._keeper.revert()
-
-    async def counters(self) -> Counters:
-        """What has been counted since the start, living connections included."""
-        counted = await self._relays.count()
-        return counted.get(_OWN, Counters())
 
     @property
     def records_dropped(self) -> int:
@@ -121,70 +136,136 @@ class Interceptor:
         return self._relays.records_dropped
 
     async def drain(self) -> None:
-        """Stops capture, and returns when the last connection has ended. The caller sets the deadline.
+        """Stops capture everywhere, and returns when the last connection has ended. The caller sets the deadline.
 
         A handshake that is under way is waited for, and its connection is served. A connection has ended when its last bytes have
         reached the peer, because without our rules they could not. Either is given up when nothing has come of it for three
         seconds.
         """
-        await self.stop_capture()
-        config = self._config
-        await _until_gone(half_open_connections, config.arrives_at_port)
-        await self._relays.wait_idle(_OWN)
-        stuck = await _until_gone(
-            closing_connections, lambda port: config.arrives_at_port(port) or config.relays_port(port)
-        )
-        if stuck:
-            _log.warning("the last bytes of %d closed connections were not taken by their peers", stuck)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._workloads.drain)
+            if self._own is not None:
+                nursery.start_soon(self._own.drain)
+
+    # The own namespace, where that is captured.
+
+    @property
+    def own(self) -> Keeper:
+        """What keeps the own namespace's kernel state."""
+        assert self._own is not None
+        return self._own.keeper
+
+    async def stop_capture(self) -> None:
+        """Takes no new connection in the own namespace from now on: new clients get what `capture.when_down` says. Harmless when repeated.
+
+        If the kernel refuses, that is logged, and connections go on being taken.
+        """
+        if self._own is not None:
+            await self._own.stop()
+
+    async def counters(self) -> Counters:
+        """What has been counted in the own namespace since the start, living connections included."""
+        counted = await self._relays.count()
+        return counted.get(OWN, Counters())
+
+    @property
+    def repairs(self) -> Mapping[str, int]:
+        """How often the kernel's state was put right there after somebody else had changed it, by kind."""
+        return self.own.repairs
+
+    @property
+    def trouble(self) -> str:
+        """What is wrong with the kernel's state there and cannot be put right at the moment; empty if nothing is."""
+        return self.own.trouble
+
+    @property
+    def capturing(self) -> bool:
+        """Whether new connections are taken there: not after `stop_capture`, `drain` or `revert`."""
+        return self.own.capturing
+
+    @property
+    def others(self) -> trio.Event:
+        """Set when somebody else's nft rules there have changed since it was asked for."""
+        return self.own.others
+
+    @property
+    def families(self) -> tuple[Family, ...]:
+        """Those that are captured there at the moment."""
+        return self.own.surroundings.families
+
+    @property
+    def marks(self) -> Marks:
+        return self.own.marks
+
+    async def differences(self) -> list[kernel.Change]:
+        """What would have to change in the kernel there, now; after `revert`, all that has been taken away. Raises TproxydError."""
+        return await self.own.differences()
+
+    async def revert(self) -> list[kernel.Change]:
+        """Takes all kernel state there away, for good: what `tproxyd revert` asks for. Connections to foreign addresses, and in redirect mode all, do not
+        survive that."""
+        return await self.own.revert()
 
 
 @asynccontextmanager
 async def open_interceptor(
-    config: Config,
+    config: Config | Mapping[str, Any] | Path,
     *,
+    name: str = DEFAULT_NAME,
     policy: Policy | None = None,
     policy_timeout: float = 1.0,
     on_record: Callable[[Record], None] | None = None,
     on_lines: OnLines | None = None,
+    listeners: Sequence[socket.socket] = (),
+    own_namespace: bool = False,
     ssh_ports: Sequence[int] = (),
 ) -> AsyncIterator[Interceptor]:
-    """Captures in the own network namespace, and serves until the block ends; then nothing of ours is left in the kernel, unless
-    `tproxyd apply` had put it there: then its place is taken, and kept.
+    """Serves until the block ends: workloads (`Interceptor.add_workload`), each in a network namespace of its own, and with `own_namespace` the one that the
+    calling thread is in. Then nothing of ours is left in any kernel state, unless `tproxyd apply` had put it there: then its place is taken,
+    and kept.
 
-    `policy` is asked about every connection that the configuration does not refuse: Forward relays it, Refuse resets it, and
-    Handle gives a stream to a handler of the program. It has `policy_timeout` seconds; if it fails, that connection is refused. Without
-    it no connection costs a task.
+    `config` is what all of them have, but for a workload's overrides: a Config, a mapping as TOML would give, or a file. `name` is that of the
+    nft tables. `policy` is asked about every connection that the configuration does not refuse: Forward relays it, Refuse resets it, Handle gives a stream
+    to a handler of the program, and HandOff gives the socket to another process. It has `policy_timeout` seconds; if it fails, that connection is refused.
+    Without it no connection costs a task.
 
     `on_record` gets each connection's Record at its end, or some hundredths of a second later; `on_lines` gets the same as it
-    stands in the access log: whole lines of JSON, several at a time. Neither may block. `ssh_ports`: at which this host's administrator comes in, besides
-    those at which an SSH server is seen to listen; they are captured only if they are named singly. On entry capture is on and checked: the
-    kernel holds what was planned, and the relay loops have answered. On exit, living connections are reset; call `drain` before
-    to let them end.
+    stands in the access log: whole lines of JSON, several at a time. Neither may block.
+
+    `listeners` are listening TCP sockets of the program that are served as they are, as workload "host": with `own_namespace` they take the place of
+    those that would be opened, and have to be where the plan says. They stay the program's. `ssh_ports`: at which this host's administrator
+    comes in, besides those at which an SSH server is seen to listen; they are captured only if they are named singly.
+
+    On entry capture in the own namespace is on and checked, and the relay loops have answered. On exit, living connections are reset; call
+    `drain` before to let them end. Cancelled anywhere, all is taken away before Cancelled leaves.
 
     Raises ConfigError (nothing to capture, too many connections), CapabilityError, MissingError, and KernelError (another program's
     marks, routes or rules in the way, a port in use, too few files, a step that the kernel refused); then nothing was changed. What the block itself raises arrives in an
     ExceptionGroup, as from a nursery.
     """
-    config.require_captures()
+    config = _config_of(config)
+    table_names(name)  # raises ConfigError
+    if own_namespace:
+        config.require_captures()
     require_capabilities("capturing connections", ("CAP_NET_ADMIN", "CAP_NET_RAW"))
     config = _with_engine(config)
     async with AsyncExitStack() as stack:
-        keeper = await in_thread(partial(Keeper, config, ssh_ports=ssh_ports))
-        stack.callback(keeper.close)
-        _tell_ssh(config, keeper.surroundings)
-        listen = make_plan(config, surroundings=keeper.surroundings).listen
+        keeper = None
+        if own_namespace:
+            keeper = await in_thread(partial(Keeper, config, name=name, ssh_ports=ssh_ports))
+            stack.callback(keeper.close)
+            _tell_ssh(config, keeper.surroundings)
         setups = _make_setups(config, asks=policy is not None)
-        listeners = [
-            [stack.enter_context(_listen(config, address, port, shared=len(setups) > 1)) for address, port in listen]
-            for _ in setups
-        ]
-        if len(setups) > 1 and config.limits.max_connections_per_source:
-            for listener in listeners[0]:
-                # What one client has is counted where all of it arrives.
-                spread_by_source(listener, len(setups))
+        if listeners:
+            served = _copies(stack, listeners, len(setups))
+        else:
+            listen = keeper.plan().listen if keeper is not None else ()
+            served = stack.enter_context(open_listeners(config, listen, len(setups)))
         netns = open_namespace("/proc/thread-self/ns/net")
         stack.callback(os.close, netns)
         relays = Relays(setups, _lines_to(on_record, on_lines), policy=policy, policy_timeout=policy_timeout)
+        workloads = Workloads(config, relays, len(setups), name)
+        stack.callback(workloads.close)
         # Shielded, and ended by nothing but the line below: however this ends, clients must not be steered to listeners that
         # nobody serves. An event and not `nursery.start`, which with a cancellation pending would never give control back.
         serving, ready = trio.CancelScope(shield=True), trio.Event()
@@ -193,28 +274,50 @@ async def open_interceptor(
             try:
                 # The loops start meanwhile. Threads are not abandoned on cancellation: half of a change would be left.
                 await ready.wait()
-                await relays.add(WorkloadSetup(name=_OWN, config=config, listen=listen), listeners, netns)
-                # Before the try: what fails here has taken itself back, and a guard from before, that refuses, goes on doing so.
-                await keeper.put()
-                try:
-                    interceptor = Interceptor(config, listen, keeper, relays)
-                    async with trio.open_nursery() as watching:
-                        await watching.start(keeper.watch)
-                        try:
-                            yield interceptor
-                        finally:
-                            with trio.CancelScope(shield=True):
-                                await interceptor.stop_capture()
-                            watching.cancel_scope.cancel()
-                finally:
-                    serving.cancel()
-                    for listener in [one for group in listeners for one in group]:
-                        listener.close()  # before the state of `tproxyd apply` steers to them again
-                    with trio.CancelScope(shield=True):
-                        await relays.ended()
-                        await keeper.leave()
+                async with AsyncExitStack() as inner:
+                    own = None
+                    if keeper is not None:
+                        own = Capture(OWN, config, keeper=keeper, relays=relays, netns=netns, another=False)
+                        await inner.enter_async_context(own.open(served))
+                    elif listeners:
+                        await inner.enter_async_context(_served(config, relays, listeners, served, netns))
+                    others = await inner.enter_async_context(trio.open_nursery())
+                    await others.start(workloads.serve)
+                    try:
+                        yield Interceptor(config, relays, workloads, own)
+                    finally:
+                        others.cancel_scope.cancel()
             finally:
                 serving.cancel()
+
+
+def _config_of(config: Config | Mapping[str, Any] | Path) -> Config:
+    if isinstance(config, Config):
+        return config
+    return load_config(config) if isinstance(config, Path) else config_from_mapping(config)
+
+
+def _copies(stack: AsyncExitStack, listeners: Sequence[socket.socket], loops: int) -> Listeners:
+    """Of sockets that stay the program's, for each loop."""
+    for listener in listeners:
+        if not listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            raise ConfigError(f"listeners: {listener!r} does not listen; call its listen() before")
+        listener.setblocking(False)
+    return [[stack.enter_context(listener.dup()) for listener in listeners] for _ in range(loops)]
+
+
+@asynccontextmanager
+async def _served(
+    config: Config, relays: Relays, listeners: Sequence[socket.socket], copies: Listeners, netns: int
+) -> AsyncIterator[None]:
+    """Sockets of the program's, to which it brings connections itself."""
+    listen = tuple(listener.getsockname()[:2] for listener in listeners)
+    await relays.add(WorkloadSetup(name=OWN, config=config, listen=listen), copies, netns)
+    try:
+        yield
+    finally:
+        with trio.CancelScope(shield=True):
+            await relays.remove(OWN)
 
 
 async def _serve(relays: Relays, scope: trio.CancelScope, ready: trio.Event) -> None:
@@ -244,24 +347,6 @@ def _lines_to(on_record: Callable[[Record], None] | None, on_lines: OnLines | No
                     _log.exception("on_record failed for connection %s", record.id)
 
     return take
-
-
-async def _until_gone(look: Callable[[Callable[[int], bool]], Connections], captured: Callable[[int], bool]) -> int:
-    """Waits until none of the connections that `look` finds now is found again (later ones are not ours: capture is off), or
-    nothing about them has changed for `_STUCK` seconds; how many are left then."""
-    try:
-        left = await in_thread(partial(look, captured))
-        changed = trio.current_time()
-        while left and trio.current_time() - changed < _STUCK:
-            await trio.sleep(_POLL)
-            now = await in_thread(partial(look, captured))
-            now = {key: queued for key, queued in now.items() if key in left}
-            if now != left:
-                left, changed = now, trio.current_time()
-    except OSError as error:  # no file left to look with: better not to wait than not to drain
-        _log.warning("cannot look for connections that are beginning or ending: %s", error)
-        return 0
-    return len(left)
 
 
 def _with_engine(config: Config) -> Config:
@@ -329,17 +414,3 @@ def _tell_ssh(config: Config, surroundings: Surroundings) -> None:
         _log.info("%s", spared)
     if taken:
         _log.warning("%s", taken)
-
-
-def _listen(config: Config, address: str, port: int, *, shared: bool) -> socket.socket:
-    try:
-        return open_listener(
-            address, port, backlog=config.listen.backlog, shared=shared, transparent=not config.redirects
-        )
-    except OSError as error:
-        family = socket.AF_INET6 if ":" in address else socket.AF_INET
-        holder = port_holder(port, family=family) if error.errno == errno.EADDRINUSE else None
-        raise KernelError(
-            f"cannot listen on {format_address((address, port))}: {error.strerror}{f', by {holder}' if holder else ''}; "
-            "choose another listen.port or stop what uses it"
-        ) from error

@@ -16,7 +16,7 @@ import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, MutableMapping
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import trio
 
@@ -62,7 +62,7 @@ class Keeper:
     `name` is that of the tables, `workload` what the log calls the namespace, `book` what several keepers have in common.
 
     `repairs` counts what others have changed and this has put right, by kind (KINDS); `trouble` says what cannot be put right, if anything.
-    `others` is set, and another one takes its place, when somebody else's ruleset has changed.
+    `on_event` is told of each, in the task of `watch`; it must not block. `others` is set, and another one takes its place, when somebody else's ruleset has changed.
     `ssh_ports` are known to the caller, besides those that are found here: in a namespace that is not the caller's own, where none of this
     host's administrators comes in, port 22 alone is looked at.
     """
@@ -76,6 +76,7 @@ class Keeper:
         workload: str = "",
         book: PlanBook | None = None,
         ssh_ports: Iterable[int] = (),
+        on_event: Callable[[Literal["drift", "trouble"], str], None] = lambda kind, what: None,
     ) -> None:
         table_names(name)  # raises ConfigError
         self.repairs: Counter[str] = Counter()
@@ -86,6 +87,8 @@ class Keeper:
         self._config = self._book.same(config)
         self._log = _OfWorkload(_log, {"workload": workload}) if workload else _log
         self._ssh_ports = (*ssh_ports,)
+        self._on_event = on_event
+        self._repaired_now = ""  # what the last look has put right
         self._held: socket.socket | None = None
         self._nft: kernel.Nft | None = None  # of another namespace: opened for each step
         self._listed: tuple[int, dict[str, str]] | None = None
@@ -130,6 +133,10 @@ class Keeper:
     @property
     def marks(self) -> Marks:
         return make_marks(self._config, self._surroundings.taken_marks)
+
+    def plan(self) -> Plan:
+        """What the kernel is to hold; not to be changed."""
+        return self._wanted(self._surroundings)
 
     async def differences(self) -> list[kernel.Change]:
         """What is otherwise than planned, now. Raises TproxydError."""
@@ -292,10 +299,14 @@ class Keeper:
                 waiting, failed = await self._step(self._repair)
         except Exception as error:  # whatever it is, connections that live are worth more than this one look
             waiting, failed = None, error
+        if self._repaired_now:
+            self._on_event("drift", self._repaired_now)
+            self._repaired_now = ""
         if failed is None:
             self.trouble = ""
         elif str(failed) != self.trouble:
             self.trouble = str(failed)
+            self._on_event("trouble", self.trouble)
             known = isinstance(failed, (TproxydError, OSError))
             self._log.error(
                 "cannot repair the kernel's state, and will try again: %s",
@@ -358,6 +369,7 @@ class Keeper:
             self._log.warning(
                 "another program has changed the kernel's state (%s), repaired: %s", ", ".join(kinds), what
             )
+        self._repaired_now = f"{', '.join(kinds)}: {what}"
         self.repairs.update(kinds)
         for kind in kinds:
             self._repaired[kind].append(time.monotonic())

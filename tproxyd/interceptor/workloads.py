@@ -1,0 +1,351 @@
+"""Workloads of other network namespaces: they come and go, and none of them is another's trouble.
+
+Each is a task of its own, which captures in its namespace until it is removed, until the namespace is gone, or until the interceptor ends.
+What is wanted (`sync`) is tried again and again; what is asked for by name (`add`) is done, or raised.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import ExitStack, asynccontextmanager
+from functools import partial
+from typing import Any, Literal
+
+import msgspec
+import trio
+
+from tproxyd.config import Config, override
+from tproxyd.errors import ConfigError, KernelError, TproxydError
+from tproxyd.interceptor.capture import Capture, open_listeners
+from tproxyd.interceptor.keeper import Keeper
+from tproxyd.interceptor.plan_book import PlanBook
+from tproxyd.interceptor.relays import Relays, first_of
+from tproxyd.interceptor.threads import in_thread
+from tproxyd.net.namespaces import NamespaceLike, NamespaceWatch
+from tproxyd.plan import Plan
+
+__all__ = ["Event", "Workload", "Workloads"]
+
+_log = logging.getLogger(__name__)
+
+_GLANCE = 1.0  # seconds between two looks whether namespaces are still what they were given by
+_FIRST_PAUSE, _LONGEST_PAUSE = (
+    1.0,
+    60.0,
+)  # seconds before a workload that failed is tried again, twice as long each time
+_AT_ONCE = 8  # workloads that are being added: more would only wait for the kernel's locks
+_MOST_EVENTS = 1024  # that wait for one who listens
+
+EventKind = Literal["added", "removed", "vanished", "failed", "drift", "trouble"]
+
+
+class Event(msgspec.Struct, frozen=True):
+    """What has happened to a workload. `added`: it is captured. `removed`: as asked for. `vanished`: its namespace is gone. `failed`: it cannot be
+    captured, and why; `retry` is in how many seconds it is tried again, None if it is not. `drift`: somebody else has changed its kernel
+    state, which has been put right. `trouble`: that could not be put right yet. `missed`: so many events before this one were not
+    kept, because nobody took them."""
+
+    kind: EventKind
+    workload: str
+    detail: str = ""
+    retry: float | None = None
+    missed: int = 0
+
+
+class Workload(msgspec.Struct, frozen=True, kw_only=True):
+    """What `sync_workloads` takes: the same as `add_workload`."""
+
+    netns: Any
+    overrides: Mapping[str, Any] | None = None
+    dial: Literal["workload", "agent"] = "workload"
+
+
+class _Wanted:
+    """A workload that is there, or is to be. `ended` is set when nothing of it is left."""
+
+    def __init__(self, name: str, config: Config, watch: NamespaceWatch, dial: Literal["workload", "agent"]) -> None:
+        self.name, self.config, self.watch, self.dial = name, config, watch, dial
+        self.scope = trio.CancelScope()
+        self.tried = trio.Event()
+        self.ended = trio.Event()
+        self.error: TproxydError | None = None
+        self.capture: Capture | None = None
+        self.why: EventKind = "removed"
+
+    def same(self, other: _Wanted) -> bool:
+        return (self.config, self.watch.identity, self.dial) == (other.config, other.watch.identity, other.dial)
+
+
+class Workloads:
+    """Those of one interceptor. `serve` is its task; `config` is what all of them have, but for their overrides. Close it after that."""
+
+    def __init__(self, config: Config, relays: Relays, loops: int, name: str) -> None:
+        self._config, self._relays, self._loops, self._name = config, relays, loops, name
+        self._book = PlanBook()
+        self._there: dict[str, _Wanted] = {}
+        self._turn: dict[str, trio.Lock] = {}
+        self._adding = trio.CapacityLimiter(_AT_ONCE)
+        self._nursery: trio.Nursery | None = None
+        self._listeners: set[_Listener] = set()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._there)
+
+    def close(self) -> None:
+        """Gives up what its keepers have shared."""
+        self._book.close()
+
+    async def serve(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Until cancelled; then every workload is taken away."""
+        try:
+            async with trio.open_nursery() as nursery:
+                self._nursery = nursery
+                task_status.started()
+                while True:
+                    await trio.sleep(_GLANCE)
+                    for wanted in list(self._there.values()):
+                        if wanted.watch.gone():
+                            wanted.why = "vanished"
+                            wanted.scope.cancel()
+        finally:
+            self._nursery = None
+
+    async def add(self, name: str, spec: Workload, *, tries_again: bool = False) -> None:
+        """See Interceptor.add_workload."""
+        wanted, started = self._want(name, spec), False
+        try:
+            async with self._turn.setdefault(name, trio.Lock()):
+                before = self._there.get(name)
+                if before is not None:
+                    if before.same(wanted):
+                        return
+                    await self._end(before)
+                if self._nursery is None:
+                    raise KernelError("the interceptor is closing: no workload can be added")
+                self._there[name] = wanted
+                self._nursery.start_soon(self._run, wanted, tries_again)
+                started = True
+                try:
+                    await wanted.tried.wait()
+                except trio.Cancelled:
+                    if not tries_again:
+                        wanted.scope.cancel()
+                    raise
+                if wanted.error is not None and not tries_again:
+                    await wanted.ended.wait()
+                    raise wanted.error
+        finally:
+            if not started:
+                wanted.watch.close()
+
+    async def remove(self, name: str, *, drain: float = 0.0) -> None:
+        """See Interceptor.remove_workload."""
+        async with self._turn.setdefault(name, trio.Lock()):
+            wanted = self._there.get(name)
+            if wanted is not None:
+                if drain > 0 and wanted.capture is not None:
+                    with trio.move_on_after(drain):
+                        await wanted.capture.drain()
+                await self._end(wanted)
+        self._turn.pop(name, None)
+
+    async def sync(self, wanted: Mapping[str, NamespaceLike | Workload]) -> None:
+        """See Interceptor.sync_workloads."""
+        specs = {name: spec if isinstance(spec, Workload) else Workload(netns=spec) for name, spec in wanted.items()}
+        problems: list[str] = []
+        for name, spec in specs.items():
+            try:
+                self._config_of(name, spec)
+            except ConfigError as error:
+                problems += error.problems
+        if problems:
+            raise ConfigError(*problems)
+        async with trio.open_nursery() as nursery:
+            for name in [name for name in self._there if name not in specs]:
+                nursery.start_soon(self.remove, name)
+            for name, spec in specs.items():
+                nursery.start_soon(self._add_or_tell, name, spec)
+
+    async def drain(self) -> None:
+        """All of them: see Interceptor.drain."""
+        async with trio.open_nursery() as nursery:
+            for wanted in self._there.values():
+                if wanted.capture is not None:
+                    nursery.start_soon(wanted.capture.drain)
+
+    def plan(self, name: str) -> Plan:
+        """What the kernel is to hold in this workload's namespace. Raises KeyError, or KernelError while it is not captured."""
+        capture = self._there[name].capture
+        if capture is None:
+            raise KernelError(f"workload {name!r} is not captured at the moment")
+        return capture.keeper.plan()
+
+    def troubles(self) -> dict[str, str]:
+        """By workload, what is wrong with its kernel state; those that cannot be captured have their error."""
+        found = {}
+        for name, wanted in self._there.items():
+            trouble = (
+                str(wanted.error) if wanted.error is not None else wanted.capture and wanted.capture.keeper.trouble
+            )
+            if trouble:
+                found[name] = trouble
+        return found
+
+    @asynccontextmanager
+    async def events(self) -> AsyncIterator[AsyncIterator[Event]]:
+        """See Interceptor.events."""
+        listener = _Listener()
+        self._listeners.add(listener)
+        try:
+            yield listener.receive()
+        finally:
+            self._listeners.discard(listener)
+
+    def _want(self, name: str, spec: Workload) -> _Wanted:
+        config = self._config_of(name, spec)
+        return _Wanted(name, config, NamespaceWatch(spec.netns), spec.dial)
+
+    def _config_of(self, name: str, spec: Workload) -> Config:
+        if not name or not isinstance(name, str):
+            raise ConfigError(f"a workload's name is a text that is not empty, and not {name!r}")
+        config = self._config
+        if spec.overrides:
+            config = override(config, spec.overrides, origin=f"workload {name!r}")
+        if spec.dial == "agent":
+            if config.upstream.source == "client" or config.upstream.target == "loopback":
+                raise ConfigError(
+                    f'workload {name!r}: with dial = "agent" upstream connections are made elsewhere than where the answers to a client\'s address '
+                    'come by, or its loopback is: use upstream.source = "auto" or "proxy", and another target than "loopback"'
+                )
+            if config.upstream.source == "auto":
+                config = msgspec.structs.replace(
+                    config, upstream=msgspec.structs.replace(config.upstream, source="proxy")
+                )
+        elif spec.dial != "workload":
+            raise ConfigError(
+                f'workload {name!r}: dial = {spec.dial!r} is none of its values; use "workload" or "agent"'
+            )
+        if config.capture.mode != "off":
+            config.require_captures()
+        return self._book.same(config)
+
+    async def _add_or_tell(self, name: str, spec: Workload) -> None:
+        try:
+            await self.add(name, spec, tries_again=True)
+        except TproxydError as error:  # of this one alone: there is no such namespace
+            self._tell("failed", name, str(error))
+
+    async def _end(self, wanted: _Wanted) -> None:
+        wanted.scope.cancel()
+        await wanted.ended.wait()
+
+    async def _run(self, wanted: _Wanted, tries_again: bool) -> None:
+        pause = _FIRST_PAUSE
+        try:
+            with wanted.scope:
+                while True:
+                    error: TproxydError | None = None
+                    try:
+                        await self._capture(wanted)
+                    except BaseException as raised:
+                        error = first_of(raised, TproxydError)
+                        if error is None:
+                            raise
+                    wanted.error = error
+                    if not wanted.tried.is_set() and not tries_again:
+                        self._tell("failed", wanted.name, str(error))
+                        return
+                    wanted.tried.set()
+                    _log.error("workload %s is not captured, and tried again in %g s: %s", wanted.name, pause, error)
+                    self._tell("failed", wanted.name, str(error), retry=pause)
+                    await trio.sleep(pause)
+                    pause = min(2 * pause, _LONGEST_PAUSE)
+            self._tell(wanted.why, wanted.name)
+        finally:
+            if self._there.get(wanted.name) is wanted:
+                del self._there[wanted.name]
+            wanted.capture = None
+            wanted.watch.close()
+            wanted.tried.set()
+            wanted.ended.set()
+
+    async def _capture(self, wanted: _Wanted) -> None:
+        """Captures until cancelled. Raises TproxydError, perhaps within a group, if that cannot be done (any more)."""
+        if wanted.config.capture.mode == "off":
+            self._captured(wanted)
+            await trio.sleep_forever()
+        await self._adding.acquire_on_behalf_of(wanted)
+        turn = ExitStack()
+        turn.callback(self._adding.release_on_behalf_of, wanted)
+        with ExitStack() as stack, turn:
+            keeper = await in_thread(
+                partial(
+                    Keeper,
+                    wanted.config,
+                    netns=wanted.watch.fd,
+                    name=self._name,
+                    workload=wanted.name,
+                    book=self._book,
+                    on_event=lambda kind, what: self._tell(kind, wanted.name, what),
+                )
+            )
+            stack.callback(keeper.close)
+            listeners = stack.enter_context(
+                open_listeners(wanted.config, keeper.plan().listen, self._loops, wanted.watch.fd)
+            )
+            capture = Capture(
+                wanted.name,
+                wanted.config,
+                keeper=keeper,
+                relays=self._relays,
+                netns=wanted.watch.fd,
+                another=True,
+                dial=wanted.dial,
+            )
+            async with capture.open(listeners):
+                turn.close()
+                wanted.capture = capture
+                self._captured(wanted)
+                try:
+                    await trio.sleep_forever()
+                finally:
+                    wanted.capture = None
+
+    def _captured(self, wanted: _Wanted) -> None:
+        wanted.error = None
+        wanted.tried.set()
+        self._tell("added", wanted.name)
+
+    def _tell(self, kind: EventKind, workload: str, detail: str = "", retry: float | None = None) -> None:
+        if kind == "vanished":
+            _log.warning("the network namespace of workload %s is gone, and so is its interception", workload)
+        event = Event(kind, workload, detail, retry)
+        for listener in self._listeners:
+            listener.tell(event)
+
+
+class _Listener:
+    """Events on their way to one who listens: the oldest are dropped, and counted, where nobody takes them."""
+
+    def __init__(self) -> None:
+        self._events: deque[Event] = deque()
+        self._missed = 0
+        self._more = trio.Event()
+
+    def tell(self, event: Event) -> None:
+        if len(self._events) >= _MOST_EVENTS:
+            self._events.popleft()
+            self._missed += 1
+        self._events.append(event)
+        self._more.set()
+
+    async def receive(self) -> AsyncIterator[Event]:
+        while True:
+            await self._more.wait()
+            self._more = trio.Event()
+            while self._events:
+                event = self._events.popleft()
+                missed, self._missed = self._missed, 0
+                yield msgspec.structs.replace(event, missed=missed) if missed else event
