@@ -181,8 +181,10 @@ async def open_field(open_lab: OpenLab, directory: Path, *, headers: bool = Fals
         for name in ("proxy", "back", "past"):
             await stack.enter_async_context(_open_nginx(lab[name], directory, headers=headers))
         if headers:
-            listens = [(_address(lab["proxy"], family), _HAPROXY_PORT) for family in FAMILIES]
-            await stack.enter_async_context(open_haproxy(lab["proxy"], directory, _HAPROXY, *listens))
+            # A connection over TCP, to see that it listens, could still be ending when conntrack begins to count.
+            door = f"{directory}/haproxy.sock"
+            text = f"{_HAPROXY}    bind unix@{door}\n"
+            await stack.enter_async_context(open_haproxy(lab["proxy"], directory, text, door))
         lab["proxy"].call(activate_conntrack)
         yield Field(lab, directory, headers=headers)
 
