@@ -116,10 +116,12 @@ class Workloads:
         """See Interceptor.add_workload."""
         wanted, started = self._want(name, spec), False
         try:
-            async with self._turn.setdefault(name, trio.Lock()):
+            async with self._turn_of(name):
                 before = self._there.get(name)
                 if before is not None:
-                    if before.same(wanted):
+                    # One that is ending is not taken for what is wanted.
+                    if not before.scope.cancel_called and before.same(wanted):
+                        before.watch.look_instead(wanted.watch)
                         return
                     await self._end(before)
                 if self._nursery is None:
@@ -142,14 +144,13 @@ class Workloads:
 
     async def remove(self, name: str, *, drain: float = 0.0) -> None:
         """See Interceptor.remove_workload."""
-        async with self._turn.setdefault(name, trio.Lock()):
+        async with self._turn_of(name):
             wanted = self._there.get(name)
             if wanted is not None:
                 if drain > 0 and wanted.capture is not None:
                     with trio.move_on_after(drain):
                         await wanted.capture.drain()
                 await self._end(wanted)
-        self._turn.pop(name, None)
 
     async def sync(self, wanted: Mapping[str, NamespaceLike | Workload]) -> None:
         """See Interceptor.sync_workloads."""
@@ -199,9 +200,20 @@ class Workloads:
         listener = _Listener()
         self._listeners.add(listener)
         try:
-            yield listener.receive()
+            yield listener
         finally:
             self._listeners.discard(listener)
+
+    @asynccontextmanager
+    async def _turn_of(self, name: str) -> AsyncIterator[None]:
+        """Of one name one change at a time; names come and go, so a lock stays only as long as somebody has it or waits for it."""
+        turn = self._turn.setdefault(name, trio.Lock())
+        try:
+            async with turn:
+                yield
+        finally:
+            if not turn.locked():  # else it has been given to the next one
+                self._turn.pop(name, None)
 
     def _want(self, name: str, spec: Workload) -> _Wanted:
         config = self._config_of(name, spec)
@@ -228,13 +240,18 @@ class Workloads:
                 f'workload {name!r}: dial = {spec.dial!r} is none of its values; use "workload" or "agent"'
             )
         if config.capture.mode != "off":
-            config.require_captures()
+            try:
+                config.require_captures()
+            except ConfigError as error:
+                raise ConfigError(*(f"workload {name!r}: {problem}" for problem in error.problems)) from None
         return self._book.same(config)
 
     async def _add_or_tell(self, name: str, spec: Workload) -> None:
         try:
             await self.add(name, spec, tries_again=True)
         except TproxydError as error:  # of this one alone: there is no such namespace
+            await self.remove(name)  # of another one, which is wanted no more
+            _log.error("workload %s is not captured: %s", name, error)
             self._tell("failed", name, str(error))
 
     async def _end(self, wanted: _Wanted) -> None:
@@ -326,8 +343,9 @@ class Workloads:
             listener.tell(event)
 
 
-class _Listener:
-    """Events on their way to one who listens: the oldest are dropped, and counted, where nobody takes them."""
+class _Listener(AsyncIterator[Event]):
+    """Events on their way to one who listens: the oldest are dropped, and counted, where nobody takes them. No generator: one that is left
+    halfway would have to be closed by who listens."""
 
     def __init__(self) -> None:
         self._events: deque[Event] = deque()
@@ -341,11 +359,15 @@ class _Listener:
         self._events.append(event)
         self._more.set()
 
-    async def receive(self) -> AsyncIterator[Event]:
-        while True:
+    def __aiter__(self) -> _Listener:
+        return self
+
+    async def __anext__(self) -> Event:
+        await trio.lowlevel.checkpoint()
+        while not self._events:
             await self._more.wait()
+        event = self._events.popleft()
+        if not self._events:
             self._more = trio.Event()
-            while self._events:
-                event = self._events.popleft()
-                missed, self._missed = self._missed, 0
-                yield msgspec.structs.replace(event, missed=missed) if missed else event
+        missed, self._missed = self._missed, 0
+        return msgspec.structs.replace(event, missed=missed) if missed else event
