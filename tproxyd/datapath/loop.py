@@ -406,6 +406,8 @@ class RelayLoop:
             self._ready.pop(listener, None)
         workload.close_listeners()
         for connection in list(workload.connections):
+            # With the program or not: what is decided about it from now on comes too late.
+            self._handed.pop(f"{connection.identity:016x}", None)
             connection.end("drained")
         for locality in workload.localities:
             del self._handlers[locality.fileno()]
@@ -551,7 +553,7 @@ class RelayLoop:
         connection = self._handed.pop(order.id, None)
         if connection is None or fd < 0:
             if fd >= 0:
-                os.close(fd)
+                abort(socket.socket(fileno=fd))
             if connection is not None:
                 full = OSError(errno.EMFILE, os.strerror(errno.EMFILE))
                 self.complain(

@@ -125,6 +125,7 @@ class Workloads:
                 before = self._there.get(name)
                 if before is not None:
                     if before.same(wanted) and not before.ends:
+                        before.watch.look_instead(wanted.watch)
                         await before.tried.wait()
                         if tries_again or (before.error is None and not before.ends):
                             return
@@ -214,6 +215,17 @@ class Workloads:
         finally:
             self._listeners.discard(listener)
 
+    @asynccontextmanager
+    async def _turn_of(self, name: str) -> AsyncIterator[None]:
+        """Of one name one change at a time; names come and go, so a lock stays only as long as somebody has it or waits for it."""
+        turn = self._turn.setdefault(name, trio.Lock())
+        try:
+            async with turn:
+                yield
+        finally:
+            if not turn.locked():  # else it has been given to the next one
+                self._turn.pop(name, None)
+
     def _want(self, name: str, spec: Workload) -> _Wanted:
         config = self._config_of(name, spec)
         return _Wanted(name, config, NamespaceWatch(spec.netns), spec.dial)
@@ -239,13 +251,18 @@ class Workloads:
                 f'workload {name!r}: dial = {spec.dial!r} is none of its values; use "workload" or "agent"'
             )
         if config.capture.mode != "off":
-            config.require_captures()
+            try:
+                config.require_captures()
+            except ConfigError as error:
+                raise ConfigError(*(f"workload {name!r}: {problem}" for problem in error.problems)) from None
         return self._book.same(config)
 
     async def _add_or_tell(self, name: str, spec: Workload) -> None:
         try:
             await self.add(name, spec, tries_again=True)
         except TproxydError as error:  # of this one alone: there is no such namespace
+            await self.remove(name)  # of another one, which is wanted no more
+            _log.error("workload %s is not captured: %s", name, error)
             self._tell("failed", name, str(error))
 
     @asynccontextmanager
@@ -349,8 +366,9 @@ class Workloads:
             listener.tell(event)
 
 
-class _Listener:
-    """Events on their way to one who listens: the oldest are dropped, and counted, where nobody takes them."""
+class _Listener(AsyncIterator[Event]):
+    """Events on their way to one who listens: the oldest are dropped, and counted, where nobody takes them. No generator: one that is left
+    halfway would have to be closed by who listens."""
 
     def __init__(self) -> None:
         self._events: deque[Event] = deque()
@@ -368,11 +386,11 @@ class _Listener:
         return self
 
     async def __anext__(self) -> Event:
-        # No generator, which would be over when somebody's wait for an event is cancelled.
+        await trio.lowlevel.checkpoint()
         while not self._events:
-            if self._more.is_set():
-                self._more = trio.Event()
             await self._more.wait()
         event = self._events.popleft()
+        if not self._events:
+            self._more = trio.Event()
         missed, self._missed = self._missed, 0
         return msgspec.structs.replace(event, missed=missed) if missed else event
