@@ -74,7 +74,8 @@ class NamespaceWatch:
 
     The descriptor `fd` keeps the namespace alive, so that it goes is seen only from outside: a path is gone or leads to another
     one (`ip netns del`, an end of the process of /proc/PID/ns/net), or the process has ended, whose `pidfd` becomes readable then. Of one that was given
-    by a descriptor nothing is to be seen, nor of a process where the kernel has no pidfds.
+    by a descriptor nothing is to be seen, nor of a process where the kernel has no pidfds. A path is free to be unmounted meanwhile; that takes
+    CAP_SYS_ADMIN here.
 
     `identity` is device and inode, which no other namespace has as long as this is open. Raises like `open_namespace`.
     """
@@ -88,6 +89,10 @@ class NamespaceWatch:
         self.fd = -1
         try:
             self.fd = move_up(open_namespace(where))
+            if self._path is not None:
+                # What is opened at a name of /run/netns keeps the mount there busy, and a plain umount (CNI's, for one) would fail.
+                self.fd, at_the_name = move_up(call_in_namespace(self.fd, _own_namespace)), self.fd
+                os.close(at_the_name)
             if self.gone():
                 raise MissingError(f"process {where} has just ended, or the network namespace at {where} was exchanged")
         except BaseException:
@@ -183,6 +188,10 @@ def unshare_network() -> None:
 
 def _make() -> int:
     unshare_network()
+    return _own_namespace()
+
+
+def _own_namespace() -> int:
     return os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
 
 
