@@ -456,6 +456,20 @@ async def test_a_path_that_leads_elsewhere_or_nowhere_is_the_end_of_its_namespac
             NamespaceWatch(name)
 
 
+async def test_a_namespace_that_is_watched_can_be_unmounted(sidecar_lab: Lab, tmp_path: Path) -> None:
+    """By whoever has mounted it at a path, in the usual way, which minds who has it open through the mount."""
+    code = (
+        "import subprocess, sys; from tproxyd.net.namespaces import NamespaceWatch\n"
+        "with NamespaceWatch(sys.argv[1]) as watch:\n"
+        "    subprocess.run(['umount', sys.argv[1]], check=True); print(watch.gone())\n"
+    )
+    path = tmp_path / "name"
+    path.touch()
+    mounted = f'mount --bind /proc/self/ns/net {path} && exec "$@"'
+    words = ("unshare", "--mount", "sh", "-c", mounted, "sh", sys.executable, "-c", code, str(path))
+    assert (await sidecar_lab["host"].run(*words)).stdout == "True\n"
+
+
 async def test_of_a_descriptor_no_end_is_seen(sidecar_lab: Lab) -> None:
     host = sidecar_lab["host"]
     with NamespaceWatch(host.netns) as watch:
