@@ -215,17 +215,6 @@ class Workloads:
         finally:
             self._listeners.discard(listener)
 
-    @asynccontextmanager
-    async def _turn_of(self, name: str) -> AsyncIterator[None]:
-        """Of one name one change at a time; names come and go, so a lock stays only as long as somebody has it or waits for it."""
-        turn = self._turn.setdefault(name, trio.Lock())
-        try:
-            async with turn:
-                yield
-        finally:
-            if not turn.locked():  # else it has been given to the next one
-                self._turn.pop(name, None)
-
     def _want(self, name: str, spec: Workload) -> _Wanted:
         config = self._config_of(name, spec)
         return _Wanted(name, config, NamespaceWatch(spec.netns), spec.dial)
