@@ -6,6 +6,8 @@ PREPARE := packaging/prepare
 AS_OWNER := $(PREPARE) --as-owner
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
+# Most tests wait more than they compute. One test is handed out at a time, because some take a hundred times as long as others.
+PARALLEL := -n 4 --maxschedchunk 1
 # Some of the tests: sudo make nstest TESTS="netns_tests/test_capture.py -k foreign"
 TESTS ?=
 PEERS := nft ip curl openssl iperf3 gcc haproxy nginx
@@ -37,12 +39,12 @@ demo:  ## the main job at work, in throwaway network namespaces (root)
 nstest:  ## every test, in throwaway network namespaces; counted runs divided by 10 (root)
 	$(need-root)
 	@$(PREPARE) $(PEERS)
-	$(PYTEST) $(TESTS)
+	$(PYTEST) $(PARALLEL) $(TESTS)
 
 nstest-long:  ## the same with full counts (root)
 	$(need-root)
 	@$(PREPARE) $(PEERS)
-	$(PYTEST) --count-divisor 1 $(TESTS)
+	$(PYTEST) $(PARALLEL) --count-divisor 1 $(TESTS)
 
 bench:  ## tproxyd beside HAProxy, nginx, Envoy and a C relay: about 17 minutes, results in bench/results (root)
 	$(need-root)

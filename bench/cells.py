@@ -77,6 +77,8 @@ async def handler(lengths: Lengths, visit: Visit) -> tuple[dict[str, float], dic
         "ka64": await visit.measure("requests", 64, lengths.requests),
     }
     figures = {name: cells[name].client["bytes"] * 8e-9 / cells[name].client["seconds"] for name in ("bulk1", "bulk8")}
+    down = [cells["bulk1"], cells["bulk8"]]
+    figures["cpu_per_gb"] = sum(cell.cpu for cell in down) / (sum(cell.client["bytes"] for cell in down) / 1e9)
     figures |= {name: _rate(cells[name]) for name in ("conn32", "ka64")}
     figures["ka1_p50"] = cells["ka1"].client["p50_us"]
     figures["conn_cpu"] = cells["conn32"].cpu / cells["conn32"].client["opened"] * 1e6

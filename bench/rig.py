@@ -21,7 +21,7 @@ import os
 import re
 import signal
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from subprocess import PIPE
@@ -278,8 +278,10 @@ async def apply_config(node: Node, directory: Path, config: str) -> None:
 def _require_alone(peer: Peer, inodes: list[str], family: list[int]) -> None:
     theirs: set[str] = set()
     for pid in family:
-        for entry in os.scandir(f"/proc/{pid}/fd"):
-            theirs.add(os.readlink(entry.path))
+        with suppress(FileNotFoundError, ProcessLookupError):  # a child that has ended meanwhile, such as nft
+            for name in os.listdir(f"/proc/{pid}/fd"):
+                with suppress(FileNotFoundError):
+                    theirs.add(os.readlink(f"/proc/{pid}/fd/{name}"))
     if strangers := [inode for inode in inodes if f"socket:[{inode}]" not in theirs]:
         raise UnprovenError(f"{peer.name} is not alone on port {LISTEN_PORT}: sockets {strangers}")
 

@@ -6,13 +6,14 @@ namespace before anything else happened, so not even a mistake in a test can rea
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Generator, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from netns_tests.turns import turn
 from tproxyd.net.capabilities import missing_capabilities
 from tproxyd.testing.isolation import LAB_CAPABILITIES, isolate_this_process
 from tproxyd.testing.plugin import DEFAULT_COUNT_DIVISOR
@@ -30,13 +31,42 @@ _UNIT = Path(__file__).parent / "unit"
 _NEEDS_ROOT = "make nstest needs root: type `sudo make nstest`"
 
 
+_OF_THIS_RUN = pytest.StashKey[Path]()
+"""A directory that all processes of a run share."""
+
+
 def pytest_configure(config: pytest.Config) -> None:
     if config.option.count_divisor is None:
         config.option.count_divisor = DEFAULT_COUNT_DIVISOR
     if not missing_capabilities(LAB_CAPABILITIES) and not all(
         _is_unit(Path(argument.partition("::")[0])) for argument in config.args
     ):
-        isolate_this_process()
+        # xdist's workers (pytest -n) are born in the empty namespace of the process that hands out the tests, the thread
+        # that talks with it included; each takes one of its own, because a namespace has one lock, one set of ports.
+        isolate_this_process(other_threads_are=hasattr(config, "workerinput"))
+    if hasattr(config, "workerinput"):
+        config.stash[_OF_THIS_RUN] = Path(config.workerinput["of_this_run"])
+    else:
+        directory = TemporaryDirectory(prefix="tproxyd-tests-")
+        config.add_cleanup(directory.cleanup)
+        config.stash[_OF_THIS_RUN] = Path(directory.name)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """xdist asks it for each worker that it is about to start."""
+    node.workerinput["of_this_run"] = str(node.config.stash[_OF_THIS_RUN])
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Those that run alone come last: while one does, the other workers have nothing to do."""
+    items.sort(key=_is_timed)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    with turn(item.config.stash[_OF_THIS_RUN], alone=_is_timed(item)):
+        return (yield)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
@@ -46,11 +76,11 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _bytecode() -> Iterator[None]:
+def _bytecode(pytestconfig: pytest.Config) -> Iterator[None]:
     """What Python compiles of tproxyd is kept for this run alone: a checkout gets no file from it, and every daemon starts faster."""
-    with TemporaryDirectory(prefix="tproxyd-bytecode-") as directory, pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
-        patch.setenv("PYTHONPYCACHEPREFIX", directory)
+        patch.setenv("PYTHONPYCACHEPREFIX", str(pytestconfig.stash[_OF_THIS_RUN] / "bytecode"))
         yield
 
 
@@ -83,6 +113,10 @@ async def bench(request: pytest.FixtureRequest, open_lab: OpenLab) -> AsyncItera
 
     async with open_bench(request.param, open_lab) as opened:
         yield opened
+
+
+def _is_timed(item: pytest.Item) -> bool:
+    return item.get_closest_marker("timed") is not None
 
 
 def _is_unit(path: Path) -> bool:

@@ -50,6 +50,19 @@ async def test_a_round_with_proof_in_every_cell(programs: dict[str, str], tmp_pa
     assert goals_table(results).count("not measured") > 0  # no HAProxy, no ratio to it
 
 
+async def test_a_program_s_handlers_are_measured_when_they_are_asked_for(
+    programs: dict[str, str], tmp_path: Path
+) -> None:
+    names = ("tproxyd handler", "tproxyd handler loop")
+    results = Results()
+    await run(Plan(peers("splice", *names), ("handler",), ONCE, TINY, programs, tmp_path, 10_000), results, print)
+    assert results.errors == []
+    assert [cell["peer"] for cell in results.cells] == [*names]  # the C relay has no turn in this group
+    for cell in results.cells:
+        assert all(value > 0 for value in cell["figures"].values())
+        assert set(cell["figures"]) <= set(FIGURES)
+
+
 async def test_idle_connections_and_a_server_that_never_reads(programs: dict[str, str], tmp_path: Path) -> None:
     results = Results()
     await run(Plan(peers("splice"), ("idle", "push"), ONCE, TINY, programs, tmp_path, 10_000), results, print)

@@ -68,6 +68,38 @@ async def test_28_black_hole_resets_at_connect_timeout(gateway_lab: Lab) -> None
     assert 300 <= record["duration_ms"] < 2000
 
 
+async def test_28_silence_towards_clients_addresses_is_told(gateway_lab: Lab) -> None:
+    """Of another host alone, which may live: its answers to clients go another way, or are masqueraded. Once in five seconds."""
+    gateway = gateway_lab["gateway"]
+    hole = (
+        "table inet hole { chain in { type filter hook prerouting priority -301;\ntcp dport { 8081, 9090 } drop\n}\n}\n"
+    )
+    await gateway_lab["server"].run("nft", "-f", "-", input=hole)
+    await gateway.run("nft", "-f", "-", input=hole.replace("tcp dport", 'iif "lo" tcp dport'))
+    rules = (
+        f'[[policy.rule]]\nname = "app"\nports = ["8082"]\naction = {{ forward = "{gateway.v4}:9090" }}\n'
+        '[[policy.rule]]\nname = "server"\nports = ["8080"]\naction = { forward = "203.0.113.9:9090" }\n'
+    )
+    client = gateway_lab["client"]
+    for source in ("auto", "proxy"):
+        config = (
+            f'[capture]\nports = ["8080-8082"]\n[upstream]\nconnect_timeout = "200ms"\nsource = "{source}"\n{rules}'
+        )
+        async with open_daemon(gateway, config) as daemon:
+            for port in (8082, 8080, 8081, 8081):  # to a local app; to the server
+                own = await attempt(client, "203.0.113.9", port)
+                assert (await daemon.record(own))["outcome"] == "upstream_timeout"
+            assert await daemon.stop() == 0
+        lines = [line for line in daemon.process.stderr_text.splitlines() if "no answer from" in line]
+        assert len(lines) == (source == "auto")
+        if lines:
+            assert (
+                f"no answer from 203.0.113.9:9090 to a connection that bears its client's address, {client.v4}; "
+                in lines[0]
+            )
+            assert lines[0].endswith('set upstream.source = "proxy"')
+
+
 @BOTH_LAYOUTS
 async def test_29_upstream_resets_after_its_bytes(way: Way, nursery: trio.Nursery) -> None:
     """The client gets every byte that came before the reset, then the reset, and not an orderly end."""
@@ -192,6 +224,7 @@ async def test_33_slow_reader_does_not_grow_the_proxy(way: Way, nursery: trio.Nu
 
 
 @GATEWAY_V4
+@pytest.mark.timed
 async def test_33_stalled_connections_cost_no_time(way: Way, nursery: trio.Nursery) -> None:
     """Nothing is polled for them: 300 downloads that nobody reads."""
 

@@ -40,6 +40,7 @@ def one_sentence(done: Finished, code: int) -> str:
     return done.stderr
 
 
+@pytest.mark.timed
 async def test_check_reports_five_mistakes_at_once_within_150_ms(sidecar_lab: Lab, tmp_path: Path) -> None:
     file = tmp_path / "five.toml"
     file.write_text(FIVE_MISTAKES)

@@ -96,6 +96,7 @@ async def test_31_32_half_close_matrix(bench: Bench) -> None:
 # Ends that are none.
 
 
+@pytest.mark.timed
 async def test_29_30_resets_are_passed_on_after_the_bytes_before(bench: Bench) -> None:
     """By either side; the other side reads, or reads and talks. It gets a part of what was sent, and never an orderly end.
 
@@ -159,6 +160,7 @@ async def test_29_30_resets_are_passed_on_after_the_bytes_before(bench: Bench) -
 # Time.
 
 
+@pytest.mark.timed
 async def test_33_slow_readers_slow_writers_and_no_stalls(bench: Bench) -> None:
     """All at once: whoever is slow holds nobody else up, and small exchanges take no 40 ms (a delayed ACK)."""
     size = 4_000_000

@@ -89,6 +89,7 @@ async def kill(daemon: LabDaemon) -> float:
     return sent
 
 
+@pytest.mark.timed
 async def test_04_sigkill_bypass_reaches_the_app_within_100_ms(way: Way, nursery: trio.Nursery) -> None:
     await nursery.start(serve_identity, way.app, 8080)
     took = []
@@ -103,6 +104,7 @@ async def test_04_sigkill_bypass_reaches_the_app_within_100_ms(way: Way, nursery
     assert median_ms(f"bypass after SIGKILL, {way}", took) < 100
 
 
+@pytest.mark.timed
 async def test_05_sigkill_refuse_is_refused_within_100_ms_until_restart(way: Way, nursery: trio.Nursery) -> None:
     await nursery.start(serve_identity, way.app, 8080)
     took = []
@@ -348,6 +350,7 @@ async def test_20_whoever_holds_the_lock_is_named_even_if_it_is_no_daemon(way: W
 
 
 @pytest.mark.parametrize("way", ["gateway v4"], indirect=True)
+@pytest.mark.timed
 async def test_ready_is_said_within_the_goal(way: Way, counted: Callable[[int], int]) -> None:
     """Cold start to READY; docs/performance.md has 600 ms. Printed, and checked with room for a busy machine."""
     took = []

@@ -44,6 +44,7 @@ FAULTS = {
     ],
     indirect=["way"],
 )
+@pytest.mark.timed
 async def test_09_11_12_what_others_remove_is_back_within_a_second(
     way: Way, nursery: trio.Nursery, counted: Counted, name: str
 ) -> None:
@@ -85,6 +86,7 @@ async def test_nobody_else_can_change_the_steering_table(way: Way, nursery: trio
 
 
 @pytest.mark.parametrize("way", ["gateway v4", "sidecar v4"], indirect=True)
+@pytest.mark.timed
 async def test_14_lo_down_and_up(way: Way, counted: Counted, nursery: trio.Nursery) -> None:
     """The kernel deletes the IPv6 local route for good; connections of both families go on when lo is back."""
     four, six = way, way.in_family("v6")
@@ -109,6 +111,7 @@ async def test_14_lo_down_and_up(way: Way, counted: Counted, nursery: trio.Nurse
 @pytest.mark.parametrize(
     ("way", "scope"), [("gateway v4", "lo"), ("sidecar v4", "lo"), ("sidecar v4", "all")], indirect=["way"]
 )
+@pytest.mark.timed
 async def test_15_ipv6_switched_off_and_on(way: Way, scope: str, counted: Counted, nursery: trio.Nursery) -> None:
     """IPv4 notices nothing. Live connections of IPv6 stand still while it is off, and go on, if their addresses are still there: they
     are where it was off on lo alone."""
@@ -140,6 +143,7 @@ async def test_15_ipv6_switched_off_and_on(way: Way, scope: str, counted: Counte
     assert max(took) < 1
 
 
+@pytest.mark.timed
 async def test_17_an_interface_renamed_again_and_again(
     sidecar_lab: Lab, counted: Counted, nursery: trio.Nursery
 ) -> None:

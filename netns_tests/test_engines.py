@@ -131,6 +131,7 @@ async def test_where_splice_is_refused_the_engine_splice_is_too_and_nothing_is_c
 
 @pytest.mark.parametrize("engine", ["splice", "auto"])
 @GATEWAY_V4
+@pytest.mark.timed
 async def test_29_30_resets_pass_at_once_with_every_engine(way: Way, nursery: trio.Nursery, engine: str) -> None:
     """In the middle of bulk, in both directions; and none of the bytes before the upstream's gets lost."""
     taken = 3_000_000
@@ -222,6 +223,7 @@ async def test_30_a_client_that_resets_while_its_server_does_not_answer_ends_the
 
 
 @GATEWAY_V4
+@pytest.mark.timed
 async def test_busy_polling_takes_time_only_while_connections_live(way: Way, nursery: trio.Nursery) -> None:
     await nursery.start(serve_echo, way.app, 8080)
 
@@ -252,6 +254,7 @@ async def test_busy_polling_takes_time_only_while_connections_live(way: Way, nur
 
 @pytest.mark.parametrize("number", [0, 1])
 @GATEWAY_V4
+@pytest.mark.timed
 async def test_time_outs_come_on_time_in_either_home(way: Way, nursery: trio.Nursery, number: int) -> None:
     """Never early; late by a thirty-second of the time at most, and some room for a busy machine."""
 
@@ -376,8 +379,12 @@ async def main():
         kept = {
             "connections": own._books.connections, "new": own._books._new, "again": own._again, "blocked": own._blocked,
             "flushing": own.flushing, "sources": own._books._sources, "records": own._books._records, "ready": own._ready,
-            **{name: [one for slot in getattr(own, name)._slots.values() for one in slot]
-               for name in ("dialling", "settling", "idle", "half_closed")},
+            "waiting": own.waiting, "handed": own._handed,
+            **{f"of {name}": one.connections for name, one in own._workloads.items()},
+            **{name: [one for wheel in wheels for slot in wheel._slots.values() for one in slot]
+               for name, wheels in (
+                   ("dialling", own._dialling.values()), ("opening", own._opening.values()),
+                   ("settling", [own.settling]), ("idle", [own.idle]), ("half_closed", [own.half_closed]))},
         }
         print({name: len(what) for name, what in kept.items() if what}, len(own._handlers), own.pipes.open - len(own.pipes._spare))
         gc.disable()

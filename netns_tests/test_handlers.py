@@ -200,6 +200,23 @@ async def test_30_what_a_server_has_said_reaches_a_slow_client_before_the_reset(
 
 
 @GATEWAY_V4
+async def test_30_a_reset_that_is_found_on_sending_lets_the_answer_through_and_is_no_end_in_order(way: Way) -> None:
+    """The client does not read, so nothing is read from the server; then it speaks, and the server is gone."""
+    async with program(way) as process, both_ends(way, 8090) as (client, app):
+        with trio.fail_after(15):
+            sent = 0
+            with trio.move_on_after(0.5):  # until nothing more is taken
+                while True:
+                    sent += await app.socket.send(b"y" * 65536)
+            await reset(app)
+            await client.send_all(b"anybody there?")
+            seen = await read(client, Seen())
+            assert seen.end == "reset"
+            assert 1_000_000 < len(seen.data) <= sent
+            assert await record(process, client) == f"upstream_reset 14 {len(seen.data)}"
+
+
+@GATEWAY_V4
 async def test_33_a_relay_of_a_handler_that_finds_no_reader_takes_no_memory(way: Way) -> None:
     async with program(way) as process, both_ends(way, 8090) as (client, app):
         await _is_blocked_without_memory(process, client)

@@ -197,6 +197,7 @@ async def test_without_a_receiver_the_policy_s_other_answer_counts_and_with_one_
 
 
 @GATEWAY_V4
+@pytest.mark.timed
 async def test_a_receiver_that_stands_still_gets_what_its_queue_takes_and_the_rest_is_refused_in_time(
     way: Way, nursery: trio.Nursery, tmp_path: Path
 ) -> None:

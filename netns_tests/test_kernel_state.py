@@ -398,6 +398,7 @@ async def test_17_capture_follows_the_name_of_the_interface(sidecar_lab: Lab, nu
     assert (one in seen, two in seen, three in seen) == (True, False, True)
 
 
+@pytest.mark.timed
 async def test_ten_thousand_networks_load_in_under_a_second(sidecar_lab: Lab) -> None:
     """A time that the issue names: the transaction itself, as the program and as the library load it."""
     host = sidecar_lab["host"]

@@ -33,6 +33,7 @@ async def until_it_has_the_rule(node: Node, *, within: float) -> None:
             await trio.sleep(0.01)
 
 
+@pytest.mark.timed
 async def test_11_12_beside_a_full_routing_table(sidecar_lab: Lab) -> None:
     """A hundred thousand routes of others, in both families: what is ours is found, repaired and removed as if they were not there."""
     host = sidecar_lab["host"]
@@ -133,6 +134,7 @@ async def test_11_one_step_that_cannot_be_taken_does_not_keep_the_others(sidecar
         assert await daemon.stop() == 0
 
 
+@pytest.mark.timed
 async def test_11_a_fight_over_one_thing_does_not_delay_the_repair_of_another(sidecar_lab: Lab) -> None:
     host = sidecar_lab["host"]
     async with open_daemon(host, CONFIG) as daemon:

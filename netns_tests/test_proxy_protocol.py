@@ -167,8 +167,8 @@ async def open_wire(way: Way, text: str) -> AsyncIterator[Wire]:
         assert "this is a bug" not in daemon.process.stderr_text
 
 
-async def told(stream: trio.SocketStream, *, within: float = 5.0) -> Told:
-    with trio.fail_after(within):
+async def told(stream: trio.SocketStream) -> Told:
+    with trio.fail_after(5):  # half of the longest time that a hello is waited for here
         return await read_told(stream)
 
 
@@ -229,6 +229,7 @@ async def test_35_without_sniffing_a_header_waits_for_nothing(way: Way, version:
 
 
 @BOTH_LAYOUTS
+@pytest.mark.timed
 async def test_35_a_server_that_speaks_first_is_kept_waiting_for_sniff_timeout_and_no_longer(way: Way) -> None:
     async with open_wire(way, config("v2", policy='sniff_timeout = "400ms"')) as wire:
         hello, began = client_hello(), trio.current_time()
@@ -266,6 +267,7 @@ async def test_34_a_client_hello_in_pieces_is_waited_for(way: Way) -> None:
 
 
 @SIDECAR_V4
+@pytest.mark.timed
 async def test_34_a_client_hello_that_is_too_slow_is_done_without(way: Way) -> None:
     hello = client_hello()
     async with open_wire(way, config("v2", policy='sniff_timeout = "300ms"')) as wire:
@@ -298,7 +300,7 @@ async def test_48_what_is_no_client_hello_is_not_waited_for(way: Way, data: byte
     async with open_wire(way, config("v2", policy='sniff_timeout = "10s"')) as wire:
         async with await wire.dial() as client, await wire.accept() as server:
             await client.send_all(data)
-            header = await told(server, within=1)
+            header = await told(server)
             assert set(header.tlvs) == {UNIQUE_ID}
             await client.send_eof()
             assert header.rest + await to_the_end(server) == data
@@ -314,7 +316,7 @@ async def test_34_the_end_of_a_client_that_has_said_too_little_is_not_waited_beh
                 if data:
                     await client.send_all(data)
                 await client.send_eof()
-                header = await told(server, within=1)
+                header = await told(server)
                 assert header.rest + await to_the_end(server) == data
                 await server.send_all(b"answer")
                 await server.send_eof()

@@ -266,6 +266,7 @@ async def test_49_a_trusted_proxy_that_ends_within_its_header(way: Way) -> None:
 
 @pytest.mark.parametrize("number", [0, 1])
 @SIDECAR_V4
+@pytest.mark.timed
 async def test_49_a_header_that_does_not_come_is_waited_for_three_seconds(
     way: Way, nursery: trio.Nursery, number: int
 ) -> None:

@@ -273,6 +273,7 @@ async def test_39_a_connection_that_conntrack_has_forgotten_is_closed(gateway_la
 # Death, stop, restart
 
 
+@pytest.mark.timed
 async def test_04_05_sigkill_and_restart(way: Way, nursery: trio.Nursery) -> None:
     before = await way.proxy.dump()
     await nursery.start(serve_identity, way.app, 8080)
@@ -526,6 +527,7 @@ async def test_the_modes_replace_one_another(way: Way, nursery: trio.Nursery) ->
     [("gateway v6", "nft flush ruleset"), ("sidecar v4", "nft delete table inet tproxyd_guard")],
     indirect=["way"],
 )
+@pytest.mark.timed
 async def test_09_what_others_remove_is_back_within_a_second(
     way: Way, nursery: trio.Nursery, counted: Counted, command: str
 ) -> None:

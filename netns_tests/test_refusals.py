@@ -74,6 +74,7 @@ def upstream(lab: Lab, source: str, **more: str) -> str:
         ("remote", "v6"),
     ],
 )
+@pytest.mark.timed
 async def test_27_nobody_listens(open_lab: OpenLab, target: str, families: str) -> None:
     """With each source and in both layouts: the kernel of whoever has the target's address resets, and so the client is."""
     async with open_lab(ROUTED) as lab:
@@ -101,6 +102,7 @@ async def test_27_nobody_listens(open_lab: OpenLab, target: str, families: str) 
 
 
 @pytest.mark.parametrize("family", ["v4", "v6"])
+@pytest.mark.timed
 async def test_27_nobody_listens_where_the_client_s_port_is_taken(open_lab: OpenLab, family: str) -> None:
     """A gateway falls back to the client's address with another port; the reset to that one is heard, too."""
     async with open_lab(ROUTED) as lab:
@@ -156,6 +158,7 @@ def firewall(chain: str, names: Iterable[str]) -> str:
     ("source", "family"),
     [("client", "v4"), ("client", "v6"), ("auto", "v4"), ("proxy", "v6"), ("pool", "v4"), ("pool", "v6")],
 )
+@pytest.mark.timed
 async def test_27_28_unreachable_and_silent_upstreams(open_lab: OpenLab, source: str, family: str) -> None:
     """Both layouts and all targets at once: refused by a router's, the server's, or this host's own firewall; by a route; or never answered."""
     async with open_lab(ROUTED) as lab:

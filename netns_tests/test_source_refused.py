@@ -54,7 +54,7 @@ async def test_a_client_of_the_other_family_than_the_target(way: Way, nursery: t
             await until(lambda: remarks(daemon))
             (line,) = remarks(daemon)  # of three within five seconds
             assert line.endswith(
-                f'upstream.source = "client", and {target} would see nobody, because the client is of the other family'
+                f'upstream.source = "client", and {target} would see this host as the client: the client is of the other family'
             )
         else:
             async with await way.client.connect(way.address, 8081) as stream:
@@ -106,7 +106,7 @@ async def test_a_client_with_a_link_local_address(way: Way, nursery: trio.Nurser
             assert record["outcome"] == "refused_by_policy"
             await until(lambda: remarks(daemon))
             (line,) = remarks(daemon)
-            assert line.endswith("would see nobody, because the client's address is of one link alone")
+            assert line.endswith("would see this host as the client: the client's address is of one link alone")
         else:
             assert record["outcome"] == "closed"
             assert record["upstream_source"].startswith(f"[{way.proxy.v6}]:")
@@ -151,4 +151,6 @@ async def test_a_policy_s_target_has_a_port_that_no_key_names(way: Way, nursery:
                 own = await resets(way.client, way.address, source_port=20000 + number)
                 assert await process.wait_for_output(own) == f"{own} refused_by_policy None"
             (line,) = [line for line in process.stderr_text.splitlines() if "a connection is refused" in line]
-            assert line.endswith("would see nobody, because the ruleset does not know this port, which no key names")
+            assert line.endswith(
+                "would see this host as the client: the ruleset does not know this port, which no key names"
+            )

@@ -21,6 +21,7 @@ CLOSED = '[capture]\nports = ["8080"]\nwhen_down = "refuse"\n'
 
 
 @BOTH_LAYOUTS
+@pytest.mark.timed
 async def test_07_sigterm_idle_ends_within_500_ms_and_leaves_the_kernel_as_it_was(way: Way) -> None:
     before = await way.proxy.dump()
     took = []

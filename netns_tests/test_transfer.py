@@ -260,6 +260,7 @@ async def test_an_urgent_byte_stays_in_its_place(way: Way, nursery: trio.Nursery
 
 
 @BOTH_LAYOUTS
+@pytest.mark.timed
 async def test_small_writes_are_not_held_back(way: Way, nursery: trio.Nursery) -> None:
     """Three writes each way, with a pause between them: whoever holds one back until the delayed ACK adds 40 ms to each round."""
 

@@ -49,6 +49,7 @@ def to_unix(path: Path) -> str:
 
 @BOTH_LAYOUTS
 @pytest.mark.parametrize("what", ["no file", "stale file", "plain file", "no permission"])
+@pytest.mark.timed
 async def test_27_a_unix_socket_at_which_nobody_can_be_had(way: Way, what: str) -> None:
     """connect() says so itself. The permission is that of a daemon without CAP_DAC_OVERRIDE."""
     async with unix_app() as path, AsyncExitStack() as stack:
@@ -81,9 +82,14 @@ async def test_27_a_unix_socket_at_which_nobody_can_be_had(way: Way, what: str) 
             took.append(since_it_was_there(tap.heard(), one))
         assert median_ms(f"{way}, {what}: reset after", took) < AT_ONCE
         assert await daemon.stop() == 0
+    told = {"no file": "there is no such socket (ENOENT)", "no permission": "permission denied (EACCES)"}.get(what)
+    lines = [line for line in daemon.process.stderr_text.splitlines() if "cannot connect" in line]
+    assert len(lines) == (told is not None)  # of five within five seconds
+    assert told is None or f"cannot connect to unix:{path}: {told}; " in lines[0]
 
 
 @BOTH_LAYOUTS
+@pytest.mark.timed
 async def test_28_the_queue_of_a_unix_socket_is_full(way: Way) -> None:
     """Who waits for room gets in when there is some, in the order of arrival; is reset at connect_timeout if there is none; and may leave."""
     async with unix_app() as path, AsyncExitStack() as stack:

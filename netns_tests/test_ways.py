@@ -1,4 +1,5 @@
-"""As whom the server sees a connection, in every layout, with every target and source: what docs/addresses.md says is what is measured.
+"""As whom the server sees a connection, in every layout, with every target and source, and what a PROXY header tells it: what
+docs/addresses.md says is what is measured.
 
 The tables there are written by this test, and compared by it. After a wanted change, write them anew and read the difference:
 
@@ -13,7 +14,19 @@ from pathlib import Path
 import pytest
 import trio
 
-from netns_tests.ways import FAMILIES, HEADERS, LAYOUTS, SOURCES, TARGETS, Row, measure, open_field, table_of
+from netns_tests.ways import (
+    CONNECTED,
+    FAMILIES,
+    HEADERS,
+    LAYOUTS,
+    SOURCES,
+    TARGETS,
+    Row,
+    measure,
+    open_field,
+    sources_with,
+    table_of,
+)
 from tproxyd.testing import conntrack_count
 from tproxyd.testing.daemon import open_daemon
 from tproxyd.testing.plugin import OpenLab
@@ -73,9 +86,12 @@ def expected(mode: str) -> dict[object, Row]:
             for family, peer in zip(FAMILIES, (words.split("/") * 2)[:2], strict=True):
                 entries = _entries(mode, target, peer)
                 for header in HEADERS:
-                    row = Row(layout, target, source, header, family, peer, entries)
-                    rows[row[:5]] = row
-    assert len(rows) == len(LAYOUTS) * len(TARGETS) * len(SOURCES) * len(HEADERS) * len(FAMILIES)
+                    told = "client" if header != "off" and peer in CONNECTED else ""
+                    row = Row(layout, target, source, header, family, peer, entries, told=told)
+                    if source in sources_with(mode, header):
+                        rows[row[:5]] = row
+    columns = sum(len(sources_with(mode, header)) for header in HEADERS)
+    assert len(rows) == len(LAYOUTS) * len(TARGETS) * columns * len(FAMILIES)
     return rows
 
 
@@ -89,21 +105,24 @@ def _entries(mode: str, target: str, peer: str) -> int:
 @pytest.mark.parametrize("mode", EXPECTED)
 async def test_what_the_server_sees_and_what_it_costs(mode: str, open_lab: OpenLab, tmp_path: Path) -> None:
     measured: list[Row] = []
-    two_at_once = trio.CapacityLimiter(2)
+    some_at_once = trio.CapacityLimiter(3)
 
-    async def measure_source(source: str) -> None:
-        directory = tmp_path / source
+    async def measure_source(source: str, *headers: str) -> None:
+        directory = tmp_path / f"{source}-{headers[0]}"
         directory.mkdir()
-        async with two_at_once, open_field(open_lab, directory) as field:
+        async with some_at_once, open_field(open_lab, directory, headers=headers[0] != "off") as field:
             # Proof that tracking is active: a connection that is not captured has an entry.
             async with await field.client.connect(field.proxy.v4, 9090):
                 assert field.proxy.call(conntrack_count) == 1
-            for header in HEADERS:
+            for header in headers:
                 measured.extend(await measure(field, mode, source, header))
 
+    off, *others = HEADERS
     async with trio.open_nursery() as nursery:
-        for source in SOURCES:
-            nursery.start_soon(measure_source, source)
+        for source in sources_with(mode, off):
+            nursery.start_soon(measure_source, source, off)
+        for source in sources_with(mode, others[0]):
+            nursery.start_soon(measure_source, source, *others)
     wanted = expected(mode)
     assert {row[:5]: row for row in measured} == wanted
     assert len(measured) == len(wanted)

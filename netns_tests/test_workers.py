@@ -27,6 +27,7 @@ def count(number: int) -> str:
 
 @pytest.mark.parametrize("number", [1, 2])
 @GATEWAY_V4
+@pytest.mark.timed
 async def test_a_killed_worker_costs_its_own_connections_and_nothing_else(
     way: Way, nursery: trio.Nursery, number: int
 ) -> None:
@@ -236,6 +237,7 @@ async def test_a_stopped_worker_does_not_keep_the_daemon_from_ending(
 
 @pytest.mark.parametrize("number", [1, 2])
 @GATEWAY_V4
+@pytest.mark.timed
 async def test_04_sigkill_of_the_daemon_ends_its_workers_at_once(way: Way, nursery: trio.Nursery, number: int) -> None:
     await nursery.start(serve_echo, way.app, 8080)
     async with open_daemon(way.proxy, count(number)) as daemon, many(way.client, way.address, 10) as streams:

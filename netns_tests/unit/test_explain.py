@@ -191,6 +191,42 @@ def test_the_account_says_as_whom_the_server_sees_the_client(source: str) -> Non
     assert (other.rule, other.upstream, other.upstream_source) == ("six", "[2001:db8:f::6]:80", "proxy")
 
 
+@pytest.mark.parametrize("destination", ["192.0.2.1", "2001:db8:1::1"])
+@pytest.mark.parametrize("default", ["forward", "refuse"])
+@pytest.mark.parametrize("trusted", [("192.0.2.0/29", "2001:db8:1::/126"), ("192.0.2.3", "2001:db8:1::3")])
+def test_what_depends_on_a_proxy_header_is_said(destination: str, default: str, trusted: tuple[str, str]) -> None:
+    """The account goes on with the addresses that the packet has, which are those of a header without any."""
+    config = config_from_mapping(
+        {
+            "capture": {"ports": ["8080"]},
+            "listen": {"proxy_protocol_from": list(trusted)},
+            "policy": {"default": default},
+        }
+    )
+    found, _, account = explained(config, packet_to(destination))
+    assert found == ("forwarded" if default == "forward" else "refused_by_policy")
+    steps = [stage.where for stage in account.stages]
+    at = steps.index("self-call") + 1
+    if "/" not in trusted[0]:
+        assert steps[at] == "policy"
+        assert "PROXY" not in account.what + str(account.stages)
+        return
+    assert steps[at : at + 2] == ["PROXY header", "policy"]
+    assert account.stages[at].rule == f"listen.proxy_protocol_from has {trusted[':' in destination]}"
+    assert not account.stages[at].decides
+    assert account.what.endswith(
+        "(with a PROXY header without addresses; one with addresses is decided about by these)"
+    )
+
+
+@pytest.mark.parametrize("packet", [{"port": 80}, {"source": "192.0.2.1"}])
+def test_no_header_is_waited_for_of_what_is_not_taken_or_is_a_self_call(packet: dict[str, Any]) -> None:
+    config = config_from_mapping({"capture": {"ports": ["8080"]}, "listen": {"proxy_protocol_from": ["192.0.2.0/24"]}})
+    found, _, account = explained(config, packet_to(**packet))
+    assert found == ("bypassed" if "port" in packet else "self_call")
+    assert "PROXY" not in account.what + str(account.stages)
+
+
 def test_every_rule_that_is_named_stands_in_the_ruleset() -> None:
     """What the account calls a rule of a chain is one, word for word."""
     config = config_of(

@@ -203,17 +203,28 @@ async def test_who_is_cancelled_while_waiting_has_sent_nothing(
         os.close(socket.recv_fds(sender, 65536, 1)[1][0])
 
 
+@pytest.mark.parametrize("missed", [False, True])
 async def test_a_receiver_may_go_and_come_again(
-    receivers: Receivers, pair: tuple[socket.socket, socket.socket], tmp_path: Path
+    receivers: Receivers, pair: tuple[socket.socket, socket.socket], tmp_path: Path, missed: bool
 ) -> None:
+    """Whether or not a connection has come meanwhile."""
     path = tmp_path / "connections"
     for _ in range(3):
         async with receive_connections(path) as connections:
             for _ in range(3):
                 await hand(receivers, path, pair[0])
                 (await connections.receive()).close()
-        with pytest.raises(NoReceiverError):
-            await hand(receivers, path, pair[0])
+        if missed:
+            with pytest.raises(NoReceiverError):
+                await hand(receivers, path, pair[0])
+
+
+async def test_what_the_block_raises_arrives(tmp_path: Path) -> None:
+    with pytest.raises(ExceptionGroup) as raised:
+        async with receive_connections(tmp_path / "connections"):
+            raise ValueError("the program's own mistake")
+    assert raised.group_contains(ValueError, match="the program's own mistake")
+    assert not (tmp_path / "connections").exists()
 
 
 async def test_what_nobody_has_asked_for_is_reset_at_the_receiver_s_end(receivers: Receivers, tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ __all__ = ["Books"]
 
 _REPORT = 0.05  # seconds until the owner hears of what has happened
 _SAY_EVERY = 5.0  # seconds between two log lines of one kind
+_MOST_SAID = 256  # kinds of log lines within that time; so many cannot be meant, but a text may have addresses in it
 _MOST_ALPN = 255  # characters; a client may offer 16 KiB of names
 
 
@@ -57,7 +58,7 @@ class Books:
         self._sources: dict[tuple[str, str], int] = {}  # by workload and address
         # Unique across restarts without a file: random start, then counted.
         self._next_identity = secrets.randbits(63)
-        self._said: dict[object, float] = {}
+        self._said: dict[object, float] = {}  # when, by kind; the one that was said longest ago comes first
         self._told_at = -1.0  # of `now`, for which the text of the wall clock is kept
         self._told = ""
 
@@ -191,9 +192,17 @@ class Books:
             self.tell(report.LOG, msgspec.msgpack.encode(LogLine(level, text[:4000], trace and trace[-16000:])))
 
     def _may_say(self, kind: object) -> bool:
-        if self._clock.now - self._said.get(kind, -math.inf) < _SAY_EVERY:
+        """Whether nothing of this kind has been said in the last five seconds. What is older is forgotten as soon as there is much of it."""
+        said, now = self._said, self._clock.now
+        if now - said.get(kind, -math.inf) < _SAY_EVERY:
             return False
-        self._said[kind] = self._clock.now
+        said.pop(kind, None)
+        if len(said) >= _MOST_SAID:
+            oldest = next(iter(said))
+            if now - said[oldest] < _SAY_EVERY:
+                return False
+            del said[oldest]
+        said[kind] = now
         return True
 
     def _record(self, connection: Connection, outcome: Outcome) -> Record:

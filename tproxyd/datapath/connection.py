@@ -66,6 +66,12 @@ _APP_STALL = 0.05
 _LOOK = 0.002
 _LOOK_SELDOM = 0.064
 
+# The outcome alone does not tell these from a stale socket, or from a host that cannot be reached.
+_NO_UNIX_SOCKET = {
+    errno.ENOENT: "there is no such socket (ENOENT); start its app, or give upstream.target the path that the app was given",
+    errno.EACCES: "permission denied (EACCES); it takes write permission on the socket, and search permission (x) on each directory above",
+}
+
 _READING, _DIALLING, _SNIFFING, _RELAYING, _FLUSHING, _HANDED, _CLOSED = range(7)
 
 
@@ -313,7 +319,8 @@ class Connection(Timed):
         choice = workload.choose_source(self.client[0], self.dialled, target, is_local, dialled_local)  # type: ignore[arg-type]
         if not choice.ways:
             loop.remark(
-                f'a connection is refused: upstream.source = "client", and {format_address(target)} would see {choice.why}'
+                f'a connection is refused: upstream.source = "client", and {format_address(target)} would see {choice.why}',
+                kind=choice.why,
             )
             return self.end("refused_by_policy")
         sock, number, way = workload.enter().dial(choice, self.client, target)
@@ -322,6 +329,13 @@ class Connection(Timed):
         if way == "client" and self.client[1]:  # a PROXY header may tell of port 0, and the kernel chooses
             self.upstream_source = self.client
         return self._begin_connecting(sock, number)
+
+    def give_up(self) -> None:
+        """No word from the server within `connect_timeout`."""
+        try:
+            self._not_connected(errno.ETIMEDOUT)
+        except Exception as error:  # a surprise costs this connection only
+            self._fail(error)
 
     def dial_again(self) -> None:
         """There may be room in the queue of the Unix socket."""
@@ -332,12 +346,13 @@ class Connection(Timed):
 
     def _dial_unix(self) -> None:
         assert isinstance(self.target, str)
-        waiting = self.loop.waiting
+        waiting = self.workload.waiting
         sock, number = None, errno.EAGAIN
         if not waiting or next(iter(waiting)) is self:  # who comes later does not overtake
             sock, number = self.workload.enter().dial_unix(self.target)
         if number == errno.EAGAIN:
             waiting[self] = None  # until connect_timeout; who is there keeps its place
+            self.loop.knocking.add(self.workload)
             return self.workload.dialling.add(self)
         waiting.pop(self, None)
         if sock is None:
@@ -476,7 +491,24 @@ class Connection(Timed):
                 "no free port for a connection to %s; widen net.ipv4.ip_local_port_range, or give upstream.source more addresses",
                 format_target(self.target),
             )
+        elif number == errno.ETIMEDOUT:
+            self._tell_of_silence(self.target)
+        elif isinstance(self.target, str) and number in _NO_UNIX_SOCKET:
+            text = f"cannot connect to {format_target(self.target)}: {_NO_UNIX_SOCKET[number]}"
+            self.loop.remark(text, kind=f"{number} {self.target}")
         self.end(outcome)
+
+    def _tell_of_silence(self, target: Address | str) -> None:
+        """Another host whose answers go another way looks like a dead one. Whoever has set up the network can tell them apart."""
+        upstream = self.upstream
+        if isinstance(target, str) or upstream is None or self.workload.is_local_target(target[0]):
+            return
+        if upstream.sock.getsockname()[0] == self.client[0]:
+            self.loop.remark(
+                f"no answer from {format_address(target)} to a connection that bears its client's address, {self.client[0]}; if that server "
+                'lives, its answers do not come by here, or a firewall masquerades: set upstream.source = "proxy"',
+                kind="silence",
+            )
 
     def _relay(self, leg: Leg, events: int) -> None:
         """What an event on `leg` makes possible: reading from it, and writing to it what the other one has."""

@@ -107,7 +107,7 @@ class RelayLoop:
         self._dialling: dict[float, Wheel[Connection]] = {}
         self._opening: dict[float, Wheel[Connection]] = {HEADER_SECONDS: self.headers}
         self.flushing: set[Connection] = set()
-        self.waiting: dict[Connection, None] = {}  # for room in the queue of a Unix socket, in the order of arrival
+        self.knocking: set[Workload] = set()  # connections of theirs wait for room in the queue of a Unix socket
 
         self.asks = setup.asks
         self._alone = setup.alone
@@ -270,7 +270,7 @@ class RelayLoop:
         """It has ended."""
         books = self._books
         self.flushing.discard(connection)
-        self.waiting.pop(connection, None)
+        connection.workload.waiting.pop(connection, None)
         books.leave(connection, outcome)
         workload = connection.workload
         if workload.tells_idle and not workload.connections:
@@ -296,7 +296,7 @@ class RelayLoop:
             due = min(due, wheel.due)
         if self.flushing:
             due = min(due, self.now + _FLUSH)
-        if self.waiting:
+        if self.knocking:
             due = min(due, self.now + _KNOCK)
         if due == math.inf:
             return None
@@ -317,16 +317,13 @@ class RelayLoop:
             for connection in list(self.flushing):
                 if now >= connection.look_at:
                     connection.flush()
-        while self.waiting:
-            first = next(iter(self.waiting))
-            first.dial_again()
-            if first in self.waiting:
-                break  # no room for the first one, so none for the others: asking for each would take all of our time
+        for workload in list(self.knocking):
+            self._knock(workload)
         for wheel in self._dialling.values():
             if now >= wheel.due:
                 for connection in wheel.expire(now, also_active=True):
                     if not connection.settle():
-                        connection.end("upstream_timeout")
+                        connection.give_up()
         if now >= self.settling.due:
             for connection in self.settling.expire(now, also_active=True):
                 connection.settle()
@@ -347,6 +344,14 @@ class RelayLoop:
             self._look_for_stalls()
         if now >= self._books.due:
             self._report()
+
+    def _knock(self, workload: Workload) -> None:
+        while workload.waiting:
+            first = next(iter(workload.waiting))
+            first.dial_again()
+            if first in workload.waiting:
+                return  # no room for the first one, so none for the others: asking for each would take all of our time
+        self.knocking.discard(workload)
 
     def _report(self) -> None:
         books = self._books
@@ -394,12 +399,15 @@ class RelayLoop:
         """Resets what lives of it, and forgets it."""
         del self._workloads[workload.name]
         self._asked.discard(workload)
+        self.knocking.discard(workload)
         if self._accepting:
             self._turn_away(workload)
         for listener in workload.listeners:
             self._ready.pop(listener, None)
         workload.close_listeners()
         for connection in list(workload.connections):
+            # With the program or not: what is decided about it from now on comes too late.
+            self._handed.pop(f"{connection.identity:016x}", None)
             connection.end("drained")
         for locality in workload.localities:
             del self._handlers[locality.fileno()]
@@ -545,7 +553,7 @@ class RelayLoop:
         connection = self._handed.pop(order.id, None)
         if connection is None or fd < 0:
             if fd >= 0:
-                os.close(fd)
+                abort(socket.socket(fileno=fd))
             if connection is not None:
                 full = OSError(errno.EMFILE, os.strerror(errno.EMFILE))
                 self.complain(

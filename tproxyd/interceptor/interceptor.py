@@ -79,13 +79,13 @@ class Interceptor:
         has ended; of a descriptor that cannot be seen), or with the interceptor.
 
         Raises ConfigError, MissingError (there is no such namespace), CapabilityError, and KernelError (somebody else captures there, a port in use, ...);
-        then it is not there, and nothing of it is left.
+        then it is not there, and nothing of it is left. The same holds when this is cancelled before capture is on.
         """
         await self._workloads.add(name, Workload(netns=netns, overrides=overrides, dial=dial))
 
     async def remove_workload(self, name: str, *, drain: float = 0.0) -> None:
         """Takes a workload's interception away: capture first. Its connections are reset, or have `drain` seconds to end. Harmless where there is
-        none of this name."""
+        none of this name. Cancelled, it drains no more, and the rest goes on by itself: another call with this name waits for its end."""
         await self._workloads.remove(name, drain=drain)
 
     async def sync_workloads(self, workloads: Mapping[str, NamespaceLike | Workload]) -> None:

@@ -12,7 +12,7 @@ import socket
 import struct
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import NamedTuple, TypeVar
@@ -162,10 +162,11 @@ def first_of(error: BaseException, kind: type[E]) -> E | None:
 
 
 class Handed(NamedTuple):
-    """A connection that is with the embedding program: whose it is, and its socket."""
+    """A connection that is with the embedding program: whose it is, its socket, and what ends whoever has it there."""
 
     workload: str
     sock: socket.socket
+    scope: trio.CancelScope
 
 
 class Served(NamedTuple):
@@ -213,7 +214,7 @@ class _Relay:
         self._handlers_ended = False
         self._complaints = Complaints()
         self._orphans: set[str] = set()  # those of them whose loop has died
-        self.nothing_handed = trio.Event()
+        self._given_up = trio.lowlevel.ParkingLot()  # where the end of one of them is waited for
         self._ready = trio.Event()
         self._started = False
         self._idle: dict[str, trio.Event] = {}
@@ -241,11 +242,13 @@ class _Relay:
         if self._served.pop(name, None) is None:
             return
         self._adding.pop(name, None)
+        await self._end_handlers_of(name)
         if self._channel is not None:
             removed = self._removing.setdefault(name, trio.Event())
             await self._tell(report.REMOVE + name.encode())
             with trio.move_on_after(_STOP):  # else it is dying
                 await removed.wait()
+            await self._end_handlers_of(name)  # of what was accepted meanwhile
         if (idle := self._idle.pop(name, None)) is not None:
             idle.set()
         self.counters.pop(name, None)
@@ -288,8 +291,7 @@ class _Relay:
         # Who asks tells, also when another one has asked: that one may have been cancelled before the loop was told.
         await self._tell(report.TELL_IDLE + name.encode())
         await idle.wait()
-        if self.handed:  # what has outlived its loop
-            await self.nothing_handed.wait()
+        await self._until_given_up(name)  # what has outlived its loop
 
     async def count(self) -> None:
         counted = self._counted
@@ -433,9 +435,8 @@ class _Relay:
         told = msgspec.msgpack.decode(message[1:], type=report.HandedOver)
         family = socket.AF_INET6 if ":" in told.source[0] else socket.AF_INET
         sock = socket.socket(family, socket.SOCK_STREAM, 0, fd)  # told all that, it does not ask the kernel
-        if not self.handed:
-            self.nothing_handed = trio.Event()
-        self.handed[told.id] = Handed(told.workload, sock)
+        scope = trio.CancelScope()
+        self.handed[told.id] = Handed(told.workload, sock, scope)
         connection = Connection(
             id=told.id,
             workload=told.workload,
@@ -445,17 +446,15 @@ class _Relay:
             rule=told.rule,
         )
         books = _Books(self, channel)
-        handed.start_soon(
-            partial(
-                serve_handed,
-                policy=self._policy,
-                timeout=self._policy_timeout,
-                loop=books,
-                receivers=self._receivers,
-                complaints=self._complaints,
-            ),
-            *(connection, sock, told.data),
+        serve = partial(
+            serve_handed,
+            policy=self._policy,
+            timeout=self._policy_timeout,
+            loop=books,
+            receivers=self._receivers,
+            complaints=self._complaints,
         )
+        handed.start_soon(_within, scope, partial(serve, connection, sock, told.data))
 
     def forget(self, identity: str) -> None:
         """A connection is not with the program any more."""
@@ -464,18 +463,34 @@ class _Relay:
             self._orphans.discard(identity)
             if gone is not None and gone.workload in self._before:
                 self._before[gone.workload].active -= 1
-        if not self.handed:
-            self.nothing_handed.set()
+        self.abandoned.discard(identity)
+        self._given_up.unpark_all()
+
+    async def _until_given_up(self, name: str | None = None) -> None:
+        """Returns when the program has no connection of this workload any more, or none at all."""
+        while any(name in (None, one.workload) for key, one in self.handed.items() if key not in self.abandoned):
+            await self._given_up.park()
 
     async def _end_handlers(self) -> None:
         """Waits a moment for handlers that have been cancelled, and takes the sockets away from those that go on: neither their clients nor
         all that comes after is to wait for them."""
-        if not self.handed or self._handlers_ended:
-            return
-        self._handlers_ended = True
+        if self.handed and not self._handlers_ended:
+            self._handlers_ended = True
+            await self._take_away()
+
+    async def _end_handlers_of(self, name: str) -> None:
+        """Cancels them, of this workload alone, and does the same."""
+        for handed in self.handed.values():
+            if handed.workload == name:
+                handed.scope.cancel()
+        await self._take_away(name)
+
+    async def _take_away(self, name: str | None = None) -> None:
         with trio.CancelScope(shield=True), trio.move_on_after(_HANDLERS_STOP):
-            await self.nothing_handed.wait()
-        for identity, (_, sock) in self.handed.items():
+            await self._until_given_up(name)
+        for identity, (workload, sock, _) in self.handed.items():
+            if name not in (None, workload) or identity in self.abandoned:
+                continue
             _log.error("the handler of connection %s goes on although it was cancelled; its client is reset", identity)
             if sock.fileno() >= 0:
                 trio.lowlevel.notify_closing(sock)
@@ -485,6 +500,8 @@ class _Relay:
 
     def count_orphan(self, workload: str, outcome: Outcome) -> None:
         """A connection has ended whose loop had died before."""
+        if workload not in self._served:
+            return  # nor is it counted any more
         outcomes = self._before.setdefault(workload, Counters()).outcomes
         outcomes[outcome] = outcomes.get(outcome, 0) + 1
 
@@ -522,6 +539,11 @@ class _Relay:
         for event in self._removing.values():
             event.set()
         self._removing = {}
+
+
+async def _within(scope: trio.CancelScope, function: Callable[[], Awaitable[None]]) -> None:
+    with scope:
+        await function()
 
 
 class _Books:

@@ -77,6 +77,11 @@ class _Wanted:
     def same(self, other: _Wanted) -> bool:
         return (self.config, self.watch.identity, self.dial) == (other.config, other.watch.identity, other.dial)
 
+    @property
+    def ends(self) -> bool:
+        """Whether it is being taken away, by whoever."""
+        return self.scope.cancel_called
+
 
 class Workloads:
     """Those of one interceptor. `serve` is its task; `config` is what all of them have, but for their overrides. Close it after that."""
@@ -116,11 +121,14 @@ class Workloads:
         """See Interceptor.add_workload."""
         wanted, started = self._want(name, spec), False
         try:
-            async with self._turn.setdefault(name, trio.Lock()):
+            async with self._turn_of(name):
                 before = self._there.get(name)
                 if before is not None:
-                    if before.same(wanted):
-                        return
+                    if before.same(wanted) and not before.ends:
+                        before.watch.look_instead(wanted.watch)
+                        await before.tried.wait()
+                        if tries_again or (before.error is None and not before.ends):
+                            return
                     await self._end(before)
                 if self._nursery is None:
                     raise KernelError("the interceptor is closing: no workload can be added")
@@ -131,7 +139,8 @@ class Workloads:
                     await wanted.tried.wait()
                 except trio.Cancelled:
                     if not tries_again:
-                        wanted.scope.cancel()
+                        with trio.CancelScope(shield=True):
+                            await self._end(wanted)
                     raise
                 if wanted.error is not None and not tries_again:
                     await wanted.ended.wait()
@@ -142,14 +151,17 @@ class Workloads:
 
     async def remove(self, name: str, *, drain: float = 0.0) -> None:
         """See Interceptor.remove_workload."""
-        async with self._turn.setdefault(name, trio.Lock()):
+        async with self._turn_of(name):
             wanted = self._there.get(name)
             if wanted is not None:
-                if drain > 0 and wanted.capture is not None:
-                    with trio.move_on_after(drain):
-                        await wanted.capture.drain()
-                await self._end(wanted)
-        self._turn.pop(name, None)
+                try:
+                    if drain > 0 and wanted.capture is not None:
+                        with trio.move_on_after(drain):
+                            await wanted.capture.drain()
+                finally:
+                    # Also when this is cancelled: one that is half drained would capture nothing any more, and stay.
+                    wanted.scope.cancel()
+                await wanted.ended.wait()
 
     async def sync(self, wanted: Mapping[str, NamespaceLike | Workload]) -> None:
         """See Interceptor.sync_workloads."""
@@ -199,7 +211,7 @@ class Workloads:
         listener = _Listener()
         self._listeners.add(listener)
         try:
-            yield listener.receive()
+            yield listener
         finally:
             self._listeners.discard(listener)
 
@@ -228,14 +240,31 @@ class Workloads:
                 f'workload {name!r}: dial = {spec.dial!r} is none of its values; use "workload" or "agent"'
             )
         if config.capture.mode != "off":
-            config.require_captures()
+            try:
+                config.require_captures()
+            except ConfigError as error:
+                raise ConfigError(*(f"workload {name!r}: {problem}" for problem in error.problems)) from None
         return self._book.same(config)
 
     async def _add_or_tell(self, name: str, spec: Workload) -> None:
         try:
             await self.add(name, spec, tries_again=True)
         except TproxydError as error:  # of this one alone: there is no such namespace
+            await self.remove(name)  # of another one, which is wanted no more
+            _log.error("workload %s is not captured: %s", name, error)
             self._tell("failed", name, str(error))
+
+    @asynccontextmanager
+    async def _turn_of(self, name: str) -> AsyncIterator[None]:
+        """What is asked for of one name is done one after the other. Nothing is kept of names of which nothing is asked."""
+        turn = self._turn.setdefault(name, trio.Lock())
+        try:
+            async with turn:
+                yield
+        finally:
+            # A lock that is let go with somebody waiting for it is his by now.
+            if not turn.locked() and self._turn.get(name) is turn:
+                del self._turn[name]
 
     async def _end(self, wanted: _Wanted) -> None:
         wanted.scope.cancel()
@@ -326,8 +355,9 @@ class Workloads:
             listener.tell(event)
 
 
-class _Listener:
-    """Events on their way to one who listens: the oldest are dropped, and counted, where nobody takes them."""
+class _Listener(AsyncIterator[Event]):
+    """Events on their way to one who listens: the oldest are dropped, and counted, where nobody takes them. No generator: one that is left
+    halfway would have to be closed by who listens."""
 
     def __init__(self) -> None:
         self._events: deque[Event] = deque()
@@ -341,11 +371,15 @@ class _Listener:
         self._events.append(event)
         self._more.set()
 
-    async def receive(self) -> AsyncIterator[Event]:
-        while True:
+    def __aiter__(self) -> _Listener:
+        return self
+
+    async def __anext__(self) -> Event:
+        await trio.lowlevel.checkpoint()
+        while not self._events:
             await self._more.wait()
+        event = self._events.popleft()
+        if not self._events:
             self._more = trio.Event()
-            while self._events:
-                event = self._events.popleft()
-                missed, self._missed = self._missed, 0
-                yield msgspec.structs.replace(event, missed=missed) if missed else event
+        missed, self._missed = self._missed, 0
+        return msgspec.structs.replace(event, missed=missed) if missed else event

@@ -122,6 +122,13 @@ class NamespaceWatch:
         except OSError as error:
             return error.errno != errno.ENOMEM
 
+    def look_instead(self, other: NamespaceWatch) -> None:
+        """From now on this is gone when what `other` was given by is: the same namespace, known by another path or process. `other` is left with
+        nothing to look at, and still to be closed."""
+        if self.pidfd is not None:
+            os.close(self.pidfd)
+        self._path, self.pidfd, other.pidfd = other._path, other.pidfd, None
+
     def close(self) -> None:
         """Gives the namespace up; harmless when repeated."""
         for fd in (self.fd, self.pidfd):

@@ -61,6 +61,8 @@ _SEEN: dict[Way, Seen] = {
 }
 
 _SELF_CALL = "is the destination, or the client, this daemon?"
+# Whom it would speak for, and what they dialled, nobody can foresee; and the kernel is asked about the packet that arrives.
+_WITHOUT_ADDRESSES = " (with a PROXY header without addresses; one with addresses is decided about by these)"
 
 
 class Route(NamedTuple):
@@ -132,6 +134,7 @@ class _Account:
         self.destination = Endpoint(str(packet.destination), packet.port)
         self.stages: list[Stage] = []
         self.kernel_rule: Stage | None = None
+        self.waits_for_header = False
 
     def explain(self) -> Explanation:
         if not self.config.captures:
@@ -282,6 +285,16 @@ class _Account:
         if self.is_local(str(packet.source)):
             return self.self_call(f"{packet.source} is an address of this host: a connection of ours that came back")
         self.add("self-call", _SELF_CALL, False, "neither is")
+        trusted = element_of(self.config.listen.proxy_protocol_from, packet.source)
+        if trusted is not None:
+            self.waits_for_header = True
+            rule = f"listen.proxy_protocol_from has {trusted}"
+            self.add(
+                "PROXY header",
+                rule,
+                True,
+                "waited for, and reset without one; its addresses count from here on, if it has any",
+            )
         verdict = compile_policy(self.config.policy)(str(packet.source), str(packet.destination), packet.port)
         self.add("policy", *self.policy_words(verdict), decides=True)
         if verdict.action == "refuse":
@@ -402,7 +415,7 @@ class _Account:
         assert self.kernel_rule is not None
         return Explanation(
             outcome=outcome,
-            what=what,
+            what=what + _WITHOUT_ADDRESSES if self.waits_for_header else what,
             kernel_rule=self.kernel_rule,
             rule=verdict.rule if verdict is not None else None,
             upstream=str(upstream) if upstream is not None else None,

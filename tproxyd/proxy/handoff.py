@@ -188,10 +188,12 @@ async def receive_connections(
     try:
         made = os.stat(file)
         sending, receiving = trio.open_memory_channel[ConnectionStream](0)
-        async with trio.open_nursery() as nursery, receiving:
+        async with trio.open_nursery() as nursery:
             nursery.start_soon(_accept, listener, allowed, sending, nursery)
             try:
-                yield receiving
+                # Closed without a checkpoint: in the cancelled scope its Cancelled would take the place of what the block has raised.
+                with receiving:
+                    yield receiving
             finally:
                 nursery.cancel_scope.cancel()
     finally:

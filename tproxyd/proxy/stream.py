@@ -24,9 +24,10 @@ __all__ = ["ConnectionStream"]
 
 _TURNS = 16  # calls that need not wait before others have their turn, and a cancellation is noticed
 _READ = 16 * 1024  # bytes read at a time: a TLS record, and what a small write can be
-_BULK_READ = (
-    256 * 1024
-)  # the same after a full read; smaller ones cost more calls, larger ones do not stay in the cache
+_BULK_READ = 256 * 1024  # the same after a full read
+_RELAY_READ = 512 * 1024
+"""Bytes that a relay reads at a time, and holds at most in each direction. CPU seconds per GB over one stream and over eight, medians of five rounds
+with HAProxy's 0.77 and 0.90 beside them: 0.45 and 0.42 with 256 KiB, 0.37 and 0.35 with 512, 0.31 and 0.32 with 1 MiB."""
 
 # Bytes that a reset must not overtake are waited for as the relay loop does it (datapath/connection.py).
 _PATIENCE = 2.0  # seconds without progress; and two round trips at least
@@ -195,7 +196,7 @@ class _Relay:
         self._scope = trio.CancelScope()
         buffer = _buffers.get()
         if buffer is None:
-            _buffers.set(buffer := bytearray(_BULK_READ))
+            _buffers.set(buffer := bytearray(_RELAY_READ))
         self._buffer = memoryview(buffer)
 
     async def run(self, already: bytes) -> None:
@@ -220,7 +221,6 @@ class _Relay:
         stream, buffer = self._stream, self._buffer
         forth = source is self._client
         recv_into, send = source.recv_into, sink.send
-        turns = _TURNS
         ask_again = not forth  # the first answer of a server is often its last, and its FIN is there with it
         if held and not await self._send_rest(sink, held):
             return None
@@ -229,7 +229,6 @@ class _Relay:
                 count = recv_into(buffer)
             except BlockingIOError:
                 await trio.lowlevel.wait_readable(source)
-                turns = _TURNS
                 continue
             except OSError as error:
                 self._break(source, error)
@@ -249,18 +248,13 @@ class _Relay:
             if sent < count:
                 if not await self._send_rest(sink, bytes(buffer[sent:count])):
                     return None
-                turns = _TURNS
-            elif count < _BULK_READ and ask_again:
+            elif count == _RELAY_READ:
+                await trio.lowlevel.checkpoint()  # there is more, and others have their turn
+            elif ask_again:
                 ask_again = False
-            elif count < _BULK_READ:
+            else:
                 # All that was there: what comes next is waited for without asking.
                 await trio.lowlevel.wait_readable(source)
-                turns = _TURNS
-            else:
-                turns -= 1
-                if not turns:
-                    turns = _TURNS
-                    await trio.lowlevel.checkpoint()
         if stream.outcome is None:  # else it is no end in order, but what is left of a reset
             self._ended += 1
             try:

@@ -30,13 +30,14 @@ _CACHED_THREADS = ("Trio thread",)
 """trio keeps idle worker threads for ten seconds under this name, to use them again; they are not a test's."""
 
 
-def isolate_this_process() -> None:
+def isolate_this_process(*, other_threads_are: bool = False) -> None:
     """Moves the process for good into a network namespace that has nothing but loopback.
 
-    Only while it has a single thread, because a namespace belongs to a thread: RuntimeError else.
+    Only while it has a single thread, because a namespace belongs to a thread: RuntimeError else. Unless the caller knows
+    that its other threads are away from the host's network, as in a child of a process that is.
     """
     threads = len(os.listdir("/proc/self/task"))
-    if threads != 1:
+    if threads != 1 and not other_threads_are:
         raise RuntimeError(f"the test process has {threads} threads already, so some would stay in the host's network")
     unshare_network()
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
