@@ -17,7 +17,8 @@ import tproxyd
 from netns_tests.watch import dial, resets_within, works
 from netns_tests.way import GATEWAY_V4, SIDECAR_V4, Way
 from tproxyd.net.sockets import format_address
-from tproxyd.testing import serve_echo, serve_identity
+from tproxyd.testing import Link, Route, Topology, serve_echo, serve_identity
+from tproxyd.testing.plugin import OpenLab
 
 # Serves until SIGTERM cancels it. Its on_record fails for the first connection, and prints the others.
 PROGRAM = """
@@ -183,3 +184,58 @@ async def test_the_example_of_the_readme_does_what_it_says(way: Way, nursery: tr
             records,
         )
     assert await way.proxy.dump() == before
+
+
+# Workload "pod" with upstreams dialled by this program, and a policy if there is a second word; prints records.
+AGENT = """
+import sys, trio
+from tproxyd import Forward, open_interceptor
+
+async def policy(connection):
+    return Forward()
+
+async def main():
+    config = {"capture": {"ports": ["8080", "8082"]}, "relay": {"workers": 0}, "limits": {"max_connections": 50}, "policy": {"rule": [
+        {"name": "past", "ports": ["8082"], "action": {"forward": sys.argv[2] + ":8081"}}]}}
+    async with open_interceptor(config, policy=policy if sys.argv[3:] else None, on_record=lambda r: print(r.source, r.outcome, flush=True)) as interceptor:
+        await interceptor.add_workload("pod", netns=int(sys.argv[1]), dial="agent")
+        print("captured", flush=True)
+        await trio.sleep_forever()
+
+trio.run(main)
+"""
+
+
+@pytest.mark.parametrize("policy", [(), ("policy",)])
+async def test_a_connection_that_its_agent_would_dial_into_capture_again_is_a_self_call(
+    open_lab: OpenLab, policy: tuple[str, ...], nursery: trio.Nursery
+) -> None:
+    """Without an end: one client was as many connections as there may be, within some hundredths of a second."""
+    topology = Topology(
+        links=(
+            Link("agent:eth0", "pod:eth0", v4="192.0.2.0/24"),
+            Link("agent:eth1", "client:eth0", v4="198.51.100.0/24"),
+        ),
+        routes=(Route("client", "0.0.0.0/0", "198.51.100.1"), Route("pod", "0.0.0.0/0", "192.0.2.1")),
+        forwarding=("agent",),
+    )
+    async with open_lab(topology) as lab:
+        pod = lab["pod"]
+        await nursery.start(serve_identity, pod, 8081)
+        async with pod.process("sleep", "infinity") as resident:
+            words = (sys.executable, "-c", AGENT, str(resident.pid), pod.v4, *policy)
+            async with lab["agent"].process(*words, collect=True) as agent:
+                await agent.wait_for_output("captured")
+                refused = await dial(lab["client"], pod.v4)
+                assert await resets_within(refused, 3)
+                if refused is not None:
+                    await refused.aclose()
+                await agent.wait_for_output("198.51.100.2:")
+                async with await lab["client"].connect(
+                    pod.v4, 8082
+                ) as stream:  # a port that is not captured is no way back
+                    assert json.loads(await stream.receive_some())["peer"].startswith("192.0.2.1:")
+                await agent.wait_for_output("closed")
+                outcomes = [line.split()[-1] for line in agent.stdout_text.splitlines()]
+                assert outcomes == ["captured", "self_call", "closed"]
+        nursery.cancel_scope.cancel()

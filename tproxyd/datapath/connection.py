@@ -274,6 +274,8 @@ class Connection(Timed):
         if loop.asks:
             self.state = _HANDED
             return loop.hand_over(self)
+        if workload.dials_elsewhere and workload.comes_back(target):
+            return self.end("self_call")
         if not self.downstream.watched:
             loop.watch(self.downstream)
         return self._dial(is_local, local if self.dialled is destination else workload.is_local(self.dialled[0]))
@@ -292,6 +294,8 @@ class Connection(Timed):
                 is_local = workload.is_local_target(self.target[0])
                 if workload.is_listener(self.target, local=is_local):
                     return self.end("self_call")
+            if workload.dials_elsewhere and workload.comes_back(self.target):
+                return self.end("self_call")
             loop.watch(self.downstream)
             return self._dial(is_local, workload.is_local(self.dialled[0]))
         except Exception as error:  # a target that is no address, for example

@@ -83,6 +83,8 @@ class Workload:
         # The loop's own needs no privilege to be entered.
         self.netns = place.home if os.path.sameopenfile(netns, place.home) else netns
         self._dials_at = place.home if setup.dial == "agent" else self.netns
+        self.dials_elsewhere = self._dials_at != self.netns
+        self._takes_port = config.capture.takes_port
         self._listen_port = config.listen.port
         self._listen_hosts = frozenset(host for host, _ in setup.listen)
 
@@ -108,7 +110,7 @@ class Workload:
             place.enter(self.netns)
             self.localities.append(Locality())
             place.enter(self._dials_at)
-            if self._dials_at != self.netns:
+            if self.dials_elsewhere:
                 self.localities.append(Locality())
             self.dialler = Dialler(config)
         except BaseException:
@@ -144,6 +146,13 @@ class Workload:
     def is_listener(self, address: Address | tuple[str, int], *, local: bool) -> bool:
         """Whether nobody but us can be meant: a listener's own address, or its port at another address of this host."""
         return address[1] == self._listen_port and (local or address[0] in self._listen_hosts)
+
+    def comes_back(self, target: Address | str) -> bool:
+        """Where upstreams are dialled elsewhere: whether this one is the workload itself, at a port that it captures. Then the connection arrives at
+        the listener again, as a new one of the program's, and so on without an end."""
+        if isinstance(target, str) or not self._takes_port(target[1]):
+            return False
+        return self.is_local(target[0]) and not self.is_local_target(target[0])
 
 
 def _target_of(config: Config) -> Callable[[Address], Address | str]:
