@@ -59,7 +59,7 @@ class Keeper:
 
     Without `netns` it keeps the namespace of the calling thread, which the caller has taken (net/ownership.py). With a descriptor it keeps that
     one, from whichever thread, and takes it until `close`: KernelError that names who has it already. The caller closes the descriptor, after that.
-    `name` is that of the tables, `workload` what the log calls the namespace, `book` what several keepers have in common.
+    `name` is that of the tables, `workload` what the log calls the namespace, `book` what several keepers have in common, and `threads` in how many of them at a time the kernel is spoken to.
 
     `repairs` counts what others have changed and this has put right, by kind (KINDS); `trouble` says what cannot be put right, if anything.
     `on_event` is told of each, in the task of `watch`; it must not block. `others` is set, and another one takes its place, when somebody else's ruleset has changed.
@@ -75,6 +75,7 @@ class Keeper:
         name: str = DEFAULT_NAME,
         workload: str = "",
         book: PlanBook | None = None,
+        threads: trio.CapacityLimiter | None = None,
         ssh_ports: Iterable[int] = (),
         on_event: Callable[[Literal["drift", "trouble"], str], None] = lambda kind, what: None,
     ) -> None:
@@ -84,6 +85,7 @@ class Keeper:
         self._name = name
         self._book = book or PlanBook(0 if netns is None else 1)
         self._own_book = book is None
+        self._threads = threads
         self._config = self._book.same(config)
         self._log = _OfWorkload(_log, {"workload": workload}) if workload else _log
         self._ssh_ports = (*ssh_ports,)
@@ -198,7 +200,7 @@ class Keeper:
 
     async def _step(self, step: Callable[[kernel.Nft], T]) -> T:
         """Takes a step in a thread of the namespace, to its end whatever is cancelled."""
-        return await in_thread(partial(self._here, partial(self._with_nft, step)))
+        return await in_thread(partial(self._here, partial(self._with_nft, step)), limiter=self._threads)
 
     def _here(self, function: Callable[[], T]) -> T:
         """Runs a function that blocks in the namespace that is kept."""

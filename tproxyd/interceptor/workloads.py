@@ -36,6 +36,7 @@ _FIRST_PAUSE, _LONGEST_PAUSE = (
     60.0,
 )  # seconds before a workload that failed is tried again, twice as long each time
 _AT_ONCE = 8  # workloads that are being added: more would only wait for the kernel's locks
+_THREADS = 16  # of steps in the kernel: what ends all at once would else be a thread each
 _MOST_EVENTS = 1024  # that wait for one who listens
 
 EventKind = Literal["added", "removed", "vanished", "failed", "drift", "trouble"]
@@ -92,6 +93,7 @@ class Workloads:
         self._there: dict[str, _Wanted] = {}
         self._turn: dict[str, trio.Lock] = {}
         self._adding = trio.CapacityLimiter(_AT_ONCE)
+        self._threads = trio.CapacityLimiter(_THREADS)
         self._nursery: trio.Nursery | None = None
         self._listeners: set[_Listener] = set()
 
@@ -317,6 +319,7 @@ class Workloads:
                     name=self._name,
                     workload=wanted.name,
                     book=self._book,
+                    threads=self._threads,
                     on_event=lambda kind, what: self._tell(kind, wanted.name, what),
                 )
             )
