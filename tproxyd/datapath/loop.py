@@ -45,9 +45,11 @@ _ACCEPTS = 64  # new connections between two looks at the old ones, of each list
 _ORDERS = 128  # of the owner, taken at a time: with a policy there are as many as connections
 _FLUSH = 0.002  # seconds between two looks at what a peer has taken
 _KNOCK = 0.01  # seconds between two tries to get into the queue of a Unix socket
+_DEAF = 0.02  # seconds after news of routes until more is heard: in a namespace of somebody else's there may be as much as he likes
 _PAUSE = 0.1  # seconds; without files the queue waits, connections that end give them back
 _STALLS = 20.0  # seconds between two looks for peers that do not read; the kernel gives them two minutes
 _SETTLE = 5.0  # seconds after which a connection is worth the four system calls that watch its server
+_NEWS = select.EPOLLIN | select.EPOLLONESHOT  # nothing, and no error either, until it is asked for again
 
 _OF_THE_CONNECTION = {
     # Linux hands errors of a connection that died in the queue to accept(); the next one may be fine.
@@ -132,6 +134,8 @@ class RelayLoop:
         self._stopping = False
         self._stalls_due = math.inf
         self._resume_due = math.inf
+        self._noisy: list[Locality] = []  # whose news wait
+        self._noisy_due = math.inf
 
         self._epoll = select.epoll()
         self._place = Place()
@@ -291,6 +295,7 @@ class RelayLoop:
             self._books.due,
             self._stalls_due,
             self._resume_due,
+            self._noisy_due,
         )
         for wheel in (*self._dialling.values(), *self._opening.values()):
             due = min(due, wheel.due)
@@ -343,6 +348,12 @@ class RelayLoop:
         if now >= self._resume_due:
             self._resume_due = math.inf
             self._resume_accepting()
+        if now >= self._noisy_due:
+            self._noisy_due = math.inf
+            noisy, self._noisy = self._noisy, []
+            for locality in noisy:
+                locality.keeps = True
+                self._epoll.modify(locality.fileno(), _NEWS)
         if now >= self._stalls_due:
             self._look_for_stalls()
         if now >= self._books.due:
@@ -386,7 +397,7 @@ class RelayLoop:
         )
         for locality in workload.localities:
             self._handlers[locality.fileno()] = self._on_news(locality)
-            self._epoll.register(locality.fileno(), select.EPOLLIN)
+            self._epoll.register(locality.fileno(), _NEWS)
         if self._accepting:
             self._listen_to(workload)
 
@@ -401,13 +412,21 @@ class RelayLoop:
         workload.close_listeners()
         for connection in list(workload.connections):
             connection.end("drained")
+        self._noisy = [one for one in self._noisy if one not in workload.localities]
         for locality in workload.localities:
             del self._handlers[locality.fileno()]
             self._epoll.unregister(locality.fileno())
         workload.close()
 
     def _on_news(self, locality: Locality) -> Callable[[int], None]:
-        return lambda _: locality.forget()
+        def take(_: int) -> None:
+            # What is asked meanwhile is asked of the kernel, and kept by nobody.
+            locality.keeps = False
+            locality.forget()
+            self._noisy.append(locality)
+            self._noisy_due = min(self._noisy_due, self.now + _DEAF)
+
+        return take
 
     def _on_listener(self, workload: Workload, listener: socket.socket) -> Callable[[int], None]:
         # At most once a turn: what a flood brings must not keep the connections that live from theirs.
