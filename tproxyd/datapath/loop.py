@@ -144,6 +144,10 @@ class RelayLoop:
         self._workloads: dict[str, Workload] = {}
         self._ready: dict[socket.socket, Workload] = {}
         self._accepting = True
+        # Of several workloads each has its share of the last quarter of the room, and none more: what one of them keeps open does not keep the
+        # others' clients waiting.
+        self._common = self._share = self._limit
+        self._sated: set[Workload] = set()  # those that have their share, while only shares are left
 
     def run(self) -> None:
         """Turns until the owner wants no more of it."""
@@ -281,6 +285,11 @@ class RelayLoop:
             books.due = self.now
         if not self._accepting and self._resume_due == math.inf and len(books.connections) < self._limit:
             self._resume_accepting()
+        if self._sated and self._accepting:
+            if len(books.connections) < self._common:
+                self._feed(*self._sated)
+            elif workload in self._sated and len(workload.connections) < self._share:
+                self._feed(workload)
 
     # Its own.
 
@@ -398,15 +407,30 @@ class RelayLoop:
         for locality in workload.localities:
             self._handlers[locality.fileno()] = self._on_news(locality)
             self._epoll.register(locality.fileno(), _NEWS)
+        self._share_out()
         if self._accepting:
+            self._listen_to(workload)
+
+    def _share_out(self) -> None:
+        count = len(self._workloads)
+        self._common = self._limit if count < 2 else self._limit - self._limit // 4
+        self._share = self._limit if count < 2 else max(1, self._limit // 4 // count)
+        if self._accepting:
+            self._feed(*self._sated)
+
+    def _feed(self, *workloads: Workload) -> None:
+        """Lets them accept again."""
+        self._sated.difference_update(workloads)
+        for workload in workloads:
             self._listen_to(workload)
 
     def _remove(self, workload: Workload) -> None:
         """Resets what lives of it, and forgets it."""
         del self._workloads[workload.name]
         self._asked.discard(workload)
-        if self._accepting:
+        if self._accepting and workload not in self._sated:
             self._turn_away(workload)
+        self._sated.discard(workload)
         for listener in workload.listeners:
             self._ready.pop(listener, None)
         workload.close_listeners()
@@ -417,6 +441,7 @@ class RelayLoop:
             del self._handlers[locality.fileno()]
             self._epoll.unregister(locality.fileno())
         workload.close()
+        self._share_out()
 
     def _on_news(self, locality: Locality) -> Callable[[int], None]:
         def take(_: int) -> None:
@@ -450,7 +475,9 @@ class RelayLoop:
     def _pause_accepting(self) -> None:
         self._accepting = False
         for workload in self._workloads.values():
-            self._turn_away(workload)
+            if workload not in self._sated:
+                self._turn_away(workload)
+        self._sated.clear()
 
     def _serve_queues(self) -> None:
         """Whoever's handshake is complete is served before it is said that a workload is idle: no more than can wait in the queue."""
@@ -475,6 +502,15 @@ class RelayLoop:
             if len(books.connections) >= self._limit:
                 books.remark(self._full)
                 self._pause_accepting()
+                return count
+            if len(books.connections) >= self._common and len(workload.connections) >= self._share:
+                if workload not in self._sated:
+                    books.remark(
+                        f"workload {workload.name} has its share of the room that is left, {self._share} connections: its new ones wait",
+                        kind="share",
+                    )
+                    self._sated.add(workload)
+                    self._turn_away(workload)
                 return count
             try:
                 fd, client = accept()
