@@ -315,9 +315,9 @@ class Workloads:
                 )
             )
             stack.callback(keeper.close)
-            listeners = stack.enter_context(
-                open_listeners(wanted.config, keeper.plan().listen, self._loops, wanted.watch.fd)
-            )
+            # In a thread, because to find who has a port is a look at every process of the machine.
+            opening = open_listeners(wanted.config, keeper.plan().listen, self._loops, wanted.watch.fd)
+            listeners = await in_thread(partial(stack.enter_context, opening))
             capture = Capture(
                 wanted.name,
                 wanted.config,
