@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
+import random
 import socket
 import time
 from collections import Counter, defaultdict, deque
@@ -46,7 +47,9 @@ _QUIET, _LONGEST_BURST = 0.02, 0.2  # seconds without news after which a look is
 # What is heard is followed by a rest, too: in a namespace of somebody else's, which may make as much news as he likes, and most is none of ours.
 _HEARD_REST, _SHORTEST_HEARD_REST = 20, 0.005
 _GLANCE = 1.0  # seconds between two looks at what there is no news of: two files
-_LOOK = 60.0  # seconds between two looks without news: somebody may have changed what the kernel has no news of
+# Seconds between two looks without news: somebody may have changed what the kernel has no news of. Of hundreds of namespaces not all at once, and
+# together for less than half a percent of a core.
+_LOOK, _LOOKS_OF_MANY = 60.0, (90.0, 150.0)
 _RETRY = 1.0  # after a repair that failed
 # Repairs of one kind in the last minute, and the pause before the next one: an accident is mended at once, a program that does it again and
 # again is not answered as fast as it can, and one that never stops gets an answer every five seconds.
@@ -273,6 +276,7 @@ class Keeper:
 
     def _hear(self, events: kernel.Events) -> bool:
         """Takes in what news there is; whether it may be of what is ours."""
+        began = time.monotonic()
         news = events.read()
         self._tell_links(news.links)
         if news.others:
@@ -321,7 +325,8 @@ class Keeper:
                 failed if known else f"this is a bug, please report it: {failed!r}",
                 exc_info=None if known else failed,
             )
-        wait = _LOOK if failed is None else _RETRY
+        look = _LOOK if self._netns is None else random.uniform(*_LOOKS_OF_MANY)  # noqa: S311  # no secret
+        wait = look if failed is None else _RETRY
         return trio.current_time() + (wait if waiting is None else min(wait, waiting))
 
     def _repair(self, nft: kernel.Nft) -> tuple[float | None, TproxydError | None]:
