@@ -134,3 +134,48 @@ async def test_fault_53_a_flood_of_news_in_one_namespace_costs_the_program_littl
 
 def rules(node: Node) -> str:
     return str(node.call(kernel.observe).rules)
+
+
+# Of a dozen workloads some find no file left, each at another step; then there are files again.
+SHORT_OF_FILES = """
+import logging, os, resource, subprocess, trio
+import tproxyd
+from tproxyd import kernel
+from tproxyd.net.namespaces import call_in_namespace, new_namespace
+
+def switch_lo_on():
+    subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+
+async def main():
+    logging.disable(logging.CRITICAL)
+    namespaces = [new_namespace() for _ in range(12)]
+    for namespace in namespaces:
+        call_in_namespace(namespace, switch_lo_on)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    async with tproxyd.open_interceptor({"capture": {"ports": ["8080"]}}) as interceptor:
+        for room in (4, 10, 30, 46, 52):
+            wanted = {f"w{index}": namespace for index, namespace in enumerate(namespaces)}
+            resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + room, hard))
+            await interceptor.sync_workloads(wanted)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            print("failed", len(interceptor.troubles), "of", len(interceptor.workloads), flush=True)
+            await interceptor.sync_workloads(wanted)
+            with trio.fail_after(20):
+                while interceptor.troubles:
+                    await trio.sleep(0.05)
+            assert len(interceptor.workloads) == 12
+            await interceptor.sync_workloads({})
+            for namespace in namespaces:
+                left = call_in_namespace(namespace, kernel.observe)
+                assert not (left.rules or left.routes or left.tables), left
+        print("ends well", flush=True)
+
+trio.run(main)
+"""
+
+
+async def test_fault_21_without_files_a_workload_fails_alone_and_is_tried_again(sidecar_lab: Lab) -> None:
+    """Neither an error of the system that nobody foresaw ends the interceptor, nor libnftables the process."""
+    done = await sidecar_lab["host"].run(sys.executable, "-c", SHORT_OF_FILES, timeout=120, check=False)
+    assert done.stdout.endswith("ends well\n"), done.stdout + done.stderr
+    assert not done.stdout.startswith("failed 0")
