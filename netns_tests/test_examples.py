@@ -1,4 +1,4 @@
-"""The programs in examples/, each as somebody would type it, and what a client of theirs meets."""
+"""The programs in examples/, each as somebody would type it, and what a client of theirs meets; and the test that docs/embedding.md shows."""
 
 from __future__ import annotations
 
@@ -253,3 +253,13 @@ async def test_hand_off_gives_connections_to_who_listens(way: Way, tmp_path: Pat
                 await stream.receive_some()
             await process.wait_for_output(f"{own} refused_by_policy")
     assert await way.proxy.dump() == before
+
+
+async def test_the_test_that_is_shown_to_users_is_one(open_lab: OpenLab, nursery: trio.Nursery) -> None:
+    page = await trio.Path(EXAMPLES.parent / "docs/embedding.md").read_text(encoding="utf-8")
+    (text,) = re.findall(r"^```python\n(import json\n.*?)^```", page, re.M | re.S)
+    names: dict[str, Any] = {}
+    exec(text, names)
+    (test,) = (value for name, value in names.items() if name.startswith("test_"))
+    await test(open_lab, nursery)
+    nursery.cancel_scope.cancel()

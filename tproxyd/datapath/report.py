@@ -3,8 +3,8 @@
 The first byte of a message tells its kind. A loop never waits for its owner: what does not fit is kept for later, and access-log
 lines beyond a bound are dropped and counted. The end of the socket is the end of the other side, however that came about.
 
-    owner ▶ loop    setup (pickled), idle?, counters?, stop; about a connection that was handed over: forward it, it has ended
-    loop ▶ owner    ready, records, living connections, counters, log lines, idle; a connection that the program wants to decide about
+    owner ▶ loop    setup (pickled), a workload to serve, or to serve no more, idle?, counters?, stop; about a connection that was handed over: forward it, it has ended
+    loop ▶ owner    ready, added, removed, records, living connections, counters, log lines, idle; a connection that the program wants to decide about
 """
 
 from __future__ import annotations
