@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 import tracemalloc
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -27,6 +29,7 @@ from tproxyd.interceptor.keeper import Keeper
 from tproxyd.interceptor.plan_book import PlanBook
 from tproxyd.interceptor.threads import in_thread
 from tproxyd.net.namespaces import NamespaceWatch, call_in_namespace, new_namespace
+from tproxyd.net.ownership import hold_namespace
 from tproxyd.plan import make_plan
 from tproxyd.testing import SIDECAR, Lab, Node, read_state
 from tproxyd.testing.daemon import TPROXYD, open_daemon
@@ -175,6 +178,24 @@ def closing(book: PlanBook) -> Iterator[PlanBook]:
         yield book
     finally:
         book.close()
+
+
+async def test_20_a_lock_that_is_just_being_given_up_refuses_nobody(sidecar_lab: Lab) -> None:
+    """Closed by its owner, and for a moment somebody's yet who has looked at the file: here it is on its way through a socket."""
+    host = sidecar_lab["host"]
+    here, there = socket.socketpair()
+    with here, there:
+        held = host.call(hold_namespace, "capture here")
+        socket.send_fds(here, [b"x"], [held.fileno()])
+        held.close()
+        closing_late = threading.Timer(0.02, there.close)
+        closing_late.start()
+        async with open_keeper(host.netns):
+            pass
+        closing_late.join()
+        # Who stays is refused as before.
+        with host.call(hold_namespace, "capture here"), pytest.raises(KernelError, match="this very process"):
+            Keeper(config(), netns=host.netns)
 
 
 async def test_20_a_namespace_has_one_keeper(sidecar_lab: Lab, tmp_path: Path) -> None:

@@ -52,6 +52,7 @@ class Dialler:
     def close(self) -> None:
         """Closes what it asks with; sockets that it has opened are their callers'."""
         self._states.close()
+        self._ways.clear()  # methods of its own: in a relay process, which looks for garbage seldom, it would stay for long
 
     def dial(self, choice: Choice, client: Address, target: Address) -> tuple[socket.SocketType | None, int, Way]:
         """Tries the ways of the choice in their order, of which there is one; the next one where a port cannot be had. With the last one that

@@ -93,7 +93,8 @@ class Interceptor:
         """Makes these the workloads: what is missing is added, what is otherwise replaced, all others are removed. Returns when each has been tried once.
 
         One that cannot be captured is none of the others' trouble: it is told as an event and in the log, and tried again after one second, two, and so on
-        up to a minute, until it is wanted no more. Raises ConfigError for bad names, overrides or `dial`, before anything is done.
+        up to a minute, until it is wanted no more. Only where there is no such namespace (now, or later any more) it is not: who knows that there is one again
+        says so with the next snapshot. Raises ConfigError for bad names, overrides or `dial`, before anything is done.
         """
         await self._workloads.sync(workloads)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import time
 from typing import NamedTuple
 
 from tproxyd.errors import KernelError
@@ -87,7 +88,7 @@ def hold_namespace(purpose: str, *, answer: int = 0) -> socket.socket:
             held.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, answer)
         else:
             held.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 0)  # as little as there can be: nobody reads it
-        held.bind((LOCK_PORT, _bits(_TRUSTED) if answer else _bits(_TRUSTED, _KEEPS)))
+        _bind(held, _bits(_TRUSTED) if answer else _bits(_TRUSTED, _KEEPS))
     except OSError as error:
         held.close()
         if error.errno != errno.EADDRINUSE:
@@ -107,6 +108,22 @@ def hold_namespace(purpose: str, *, answer: int = 0) -> socket.socket:
         held.close()
         raise
     return held
+
+
+def _bind(held: socket.socket, groups: int) -> None:
+    """Takes the port. Where one has it whom no process has open, that may be one that has just been closed: whoever looks through /proc/PID/fd at
+    that moment, or is between fork and exec, keeps it for some microseconds more."""
+    for pause in (0.001, 0.01, 0.05, None):
+        try:
+            return held.bind((LOCK_PORT, groups))
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or pause is None:
+                raise
+            holder = find_holder()
+            if holder is not None and holder.pid:
+                raise
+            time.sleep(pause)
+    return None
 
 
 def open_port() -> socket.socket:
