@@ -175,6 +175,21 @@ async def test_a_huge_table_of_our_name_keeps_nobody_else_waiting(pods: Lab) -> 
         assert await pods["pod-a"].dump() == before
 
 
+async def test_a_workload_with_very_many_rules_is_added_without_a_look_at_each(
+    pods: Lab, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It would take seconds, in which the event loop and a loop in a thread stand still; who adds has one of eight places."""
+    rules = "".join(f"tcp dport {port} meta mark set meta mark | 0x1 counter\n" for port in range(1, 10_000))
+    await pods["pod-a"].run("nft", "-f", "-", input=f"table inet filter {{\nchain many {{\n{rules}}}\n}}\n")
+    async with tproxyd.open_interceptor({"capture": {"ports": ["8080"]}}) as interceptor:
+        await interceptor.sync_workloads(wanted(pods))
+        assert interceptor.troubles == {}
+        async with AsyncExitStack() as live:
+            assert await is_served(await dial(pods, "a", live), 3)
+    (told,) = [record.getMessage() for record in caplog.records if "too many nft rules" in record.getMessage()]
+    assert told.startswith("workload a:")
+
+
 def peak_kib(*, reset: bool = False) -> int:
     """The most memory that this process had, since it was last reset."""
     if reset:

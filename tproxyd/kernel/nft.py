@@ -36,6 +36,7 @@ __all__ = [
     "Program",
     "find_program",
     "has_foreign_tables",
+    "has_more_rules",
     "is_ours",
     "list_names",
     "list_tables",
@@ -298,6 +299,14 @@ def _list_table(nft: Nft, name: str) -> str:
         return f"table inet {name} {{\n}}\n"
     listing = nft.run(f"list table inet {name}\n")
     return without_traffic(_OWNER.sub("{\n", listing, count=1))
+
+
+def has_more_rules(most: int) -> bool:
+    """Whether there are more rules than this, in tables of whatever family and of anybody. Not read further than that."""
+    try:
+        return any(count >= most for count, _ in enumerate(dump(_NETLINK_NETFILTER, _GETRULE, bytes(4))))
+    except OSError:
+        return False  # nft will say what is wrong
 
 
 def _has_more(table: str, most: int) -> bool:
