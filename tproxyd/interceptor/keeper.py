@@ -218,7 +218,7 @@ class Keeper:
     def _with_nft(self, step: Callable[[kernel.Nft], T]) -> T:
         if self._nft is not None:
             return step(self._nft)
-        with self._book.open_nft(self._listed) as nft:
+        with self._book.open_nft(self._listed, self._wanted(self._surroundings)) as nft:
             try:
                 return step(nft)
             finally:

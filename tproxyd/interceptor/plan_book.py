@@ -17,6 +17,9 @@ __all__ = ["PlanBook"]
 
 H = TypeVar("H", bound=Hashable)
 
+_BESIDES = (
+    20_000  # more in a table than is planned is looked at piece by piece; then it is known to be otherwise without
+)
 _MOST = 64  # plans, of some 40 KB; more are made anew, in a millisecond each
 
 
@@ -73,9 +76,11 @@ class PlanBook:
             kernel.require_nft()
             self._has_nft = True
 
-    def open_nft(self, listed: tuple[int, dict[str, str]] | None) -> kernel.Passing:
-        """For one step in the calling thread's namespace, and what was listed there the last time. A context manager."""
-        return kernel.Passing(self._files, self._spellings, listed)
+    def open_nft(self, listed: tuple[int, dict[str, str]] | None, plan: Plan) -> kernel.Passing:
+        """For one step in the calling thread's namespace, what was listed there the last time, and what is to be there. A context manager."""
+        # An element is followed by a comma, and is two in the kernel where it is a range.
+        most = _BESIDES + 2 * max(text.count(",") for text in plan.tables.values())
+        return kernel.Passing(self._files, self._spellings, listed, most)
 
     def shared_texts(self, listed: tuple[int, dict[str, str]] | None, plan: Plan) -> tuple[int, dict[str, str]] | None:
         """The same, with the texts that are there already in place of equal ones."""

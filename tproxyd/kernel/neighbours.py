@@ -38,6 +38,7 @@ from tproxyd.config import Config, Mark
 from tproxyd.errors import KernelError
 from tproxyd.kernel.foreign_routing import ForeignRule, has_routes, list_foreign_routes, list_foreign_rules
 from tproxyd.kernel.foreign_ruleset import ForeignNftRule, list_foreign_nft_rules
+from tproxyd.kernel.nft import has_more_rules
 from tproxyd.plan import DEFAULT_NAME, SUPPORTED_MARKS, Marks
 
 __all__ = [
@@ -51,10 +52,21 @@ __all__ = [
 ]
 
 NeighbourKind = Literal[
-    "mark", "route", "equal route", "table", "priority", "rule before", "overwrite", "tproxy", "redirect", "unreadable"
+    "mark",
+    "route",
+    "equal route",
+    "table",
+    "priority",
+    "rule before",
+    "overwrite",
+    "tproxy",
+    "redirect",
+    "unreadable",
+    "too many",
 ]
 
 _MOST = 3  # of a kind that are told one by one
+_MOST_RULES = 4000  # that are looked at where somebody else may have made as many as he likes
 _LAST_OF_OURS = 2  # priority, and the two after it
 _LEGACY = {"iptables": "ip_tables_names", "ip6tables": "ip6_tables_names"}
 
@@ -71,16 +83,21 @@ class Neighbour(msgspec.Struct, frozen=True, kw_only=True):
         return f"`{self.line}` ({self.shown_by})"
 
 
-def look_at_neighbours(config: Config, name: str = DEFAULT_NAME) -> tuple[Neighbour, ...]:
+def look_at_neighbours(config: Config, name: str = DEFAULT_NAME, *, few: bool = False) -> tuple[Neighbour, ...]:
     """All that is foreign and concerns this config, those with mark bits of any kind among it; the same for the same kernel
-    state. `name` is that of our tables.
+    state. `name` is that of our tables. `few`: of very many nft rules none is looked at, and that is told.
 
     Raises MissingError (no nft, no ip rules), CapabilityError, KernelError.
     """
+    if few and has_more_rules(_MOST_RULES):
+        # 50,000 of them took 24 s, in six of which the parser of JSON let no other thread of the program run.
+        ruleset = [Neighbour(kind="too many", line="nft list ruleset", shown_by=f"more than {_MOST_RULES} rules")]
+    else:
+        ruleset = [*_ruleset(config, list_foreign_nft_rules(_own_marks(config), name))]
     return (
         *_rules(config, list_foreign_rules()),
         *_routes(config),
-        *_ruleset(config, list_foreign_nft_rules(_own_marks(config), name)),
+        *ruleset,
         *_legacy(),
     )
 
@@ -128,6 +145,8 @@ _WARNINGS: dict[NeighbourKind, str] = {
     "the port out of one of them)",
     "redirect": "a rule of another program redirects a captured port: {}; what tproxyd captures does not come to it (take the port out "
     "of one of them)",
+    "too many": "other programs have too many nft rules here for tproxyd to look at: {}; if one of them uses its marks, connections get stuck (give "
+    "routing.mark and routing.upstream_mark other bits)",
     "unreadable": "iptables-legacy has tables that tproxyd cannot read: {}; look there for marks, TPROXY and REDIRECT (or move them to "
     "nft, with `iptables-legacy-save | iptables-nft-restore`)",
 }

@@ -21,10 +21,11 @@ import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache
+from itertools import accumulate
 from typing import Protocol
 
 from tproxyd.errors import CapabilityError, KernelError, MissingError, TproxydError
-from tproxyd.kernel.dumps import ask, attributes, dump_all
+from tproxyd.kernel.dumps import ask, attribute, attributes, dump, dump_all, each_attribute
 from tproxyd.net.capabilities import missing_capabilities
 from tproxyd.net.namespaces import call_in_namespace, new_namespace
 from tproxyd.plan import DEFAULT_NAME, Plan
@@ -35,6 +36,7 @@ __all__ = [
     "Program",
     "find_program",
     "has_foreign_tables",
+    "has_more_rules",
     "is_ours",
     "list_names",
     "list_tables",
@@ -53,6 +55,11 @@ _OWNER = re.compile(r"\{ # progname [^\n]*\n")
 _NETLINK_NETFILTER = 12  # linux/netlink.h
 _GETTABLE = 10 << 8 | 1  # NFNL_SUBSYS_NFTABLES, NFT_MSG_GETTABLE
 _GETGEN = 10 << 8 | 16  # NFT_MSG_GETGEN
+_GETCHAIN, _GETRULE, _GETSET, _GETSETELEM = (10 << 8 | message for message in (4, 7, 10, 13))
+# NFTA_CHAIN_TABLE, NFTA_RULE_TABLE, NFTA_SET_TABLE and NFTA_SET_ELEM_LIST_TABLE; NFTA_SET_NAME, NFTA_SET_ELEM_LIST_SET; NFTA_SET_ELEM_LIST_ELEMENTS
+_OF_TABLE, _SET_NAME, _ELEMENTS = 1, 2, 3
+_SET_FLAGS, _EVAL = 3, 0x20  # NFTA_SET_FLAGS, NFT_SET_EVAL: rules put elements into it
+_OURS_FILLED = 5  # sets that our rules fill, at most: legs and ended of each family, and dials
 _NFPROTO_UNSPEC, _NFPROTO_INET, _TABLE_NAME, _GEN_ID = 0, 1, 1, 1  # linux/netfilter.h; NFTA_TABLE_NAME, NFTA_GEN_ID
 _STATELESS = 1 << 2  # NFT_CTX_OUTPUT_STATELESS, nftables/libnftables.h
 # How a rule that needs a kernel module begins to use it. Not bare words: "tproxy" is also the beginning of our tables' names.
@@ -80,6 +87,9 @@ class Nft(Protocol):
 
     spellings: dict[str, str]
     listed: tuple[int, dict[str, str]] | None
+    most: int | None
+    """A table with more in it than so many elements, rules, chains and sets is listed as an empty one: it is not as planned, and nft takes a kilobyte
+    and 13 us for each. What rules put into sets of ours does not count. None: of any size."""
 
     def run(self, text: str) -> str:
         """Runs commands as one transaction: all of them or, with an error raised, none. What the listing ones print, without counters."""
@@ -93,6 +103,8 @@ class Nft(Protocol):
 
 class Program:
     """The nft program, in the network namespace of whoever calls."""
+
+    most: int | None = None
 
     def __init__(self) -> None:
         self.spellings: dict[str, str] = {}
@@ -117,6 +129,8 @@ class Library:
     forks. Used by one thread at a time. MissingError where the library is not installed, KernelError where there is no low file left for
     it: see `_open_context`.
     """
+
+    most: int | None = None
 
     def __init__(self, *, give_up: int | None = None, passing: bool = False) -> None:
         """`give_up` is a file whose number it may have: closed right before. `passing`: with others that come and go. Who goes empties the cache
@@ -281,8 +295,44 @@ def without_traffic(listing: str) -> str:
 
 
 def _list_table(nft: Nft, name: str) -> str:
+    if nft.most is not None and _has_more(name, nft.most):
+        return f"table inet {name} {{\n}}\n"
     listing = nft.run(f"list table inet {name}\n")
     return without_traffic(_OWNER.sub("{\n", listing, count=1))
+
+
+def has_more_rules(most: int) -> bool:
+    """Whether there are more rules than this, in tables of whatever family and of anybody. Not read further than that."""
+    try:
+        return any(count >= most for count, _ in enumerate(dump(_NETLINK_NETFILTER, _GETRULE, bytes(4))))
+    except OSError:
+        return False  # nft will say what is wrong
+
+
+def _has_more(table: str, most: int) -> bool:
+    """Whether more stands in a table than this. Not read further than that: whoever has the namespace may have put millions there."""
+    of_table = bytes([_NFPROTO_INET, 0, 0, 0]) + attribute(_OF_TABLE, table.encode() + b"\0")
+
+    def pieces() -> Iterator[int]:
+        for kind in (_GETCHAIN, _GETRULE):  # chains of other tables, too: the kernel does not choose
+            for _ in dump(_NETLINK_NETFILTER, kind, of_table):
+                yield 1
+        names, filled = [], 0
+        for body in dump(_NETLINK_NETFILTER, _GETSET, of_table):
+            has = attributes(body[4:])
+            if int.from_bytes(has.get(_SET_FLAGS, b""), "big") & _EVAL and filled < _OURS_FILLED:
+                filled += 1
+            else:
+                names.append(has[_SET_NAME])
+            yield 1
+        for name in names:
+            for body in dump(_NETLINK_NETFILTER, _GETSETELEM, of_table + attribute(_SET_NAME, name)):
+                yield sum(1 for _ in each_attribute(attributes(body[4:]).get(_ELEMENTS, b"")))
+
+    try:
+        return any(total > most for total in accumulate(pieces()))
+    except OSError:
+        return False  # it has gone meanwhile, or nft will say what is wrong
 
 
 def is_ours(family: str, table: str, name: str = DEFAULT_NAME) -> bool:

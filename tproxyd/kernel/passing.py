@@ -69,13 +69,18 @@ class LowFiles:
 class Passing:
     """Speaks to the kernel in the namespace of the calling thread, for the length of a step; a context manager. Owns no tables.
 
-    `spellings` are shared with others, `listed` is what was listed in this namespace the last time.
+    `spellings` are shared with others, `listed` is what was listed in this namespace the last time, and for `most` see `Nft`.
     """
 
     def __init__(
-        self, files: LowFiles, spellings: dict[str, str], listed: tuple[int, dict[str, str]] | None = None
+        self,
+        files: LowFiles,
+        spellings: dict[str, str],
+        listed: tuple[int, dict[str, str]] | None = None,
+        most: int | None = None,
     ) -> None:
         self.spellings = spellings
+        self.most = most
         self.listed = listed
         self._files = files
         self._stack = ExitStack()

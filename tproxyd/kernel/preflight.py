@@ -42,7 +42,8 @@ def preflight(
     config: Config, *, ssh_ports: Iterable[int] = (), name: str = DEFAULT_NAME, nft_known: bool = False
 ) -> Preflight:
     """Whether this config can work in the calling thread's namespace. Changes nothing. `name` is that of our tables; `nft_known`: that
-    nft is there and not too old is known (`require_nft`), which takes a child process to find out.
+    nft is there and not too old is known (`require_nft`), which takes a child process to find out; so it is in namespaces of somebody else's, where
+    very many rules are not looked at.
 
     Raises MissingError (no nf_tables, no policy routing, no nft or too old a one, lo down), CapabilityError, and KernelError if another
     program is in the way.
@@ -54,7 +55,7 @@ def preflight(
         raise MissingError(
             "the interface lo is down, and nothing can be delivered to the listeners: switch it on with `ip link set lo up`"
         )
-    neighbours = look_at_neighbours(config, name)
+    neighbours = look_at_neighbours(config, name, few=nft_known)
     surroundings = look_around(ssh_ports=ssh_ports, taken_marks=taken_marks(neighbours))
     require_no_collision(config, make_marks(config, surroundings.taken_marks), neighbours)
     return Preflight(surroundings, (*_surrounding_warnings(config, surroundings), *tell_neighbours(neighbours)))
