@@ -10,7 +10,7 @@ import socket
 import struct
 import termios
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 
@@ -37,6 +37,8 @@ __all__ = [
     "outcomes",
     "peers_of",
     "processes",
+    "pss_kib",
+    "relay_processes",
     "reset",
     "resets_within",
     "until",
@@ -49,8 +51,13 @@ METRICS = '[admin]\nmetrics = "127.0.0.1:9101"\n'
 
 def workers(daemon: LabDaemon) -> list[int]:
     """The relay processes, in the order in which they were started. Not what else the daemon starts, such as nft."""
+    return relay_processes(daemon.process.pid)
+
+
+def relay_processes(pid: int) -> list[int]:
+    """The same of any process that has an interceptor."""
     children: list[int] = []
-    for task in Path(f"/proc/{daemon.process.pid}/task").iterdir():
+    for task in Path(f"/proc/{pid}/task").iterdir():
         with suppress(FileNotFoundError, ProcessLookupError):  # a thread that has ended meanwhile
             children += map(int, (task / "children").read_text().split())
     return sorted(pid for pid in children if "/worker.py" in _command(pid))
@@ -116,9 +123,14 @@ def memory_kib(daemon: LabDaemon, *, anonymous: bool = False) -> int:
 
     With `anonymous` without the pages of files, whose shares change when somebody else's Python begins or ends.
     """
+    return pss_kib(processes(daemon), anonymous=anonymous)
+
+
+def pss_kib(pids: Iterable[int], *, anonymous: bool = False) -> int:
+    """The same of any processes."""
     key = "Pss_Anon" if anonymous else "Pss"
     total = 0
-    for pid in processes(daemon):
+    for pid in pids:
         rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
         total += int(re.search(rf"^{key}:\s+(\d+) kB", rollup, re.M)[1])  # type: ignore[index]  # every process has it
     return total

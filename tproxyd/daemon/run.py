@@ -70,7 +70,7 @@ async def _serve(config: Config, stderr: LineWriter, access_log: LineWriter | No
             # A signal that comes while this starts is answered as soon as it has: that takes a fraction of a second.
             on_lines = access_log.write if access_log is not None else None
             async with open_interceptor(
-                config, on_lines=on_lines, own_namespace=True, ssh_ports=[*session_ports()], taken=True
+                config, on_lines=on_lines, own_namespace=True, ssh_ports=[*session_ports()], namespace_held=True
             ) as interceptor:
                 obstacles = Obstacles(config, interceptor)
 

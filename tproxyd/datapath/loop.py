@@ -45,9 +45,11 @@ _ACCEPTS = 64  # new connections between two looks at the old ones, of each list
 _ORDERS = 128  # of the owner, taken at a time: with a policy there are as many as connections
 _FLUSH = 0.002  # seconds between two looks at what a peer has taken
 _KNOCK = 0.01  # seconds between two tries to get into the queue of a Unix socket
+_DEAF = 0.02  # seconds after news of routes until more is heard: in a namespace of somebody else's there may be as much as he likes
 _PAUSE = 0.1  # seconds; without files the queue waits, connections that end give them back
 _STALLS = 20.0  # seconds between two looks for peers that do not read; the kernel gives them two minutes
 _SETTLE = 5.0  # seconds after which a connection is worth the four system calls that watch its server
+_NEWS = select.EPOLLIN | select.EPOLLONESHOT  # nothing, and no error either, until it is asked for again
 
 _OF_THE_CONNECTION = {
     # Linux hands errors of a connection that died in the queue to accept(); the next one may be fine.
@@ -132,6 +134,8 @@ class RelayLoop:
         self._stopping = False
         self._stalls_due = math.inf
         self._resume_due = math.inf
+        self._noisy: list[Locality] = []  # whose news wait
+        self._noisy_due = math.inf
 
         self._epoll = select.epoll()
         self._place = Place()
@@ -140,6 +144,10 @@ class RelayLoop:
         self._workloads: dict[str, Workload] = {}
         self._ready: dict[socket.socket, Workload] = {}
         self._accepting = True
+        # Of several workloads each has its share of the last quarter of the room, and none more: what one of them keeps open does not keep the
+        # others' clients waiting.
+        self._common = self._share = self._limit
+        self._sated: set[Workload] = set()  # those that have their share, while only shares are left
 
     def run(self) -> None:
         """Turns until the owner wants no more of it."""
@@ -277,6 +285,11 @@ class RelayLoop:
             books.due = self.now
         if not self._accepting and self._resume_due == math.inf and len(books.connections) < self._limit:
             self._resume_accepting()
+        if self._sated and self._accepting:
+            if len(books.connections) < self._common:
+                self._feed(*self._sated)
+            elif workload in self._sated and len(workload.connections) < self._share:
+                self._feed(workload)
 
     # Its own.
 
@@ -291,6 +304,7 @@ class RelayLoop:
             self._books.due,
             self._stalls_due,
             self._resume_due,
+            self._noisy_due,
         )
         for wheel in (*self._dialling.values(), *self._opening.values()):
             due = min(due, wheel.due)
@@ -340,6 +354,12 @@ class RelayLoop:
         if now >= self._resume_due:
             self._resume_due = math.inf
             self._resume_accepting()
+        if now >= self._noisy_due:
+            self._noisy_due = math.inf
+            noisy, self._noisy = self._noisy, []
+            for locality in noisy:
+                locality.keeps = True
+                self._epoll.modify(locality.fileno(), _NEWS)
         if now >= self._stalls_due:
             self._look_for_stalls()
         if now >= self._books.due:
@@ -391,8 +411,22 @@ class RelayLoop:
         )
         for locality in workload.localities:
             self._handlers[locality.fileno()] = self._on_news(locality)
-            self._epoll.register(locality.fileno(), select.EPOLLIN)
+            self._epoll.register(locality.fileno(), _NEWS)
+        self._share_out()
         if self._accepting:
+            self._listen_to(workload)
+
+    def _share_out(self) -> None:
+        count = len(self._workloads)
+        self._common = self._limit if count < 2 else self._limit - self._limit // 4
+        self._share = self._limit if count < 2 else max(1, self._limit // 4 // count)
+        if self._accepting:
+            self._feed(*self._sated)
+
+    def _feed(self, *workloads: Workload) -> None:
+        """Lets them accept again."""
+        self._sated.difference_update(workloads)
+        for workload in workloads:
             self._listen_to(workload)
 
     def _remove(self, workload: Workload) -> None:
@@ -400,8 +434,9 @@ class RelayLoop:
         del self._workloads[workload.name]
         self._asked.discard(workload)
         self.knocking.discard(workload)
-        if self._accepting:
+        if self._accepting and workload not in self._sated:
             self._turn_away(workload)
+        self._sated.discard(workload)
         for listener in workload.listeners:
             self._ready.pop(listener, None)
         workload.close_listeners()
@@ -409,13 +444,22 @@ class RelayLoop:
             # With the program or not: what is decided about it from now on comes too late.
             self._handed.pop(f"{connection.identity:016x}", None)
             connection.end("drained")
+        self._noisy = [one for one in self._noisy if one not in workload.localities]
         for locality in workload.localities:
             del self._handlers[locality.fileno()]
             self._epoll.unregister(locality.fileno())
         workload.close()
+        self._share_out()
 
     def _on_news(self, locality: Locality) -> Callable[[int], None]:
-        return lambda _: locality.forget()
+        def take(_: int) -> None:
+            # What is asked meanwhile is asked of the kernel, and kept by nobody.
+            locality.keeps = False
+            locality.forget()
+            self._noisy.append(locality)
+            self._noisy_due = min(self._noisy_due, self.now + _DEAF)
+
+        return take
 
     def _on_listener(self, workload: Workload, listener: socket.socket) -> Callable[[int], None]:
         # At most once a turn: what a flood brings must not keep the connections that live from theirs.
@@ -439,7 +483,9 @@ class RelayLoop:
     def _pause_accepting(self) -> None:
         self._accepting = False
         for workload in self._workloads.values():
-            self._turn_away(workload)
+            if workload not in self._sated:
+                self._turn_away(workload)
+        self._sated.clear()
 
     def _serve_queues(self) -> None:
         """Whoever's handshake is complete is served before it is said that a workload is idle: no more than can wait in the queue."""
@@ -464,6 +510,15 @@ class RelayLoop:
             if len(books.connections) >= self._limit:
                 books.remark(self._full)
                 self._pause_accepting()
+                return count
+            if len(books.connections) >= self._common and len(workload.connections) >= self._share:
+                if workload not in self._sated:
+                    books.remark(
+                        f"workload {workload.name} has its share of the room that is left, {self._share} connections: its new ones wait",
+                        kind="share",
+                    )
+                    self._sated.add(workload)
+                    self._turn_away(workload)
                 return count
             try:
                 fd, client = accept()

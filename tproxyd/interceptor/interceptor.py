@@ -220,7 +220,7 @@ async def open_interceptor(
     listeners: Sequence[socket.socket] = (),
     own_namespace: bool = False,
     ssh_ports: Sequence[int] = (),
-    taken: bool = False,
+    namespace_held: bool = False,
 ) -> AsyncIterator[Interceptor]:
     """Serves until the block ends: workloads (`Interceptor.add_workload`), each in a network namespace of its own, and with `own_namespace` the one that the
     calling thread is in. Then nothing of ours is left in any kernel state, unless `tproxyd apply` had put it there: then its place is taken,
@@ -236,14 +236,14 @@ async def open_interceptor(
 
     `listeners` are listening TCP sockets of the program that are served as they are, as workload "host": with `own_namespace` they take the place of
     those that would be opened, and have to be where the plan says. They stay the program's. `ssh_ports`: at which this host's administrator
-    comes in, besides those at which an SSH server is seen to listen; they are captured only if they are named singly. `taken`: the caller is the owner of its
-    namespace already (net/ownership.py), as a daemon is, which takes orders there.
+    comes in, besides those at which an SSH server is seen to listen; they are captured only if they are named singly. `namespace_held`: the caller
+    has taken the own namespace already (net/ownership.py), as the daemon has.
 
     On entry capture in the own namespace is on and checked, and the relay loops have answered. On exit, living connections are reset; call
     `drain` before to let them end. Cancelled anywhere, all is taken away before Cancelled leaves.
 
-    Raises ConfigError (nothing to capture, too many connections), CapabilityError, MissingError, and KernelError (somebody else captures here, another program's
-    marks, routes or rules in the way, a port in use, too few files, a step that the kernel refused); then nothing was changed. What the block itself raises arrives in an
+    Raises ConfigError (nothing to capture, too many connections), CapabilityError, MissingError, and KernelError (another interceptor or daemon
+    has the own namespace, another program's marks, routes or rules in the way, a port in use, too few files, a step that the kernel refused); then nothing was changed. What the block itself raises arrives in an
     ExceptionGroup, as from a nursery.
     """
     config = _config_of(config)
@@ -254,9 +254,9 @@ async def open_interceptor(
     config = _with_engine(config)
     async with AsyncExitStack() as stack:
         keeper = None
-        if own_namespace and not taken:
-            stack.callback(hold_namespace("capture here").close)
         if own_namespace:
+            if not namespace_held:
+                stack.callback(hold_namespace("capture here").close)
             keeper = await in_thread(partial(Keeper, config, name=name, ssh_ports=ssh_ports))
             stack.callback(keeper.close)
             _tell_ssh(config, keeper.surroundings)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
+import random
 import socket
 import time
 from collections import Counter, defaultdict, deque
@@ -40,10 +41,15 @@ KINDS = ("route", "rule", "ruleset", "ipv6")
 """What is repaired, as counted: ipv6 is what was adapted because IPv6 had been switched off or on."""
 
 # A look is followed by a rest of so many times its own length, or every change of somebody else's rules could cost a core.
-_REST, _LONGEST_REST = 4, 5.0
+# Where there may be hundreds of namespaces, and in each a program that never stops, one of them gets less.
+_REST, _REST_OF_MANY, _LONGEST_REST = 4, 19, 5.0
 _QUIET, _LONGEST_BURST = 0.02, 0.2  # seconds without news after which a look is worth it, and at the latest
+# What is heard is followed by a rest, too: in a namespace of somebody else's, which may make as much news as he likes, and most is none of ours.
+_HEARD_REST, _SHORTEST_HEARD_REST = 20, 0.005
 _GLANCE = 1.0  # seconds between two looks at what there is no news of: two files
-_LOOK = 60.0  # seconds between two looks without news: somebody may have changed what the kernel has no news of
+# Seconds between two looks without news: somebody may have changed what the kernel has no news of. Of hundreds of namespaces not all at once, and
+# together for less than half a percent of a core.
+_LOOK, _LOOKS_OF_MANY = 60.0, (90.0, 150.0)
 _RETRY = 1.0  # after a repair that failed
 # Repairs of one kind in the last minute, and the pause before the next one: an accident is mended at once, a program that does it again and
 # again is not answered as fast as it can, and one that never stops gets an answer every five seconds.
@@ -59,7 +65,7 @@ class Keeper:
 
     Without `netns` it keeps the namespace of the calling thread, which the caller has taken (net/ownership.py). With a descriptor it keeps that
     one, from whichever thread, and takes it until `close`: KernelError that names who has it already. The caller closes the descriptor, after that.
-    `name` is that of the tables, `workload` what the log calls the namespace, `book` what several keepers have in common.
+    `name` is that of the tables, `workload` what the log calls the namespace, `book` what several keepers have in common, and `threads` in how many of them at a time the kernel is spoken to.
 
     `repairs` counts what others have changed and this has put right, by kind (KINDS); `trouble` says what cannot be put right, if anything.
     `on_event` is told of each, in the task of `watch`; it must not block. `others` is set, and another one takes its place, when somebody else's ruleset has changed.
@@ -75,6 +81,7 @@ class Keeper:
         name: str = DEFAULT_NAME,
         workload: str = "",
         book: PlanBook | None = None,
+        threads: trio.CapacityLimiter | None = None,
         ssh_ports: Iterable[int] = (),
         on_event: Callable[[Literal["drift", "trouble"], str], None] = lambda kind, what: None,
     ) -> None:
@@ -84,6 +91,7 @@ class Keeper:
         self._name = name
         self._book = book or PlanBook(0 if netns is None else 1)
         self._own_book = book is None
+        self._threads = threads
         self._config = self._book.same(config)
         self._log = _OfWorkload(_log, {"workload": workload}) if workload else _log
         self._ssh_ports = (*ssh_ports,)
@@ -108,6 +116,7 @@ class Keeper:
         self._lock = trio.Lock()
         self._repaired: defaultdict[str, deque[float]] = defaultdict(deque)
         self._rested = -math.inf  # when the next look may begin, and of which kind a repair is due, on time.monotonic()
+        self._heard_rest = 0.0
         self._due: dict[str, float] = {}
         self._few_lines = FewLines(_LINES, _MINUTE, time.monotonic)
         self.trouble = ""
@@ -166,6 +175,8 @@ class Keeper:
                     await self._until_quiet(events)
                     await trio.sleep(max(0.0, self._rested - time.monotonic()))
                     due = await self._look_and_repair()
+                else:
+                    await trio.sleep(self._heard_rest)
 
     async def stop_capture(self) -> None:
         """No new connection is taken from here on. Raises TproxydError, with capture still on. Harmless when repeated."""
@@ -198,7 +209,7 @@ class Keeper:
 
     async def _step(self, step: Callable[[kernel.Nft], T]) -> T:
         """Takes a step in a thread of the namespace, to its end whatever is cancelled."""
-        return await in_thread(partial(self._here, partial(self._with_nft, step)))
+        return await in_thread(partial(self._here, partial(self._with_nft, step)), limiter=self._threads)
 
     def _here(self, function: Callable[[], T]) -> T:
         """Runs a function that blocks in the namespace that is kept."""
@@ -267,17 +278,20 @@ class Keeper:
 
     def _hear(self, events: kernel.Events) -> bool:
         """Takes in what news there is; whether it may be of what is ours."""
+        began = time.monotonic()
         news = events.read()
         self._tell_links(news.links)
         if news.others:
             self.others.set()
             self.others = trio.Event()
+        self._heard_rest = max(_SHORTEST_HEARD_REST, _HEARD_REST * (time.monotonic() - began))
         return news.state
 
     async def _until_quiet(self, events: kernel.Events) -> None:
         """What one command does comes in pieces, and is one event."""
         with trio.move_on_after(_LONGEST_BURST):
             while True:
+                await trio.sleep(self._heard_rest)
                 with trio.move_on_after(_QUIET) as quiet:
                     await trio.lowlevel.wait_readable(events.fileno())
                 if quiet.cancelled_caught:
@@ -313,7 +327,8 @@ class Keeper:
                 failed if known else f"this is a bug, please report it: {failed!r}",
                 exc_info=None if known else failed,
             )
-        wait = _LOOK if failed is None else _RETRY
+        look = _LOOK if self._netns is None else random.uniform(*_LOOKS_OF_MANY)  # noqa: S311  # no secret
+        wait = look if failed is None else _RETRY
         return trio.current_time() + (wait if waiting is None else min(wait, waiting))
 
     def _repair(self, nft: kernel.Nft) -> tuple[float | None, TproxydError | None]:
@@ -332,7 +347,8 @@ class Keeper:
         adapts = surroundings.families != self._surroundings.families
         kinds: set[str] = {"ipv6"} if adapts and different else {*different}
         now = time.monotonic()
-        self._rested = now + min(_REST * (now - began), _LONGEST_REST)
+        rest = _REST if self._netns is None else _REST_OF_MANY
+        self._rested = now + min(rest * (now - began), _LONGEST_REST)
         self._due = {kind: self._due.get(kind, now + self._pause(kind)) for kind in kinds}
         ready = [kind for kind, due in self._due.items() if due <= now]
         failed = None

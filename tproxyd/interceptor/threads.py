@@ -12,9 +12,9 @@ __all__ = ["in_thread"]
 T = TypeVar("T")
 
 
-async def in_thread(step: Callable[[], T]) -> T:
+async def in_thread(step: Callable[[], T], *, limiter: trio.CapacityLimiter | None = None) -> T:
     """Runs a step that blocks, to its end whatever is cancelled. Where the system has no thread left, it blocks us instead: rules
-    that stay behind would be worse."""
+    that stay behind would be worse. `limiter`: of how many such steps may be taken at a time."""
     begun = False
 
     def begin() -> T:
@@ -26,7 +26,7 @@ async def in_thread(step: Callable[[], T]) -> T:
     with trio.CancelScope(shield=True):
         try:
             # A limiter of its own: the program around may have taken all tokens of the usual one.
-            return await trio.to_thread.run_sync(begin, limiter=trio.CapacityLimiter(1))
+            return await trio.to_thread.run_sync(begin, limiter=limiter or trio.CapacityLimiter(1))
         except RuntimeError:
             if begun:
                 raise

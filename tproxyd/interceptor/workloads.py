@@ -7,6 +7,7 @@ What is wanted (`sync`) is tried again and again; what is asked for by name (`ad
 from __future__ import annotations
 
 import logging
+import math
 from collections import deque
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import ExitStack, asynccontextmanager
@@ -21,7 +22,7 @@ from tproxyd.errors import ConfigError, KernelError, TproxydError
 from tproxyd.interceptor.capture import Capture, open_listeners
 from tproxyd.interceptor.keeper import Keeper
 from tproxyd.interceptor.plan_book import PlanBook
-from tproxyd.interceptor.relays import Relays, first_of
+from tproxyd.interceptor.relays import Relays
 from tproxyd.interceptor.threads import in_thread
 from tproxyd.net.namespaces import NamespaceLike, NamespaceWatch
 from tproxyd.plan import Plan
@@ -36,6 +37,7 @@ _FIRST_PAUSE, _LONGEST_PAUSE = (
     60.0,
 )  # seconds before a workload that failed is tried again, twice as long each time
 _AT_ONCE = 8  # workloads that are being added: more would only wait for the kernel's locks
+_THREADS = 16  # of steps in the kernel: what ends all at once would else be a thread each
 _MOST_EVENTS = 1024  # that wait for one who listens
 
 EventKind = Literal["added", "removed", "vanished", "failed", "drift", "trouble"]
@@ -92,6 +94,7 @@ class Workloads:
         self._there: dict[str, _Wanted] = {}
         self._turn: dict[str, trio.Lock] = {}
         self._adding = trio.CapacityLimiter(_AT_ONCE)
+        self._threads = trio.CapacityLimiter(_THREADS)
         self._nursery: trio.Nursery | None = None
         self._listeners: set[_Listener] = set()
 
@@ -217,7 +220,11 @@ class Workloads:
 
     def _want(self, name: str, spec: Workload) -> _Wanted:
         config = self._config_of(name, spec)
-        return _Wanted(name, config, NamespaceWatch(spec.netns), spec.dial)
+        try:
+            watch = NamespaceWatch(spec.netns)
+        except OSError as error:
+            raise KernelError(f"cannot open the network namespace of workload {name!r}: {error.strerror}") from error
+        return _Wanted(name, config, watch, spec.dial)
 
     def _config_of(self, name: str, spec: Workload) -> Config:
         if not name or not isinstance(name, str):
@@ -279,9 +286,12 @@ class Workloads:
                     try:
                         await self._capture(wanted)
                     except BaseException as raised:
-                        error = first_of(raised, TproxydError)
+                        error = _error_of(raised)
                         if error is None:
                             raise
+                        if trio.current_effective_deadline() == -math.inf:  # it was to end, and has
+                            _log.error("something of workload %s may be left: %s", wanted.name, error)
+                            await trio.lowlevel.checkpoint()
                     wanted.error = error
                     if not wanted.tried.is_set() and not tries_again:
                         self._tell("failed", wanted.name, str(error))
@@ -317,13 +327,14 @@ class Workloads:
                     name=self._name,
                     workload=wanted.name,
                     book=self._book,
+                    threads=self._threads,
                     on_event=lambda kind, what: self._tell(kind, wanted.name, what),
                 )
             )
             stack.callback(keeper.close)
-            listeners = stack.enter_context(
-                open_listeners(wanted.config, keeper.plan().listen, self._loops, wanted.watch.fd)
-            )
+            # In a thread, because to find who has a port is a look at every process of the machine.
+            opening = open_listeners(wanted.config, keeper.plan().listen, self._loops, wanted.watch.fd)
+            listeners = await in_thread(partial(stack.enter_context, opening))
             capture = Capture(
                 wanted.name,
                 wanted.config,
@@ -353,6 +364,33 @@ class Workloads:
         event = Event(kind, workload, detail, retry)
         for listener in self._listeners:
             listener.tell(event)
+
+
+def _error_of(raised: BaseException) -> TproxydError | None:
+    """Why one workload cannot be captured, whatever was raised: it is none of the others' trouble. None where it was only cancelled, or the
+    program is to end."""
+    leaves = [*_leaves(raised)]
+    if not all(isinstance(one, Exception | trio.Cancelled) for one in leaves):
+        return None
+    errors = [one for one in leaves if isinstance(one, Exception)]
+    for error in errors:
+        if isinstance(error, TproxydError):
+            return error
+    for error in errors:
+        if isinstance(error, OSError):
+            return KernelError(f"{error.strerror or error}; is the machine out of files or memory?")
+    for error in errors:
+        _log.error("a workload cannot be captured because of a bug, please report it", exc_info=error)
+        return KernelError(f"this is a bug, please report it: {error!r}")
+    return None
+
+
+def _leaves(error: BaseException) -> Iterator[BaseException]:
+    if isinstance(error, BaseExceptionGroup):
+        for one in error.exceptions:
+            yield from _leaves(one)
+    else:
+        yield error
 
 
 class _Listener(AsyncIterator[Event]):

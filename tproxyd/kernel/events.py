@@ -36,6 +36,7 @@ _NFT_TABLE = 1  # NFTA_TABLE_NAME, NFTA_CHAIN_TABLE, NFTA_RULE_TABLE, NFTA_SET_T
 _NFNL_SUBSYS_NFTABLES = 10
 _NFT_MSG_NEWGEN = 15
 _BUFFER = 1 << 20  # bytes of news that may wait
+_AT_ONCE = 256  # messages of a socket: whoever makes them as fast as they are read, in a namespace of his own, is not read to an end
 
 
 class News(msgspec.Struct, frozen=True):
@@ -95,7 +96,8 @@ class Events:
         return self._epoll.fileno()
 
     def read(self) -> News:
-        """What has come in; never blocks. News that did not fit into the sockets counts as news of everything."""
+        """What has come in; never blocks. News that did not fit into the sockets counts as news of everything. Where there is very much, some stays
+        for the next time."""
         state = others = False
         links: dict[int, str | None] = {}
         for kind, body in _messages(self._route):
@@ -149,7 +151,7 @@ def _only_our_routes(table: int) -> list[tuple[int, int, int, int]]:
 
 def _messages(sock: socket.socket) -> Iterator[tuple[int | None, bytes]]:
     """Type and body of each message that waits; None as the type where some were lost."""
-    while True:
+    for _ in range(_AT_ONCE):
         try:
             data = sock.recv(65536)
         except BlockingIOError:

@@ -68,7 +68,7 @@ _MODULES = (
 _SYSTEM_PATH = "/usr/sbin:/sbin:/usr/local/sbin:/usr/bin:/bin"
 # A hung nft would hang the daemon's start and stop; its largest transactions take well under a second.
 _TIMEOUT = 30.0
-_SPARE_FILES = 4
+_SPARE_FILES, _SPARE_AMONG_MANY = 4, 32  # the more threads, the more are opened between a look and the library's own
 _FD_SETSIZE = 1024  # sys/select.h
 _FROM_TERMINALS = (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT, signal.SIGHUP)
 
@@ -118,12 +118,15 @@ class Library:
     it: see `_open_context`.
     """
 
-    def __init__(self, *, give_up: int | None = None) -> None:
-        """`give_up` is a file whose number it may have: closed right before."""
+    def __init__(self, *, give_up: int | None = None, passing: bool = False) -> None:
+        """`give_up` is a file whose number it may have: closed right before. `passing`: with others that come and go. Who goes empties the cache
+        of interfaces that all share, and to fill it anew the library opens one more file, or ends the process."""
+        self._spare = _SPARE_AMONG_MANY if passing else _SPARE_FILES
+        self._passing = passing
         self.spellings: dict[str, str] = {}
         self.listed: tuple[int, dict[str, str]] | None = None
         self._lib = _load_library()
-        self._context: int | None = _open_context(self._lib, give_up)
+        self._context: int | None = _open_context(self._lib, give_up, self._spare)
         self._lib.nft_ctx_buffer_output(self._context)
         self._lib.nft_ctx_buffer_error(self._context)
         self._lib.nft_ctx_output_set_flags(self._context, _STATELESS)
@@ -147,6 +150,8 @@ class Library:
         if not self._context:
             raise KernelError("libnftables is closed already: the interception is over")
         with _one_at_a_time:
+            if self._passing:
+                _lowest_file(self._spare)  # raises KernelError
             code = self._lib.nft_run_cmd_from_buffer(self._context, text.encode())
         output: bytes = self._lib.nft_ctx_get_output_buffer(self._context)
         errors: bytes = self._lib.nft_ctx_get_error_buffer(self._context)
@@ -368,7 +373,7 @@ def _load_library() -> ctypes.CDLL:
 _one_at_a_time = threading.Lock()
 
 
-def _open_context(lib: ctypes.CDLL, give_up: int | None) -> int:
+def _open_context(lib: ctypes.CDLL, give_up: int | None, spare: int) -> int:
     """A context of the library. KernelError where it cannot be had, or would be a danger to the whole process:
 
     - It ends the process where there is no file left for its socket. So there have to be some more than that one, because other threads
@@ -380,7 +385,7 @@ def _open_context(lib: ctypes.CDLL, give_up: int | None) -> int:
     with _one_at_a_time:
         if give_up is not None:
             os.close(give_up)
-        lowest = _lowest_file()
+        lowest = _lowest_file(spare)
         context: int | None = lib.nft_ctx_new(0)
         if not context:
             raise KernelError("libnftables could not be initialised: is the machine out of files or memory?")
@@ -396,11 +401,11 @@ def _open_context(lib: ctypes.CDLL, give_up: int | None) -> int:
     return context
 
 
-def _lowest_file() -> int:
-    """The number that the next file will have. Raises KernelError where there are not some left."""
+def _lowest_file(left: int) -> int:
+    """The number that the next file will have. Raises KernelError where there are not so many left."""
     spare: list[int] = []
     try:
-        for _ in range(_SPARE_FILES):
+        for _ in range(left):
             spare.append(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
     except OSError as error:
         raise KernelError(f"cannot open libnftables: {error.strerror}; raise the limit of open files") from error

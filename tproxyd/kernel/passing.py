@@ -46,7 +46,7 @@ class LowFiles:
                 self._keep_one()
             fd = self._kept.popleft() if self._kept else None
             try:
-                library = Library(give_up=fd)
+                library = Library(give_up=fd, passing=True)
             except (KernelError, MissingError) as error:
                 if isinstance(error, MissingError) and fd is not None:
                     self._kept.append(fd)  # it was not come to that

@@ -43,6 +43,7 @@ _NOT_ROUTED = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EACCES, errno.EINVAL
 # RTNLGRP_LINK, IPV4_IFADDR, IPV4_ROUTE, IPV4_RULE, IPV6_IFADDR, IPV6_ROUTE, IPV6_RULE (linux/rtnetlink.h), as bits.
 ROUTING_NEWS = sum(1 << (group - 1) for group in (1, 5, 7, 8, 9, 11, 19))
 _KEPT = 8192  # answers; clients' addresses are theirs to choose
+_AT_ONCE = 64  # messages that are taken in: whoever makes them as fast as we read is not read to an end
 
 
 class Lookup(NamedTuple):
@@ -70,10 +71,12 @@ def type_of_ipv4(host: str) -> str:
 class Locality:
     """Answers `is_local` for the namespace in which it was made. A context manager; close it.
 
-    Whoever holds it calls `forget` when `fileno()` becomes readable.
+    Whoever holds it calls `forget` when `fileno()` becomes readable. Where that happens more often than it is worth, `keeps` is set to False
+    for a time: then every answer is the kernel's, and the news may wait.
     """
 
     def __init__(self) -> None:
+        self.keeps = True
         self._sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE)
         try:
             self._news = socket.socket(
@@ -108,9 +111,9 @@ class Locality:
         return self._news.fileno()
 
     def forget(self) -> None:
-        """Takes in the news: every answer will be asked for again. Never blocks."""
+        """Takes in the news: every answer will be asked for again. Never blocks; where there is very much, it stays readable."""
         self._answers.clear()
-        while True:
+        for _ in range(_AT_ONCE):
             try:
                 self._news.recv(8192)
             except BlockingIOError:
@@ -123,9 +126,10 @@ class Locality:
         answer = self._answers.get(host)
         if answer is None:
             answer = self._look_up(host)
-            if len(self._answers) >= _KEPT:
-                self._answers.clear()
-            self._answers[host] = answer
+            if self.keeps:
+                if len(self._answers) >= _KEPT:
+                    self._answers.clear()
+                self._answers[host] = answer
         return answer
 
     def look_up(
