@@ -18,7 +18,6 @@ from netns_tests.watch import dial, resets_within, works
 from netns_tests.way import GATEWAY_V4, SIDECAR_V4, Way
 from tproxyd.net.sockets import format_address
 from tproxyd.testing import Link, Route, Topology, serve_echo, serve_identity
-from tproxyd.testing.daemon import open_daemon
 from tproxyd.testing.plugin import OpenLab
 
 # Serves until SIGTERM cancels it. Its on_record fails for the first connection, and prints the others.
@@ -240,40 +239,3 @@ async def test_a_connection_that_its_agent_would_dial_into_capture_again_is_a_se
                 outcomes = [line.split()[-1] for line in agent.stdout_text.splitlines()]
                 assert outcomes == ["captured", "self_call", "closed"]
         nursery.cancel_scope.cancel()
-
-
-# Opens, and says why not.
-CAPTURES_HERE = """
-import os, trio
-from tproxyd import KernelError, open_interceptor
-
-async def main():
-    config = {"capture": {"ports": ["8081"]}, "listen": {"port": 15007}, "relay": {"workers": 0}}
-    try:
-        async with open_interceptor(config, own_namespace=True) as interceptor:
-            print("open", flush=True)
-            try:
-                await interceptor.add_workload("the same", netns=os.getpid())
-            except KernelError as error:
-                print("workload", error, flush=True)
-            await trio.sleep_forever()
-    except KernelError as error:
-        print("refused", error, flush=True)
-
-trio.run(main)
-"""
-
-
-@SIDECAR_V4
-async def test_a_namespace_has_one_owner_that_is_its_own_namespace_or_not(way: Way) -> None:
-    """Two that have tables, ports and names of their own would still take each other's rules away, and put back their own, without an end."""
-    words = (sys.executable, "-c", CAPTURES_HERE)
-    async with way.proxy.process(*words, collect=True) as first:
-        assert f"(pid {first.pid}, this very process)" in await first.wait_for_output("workload")
-        for other in (words, (sys.executable, "-m", "tproxyd", "run", "--port", "8080")):
-            done = await way.proxy.run(*other, check=False)
-            assert f"(pid {first.pid})" in done.stdout + done.stderr
-    async with open_daemon(way.proxy, '[capture]\nports = ["8080"]\n') as daemon:
-        done = await way.proxy.run(*words)
-        assert done.stdout.startswith("refused")
-        assert f"(pid {daemon.process.pid})" in done.stdout
