@@ -6,7 +6,9 @@ Captures PORT here; the app is where the client wanted to go, and gets plain tex
 """
 
 import signal
+import socket
 import ssl
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -67,10 +69,12 @@ async def serve(context: ssl.SSLContext, stream: ConnectionStream) -> None:
 
 
 async def to_app(client: trio.SSLStream[ConnectionStream], app: trio.SocketStream) -> None:
-    async for (
-        chunk
-    ) in client:  # raises BrokenResourceError where the client ends without saying so in TLS: cut off by somebody
-        await app.send_all(chunk)
+    try:
+        async for chunk in client:
+            await app.send_all(chunk)
+    except trio.BrokenResourceError:  # the client, or somebody between, ended it without saying so in TLS
+        app.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset: this was not all
+        raise
     await app.send_eof()
 
 

@@ -17,7 +17,7 @@ import trio
 
 from netns_tests.way import SIDECAR_V4, Way
 from tproxyd.net.sockets import format_address
-from tproxyd.testing import Lab, LabProcess, Link, Node, Topology, serve_echo, serve_identity
+from tproxyd.testing import Lab, LabProcess, Link, Node, Topology, Transfer, serve_echo, serve_identity, serve_sink
 from tproxyd.testing.plugin import OpenLab
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -161,6 +161,15 @@ async def test_watch_directory_follows_namespaces_that_come_and_go(
     assert [await node.dump() for node in pods] == before
 
 
+async def open_tls(way: Way, place: Path, certificate: str | None) -> trio.SSLStream[trio.SocketStream]:
+    """To the app, with what `mtls.py` has put there."""
+    context = ssl.create_default_context(cafile=place / "ca.pem")
+    if certificate:
+        context.load_cert_chain(place / f"{certificate}.pem", place / f"{certificate}.key")
+    stream = await way.client.connect(way.address, 8080)
+    return trio.SSLStream(stream, context, server_hostname="app.example")
+
+
 @SIDECAR_V4
 async def test_mtls_lets_in_whom_the_authority_knows(way: Way, nursery: trio.Nursery) -> None:
     before = await way.proxy.dump()
@@ -168,22 +177,21 @@ async def test_mtls_lets_in_whom_the_authority_knows(way: Way, nursery: trio.Nur
     async with example(way.proxy, "certificates in", "mtls.py", "8080") as process:
         place = Path((await process.wait_for_output("certificates in")).removeprefix("certificates in "))
 
-        async def open_tls(certificate: str | None) -> trio.SSLStream[trio.SocketStream]:
-            context = ssl.create_default_context(cafile=place / "ca.pem")
-            if certificate:
-                context.load_cert_chain(place / f"{certificate}.pem", place / f"{certificate}.key")
-            stream = await way.client.connect(way.address, 8080)
-            return trio.SSLStream(stream, context, server_hostname="app.example")
-
         with trio.fail_after(10):
-            async with await open_tls("client") as stream:
+            async with await open_tls(way, place, "client") as stream:
                 for size in (1, 1_000_000):
                     nursery.start_soon(stream.send_all, b"x" * size)
                     received = 0
                     while received < size:
                         received += len(await stream.receive_some())
             assert "client" in await process.wait_for_output("accepted")
-            async with await open_tls(None) as stream:
+            (command,) = re.findall(
+                r"^    (openssl s_client .*)$", (EXAMPLES / "mtls.py").read_text(encoding="utf-8"), re.M
+            )
+            words = command.replace("HOST:PORT", f"{way.address}:8080").split()
+            done = await way.client.run(*words, cwd=str(place), input="Q\n")  # s_client's word for the end
+            assert "Verify return code: 0 (ok)" in done.stdout
+            async with await open_tls(way, place, None) as stream:
                 await stream.do_handshake()  # in TLS 1.3 a client has done its part before it is judged
                 with pytest.raises(trio.BrokenResourceError):
                     await stream.receive_some()
@@ -196,6 +204,22 @@ async def test_mtls_lets_in_whom_the_authority_knows(way: Way, nursery: trio.Nur
     assert not await trio.Path(place).exists()
     assert process.stderr_text == ""
     assert await way.proxy.dump() == before
+
+
+@SIDECAR_V4
+async def test_mtls_tells_the_app_an_end_from_a_cut(way: Way, nursery: trio.Nursery) -> None:
+    """Who cuts the connection without the key must not be able to make a part of an upload pass for all of it."""
+    told, reports = trio.open_memory_channel[Transfer](2)
+    await nursery.start(lambda task_status: serve_sink(way.app, 8080, report=told.send_nowait, task_status=task_status))
+    async with example(way.proxy, "certificates in", "mtls.py", "8080") as process:
+        place = Path((await process.wait_for_output("certificates in")).removeprefix("certificates in "))
+        with trio.fail_after(10):
+            for ends in (True, False):
+                stream = await open_tls(way, place, "client")
+                await stream.send_all(b"x" * 100_000)
+                await (stream if ends else stream.transport_stream).aclose()
+                report = await reports.receive()
+                assert (report.complete, report.received <= 100_000) == (ends, True)
 
 
 @SIDECAR_V4
