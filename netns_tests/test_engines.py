@@ -379,8 +379,9 @@ async def main():
         kept = {
             "connections": own._books.connections, "new": own._books._new, "again": own._again, "blocked": own._blocked,
             "flushing": own.flushing, "sources": own._books._sources, "records": own._books._records, "ready": own._ready,
-            "waiting": own.waiting, "handed": own._handed,
+            "handed": own._handed,
             **{f"of {name}": one.connections for name, one in own._workloads.items()},
+            **{f"waiting of {name}": one.waiting for name, one in own._workloads.items()},
             **{name: [one for wheel in wheels for slot in wheel._slots.values() for one in slot]
                for name, wheels in (
                    ("dialling", own._dialling.values()), ("opening", own._opening.values()),

@@ -212,6 +212,7 @@ async def test_59_slow_clients_and_a_storm_of_scrapes_hurt_nobody(way: Way, nurs
         assert await daemon.process.wait() == 0
 
 
+@pytest.mark.timed
 @GATEWAY_V4
 async def test_59_who_says_nothing_keeps_nobody_out(way: Way) -> None:
     """200 clients that say nothing, 200 that say half a word, and 200 that ask and take no answer."""
