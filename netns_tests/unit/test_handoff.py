@@ -297,3 +297,24 @@ async def test_a_message_that_is_none_ends_its_sender_and_nobody_else(
             await hand(receivers, path, pair[0])
             stream: ConnectionStream = await connections.receive()
             stream.close()
+
+
+async def test_a_descriptor_that_is_no_socket_ends_its_sender_and_nobody_else(
+    receivers: Receivers, pair: tuple[socket.socket, socket.socket], tmp_path: Path
+) -> None:
+    path = tmp_path / "connections"
+    reading, writing = os.pipe()
+    stranger = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with trio.fail_after(5), ExitStack() as stack:
+        stack.callback(os.close, writing)
+        async with receive_connections(path) as connections:
+            with stranger:
+                stranger.connect(str(path))
+                socket.send_fds(stranger, [b"{}"], [reading])
+                assert not await trio.to_thread.run_sync(stranger.recv, 1)
+            os.close(reading)
+            with pytest.raises(BrokenPipeError):  # nobody else has it open
+                os.write(writing, b"x")
+            await hand(receivers, path, pair[0])
+            stream: ConnectionStream = await connections.receive()
+            stream.close()

@@ -267,7 +267,11 @@ async def _receive(sender: socket.socket, sending: trio.MemorySendChannel[Connec
                 return
             if not fds:
                 continue  # no file left here: the kernel has closed it
-            sock = socket.socket(fileno=fds[0])
+            try:
+                sock = socket.socket(fileno=fds[0])
+            except OSError:  # no socket at all
+                os.close(fds[0])
+                return
             try:
                 told = decode(data)
                 target = told.target
