@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -627,3 +628,23 @@ async def test_counters_and_plans_are_each_workload_s_own(open_lab: OpenLab, nur
         await add(interceptor, other)
         await served_right(other, ["v4"])
         assert (await interceptor.stats())[other.name].accepted == 1
+
+
+async def test_a_handler_reaches_an_app_inside_its_workload(open_lab: OpenLab, nursery: trio.Nursery) -> None:
+    """At a loopback address, which all of them have; `host` is the program itself."""
+
+    async def to_the_app(stream: ConnectionStream) -> None:
+        async with await interceptor.connect(stream.connection.workload, "127.0.0.1", 9000) as upstream:
+            await stream.relay_to(upstream)
+
+    async with open_pods(open_lab, 2) as pods, open_handling(to_the_app) as interceptor:
+        for pod in pods:
+            await nursery.start(partial(serve_identity, pod.node, 9000, address="127.0.0.1"))
+        await add(interceptor, *pods)
+        for pod in pods:
+            _, (host, _), local = await ask(pod)
+            assert (host, local) == ("127.0.0.1", "127.0.0.1:9000")
+        with pytest.raises(OSError, match="refused"):
+            await interceptor.connect("host", "127.0.0.1", 9000)
+        with pytest.raises(KeyError):
+            await interceptor.connect("nobody", "127.0.0.1", 9000)

@@ -28,7 +28,7 @@ from tproxyd.interceptor.relays import OnLines, Relays
 from tproxyd.interceptor.threads import in_thread
 from tproxyd.interceptor.workloads import Event, Workload, Workloads
 from tproxyd.net.capabilities import require_capabilities
-from tproxyd.net.namespaces import NamespaceLike, open_namespace
+from tproxyd.net.namespaces import NamespaceLike, call_in_namespace, open_namespace
 from tproxyd.net.ownership import hold_namespace
 from tproxyd.net.proc_net import open_file_count
 from tproxyd.plan import DEFAULT_NAME, Family, Marks, Plan, Surroundings, ssh_remarks, table_names
@@ -114,6 +114,22 @@ class Interceptor:
         if workload == OWN and self._own is not None:
             return self._own.keeper.plan()
         return self._workloads.plan(workload)
+
+    async def connect(self, workload: str, host: str, port: int) -> trio.SocketStream:
+        """A TCP connection to an IP address that is made in a workload's network namespace ("host": the program's own), as by any program there: for
+        handlers, which run in the program. The caller closes it. Raises KeyError if there is no workload of this name, and OSError."""
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        if workload == OWN:
+            sock = socket.socket(family, socket.SOCK_STREAM)
+        else:
+            sock = call_in_namespace(self._workloads.namespace(workload), socket.socket, family, socket.SOCK_STREAM)
+        connection = trio.socket.from_stdlib_socket(sock)
+        try:
+            await connection.connect((host, port))
+            return trio.SocketStream(connection)
+        except BaseException:
+            connection.close()
+            raise
 
     async def stats(self) -> dict[str, Counters]:
         """By workload, what has been counted since it was added, living connections included; "host" is the own namespace."""

@@ -190,6 +190,10 @@ class Workloads:
                 if wanted.capture is not None:
                     nursery.start_soon(wanted.capture.drain)
 
+    def namespace(self, name: str) -> int:
+        """A descriptor of a workload's network namespace, which stays its. Raises KeyError."""
+        return self._there[name].watch.fd
+
     def plan(self, name: str) -> Plan:
         """What the kernel is to hold in this workload's namespace. Raises KeyError, or KernelError while it is not captured."""
         capture = self._there[name].capture
