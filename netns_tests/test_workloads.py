@@ -331,10 +331,10 @@ async def test_52_the_end_of_the_process_that_had_the_namespace_ends_its_workloa
 
 
 async def test_53_after_an_overrun_of_netlink_all_is_looked_at(open_lab: OpenLab, tmp_path: Path) -> None:
-    """More news than fits, while the program does not take any; the rule that is missing then is put back."""
+    """More news than fits, of what is none of ours, while the program does not take any; that of our rule, at the end, is lost."""
     flood = tmp_path / "flood"
-    lines = [f"rule {verb} priority {20000 + number} table 77" for verb in ("add", "del") for number in range(4000)]
-    flood.write_text("\n".join(["rule del priority 5234", *lines]) + "\n")
+    addresses = [f"address {verb} 203.0.113.{one}/32 dev eth0" for one in range(1, 250) for verb in ("add", "del")]
+    flood.write_text("\n".join([*addresses * 10, "rule del priority 5234\n"]))
     async with (
         open_pods(open_lab, 1) as (pod,),
         open_interceptor(CONFIG) as interceptor,
