@@ -134,6 +134,11 @@ async def test_15_ipv6_switched_off_and_on(way: Way, scope: str, counted: Counte
                     await echo(stream, b"six", within=3)
                 if scope == "all":
                     await four.proxy.run("ip", "address", "add", f"{six.address}/64", "dev", "eth0", "nodad")
+                    with trio.move_on_after(
+                        3
+                    ):  # the kernel gives the address its local route in a worker, a moment later
+                        while await four.proxy.dump() != planned:
+                            await trio.sleep(0.01)
                 assert await four.proxy.dump() == planned
                 async with await six.client.connect(six.address, 8080) as stream:
                     await echo(stream, b"six", within=3)

@@ -224,7 +224,7 @@ async def test_59_who_says_nothing_keeps_nobody_out(way: Way) -> None:
                 with suppress(trio.BrokenResourceError), trio.move_on_after(0.01):
                     await client.send_all(said)
             for path in ("/healthz", "/readyz", "/metrics"):
-                assert (await get(node, path)).status == 200
+                assert (await get(node, path, within=8)).status == 200  # who says nothing is waited for 10 s
         assert await daemon.stop() == 0
     assert "Traceback" not in daemon.process.stderr_text
 
