@@ -1,13 +1,14 @@
 """What the ruleset remembers of connections to local apps that bear a client's address: as long as one lives, the app's words come back to us,
 also the first one after a long silence; and soon after the end nothing is left.
 
-The daemon here forgets sooner than the real one, which takes minutes: one second instead of ten after an end, two instead of 150 without a
-sign of life. Signs of life are asked for after one second instead of sixty.
+The daemon here forgets sooner than the real one, which takes minutes: one second instead of ten after an end, three instead of 150 without a
+sign of life. Signs of life are asked for after two seconds instead of sixty.
 """
 
 from __future__ import annotations
 
 import json
+import socket
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -25,13 +26,13 @@ from tproxyd.testing import Node, activate_conntrack, conntrack_count
 from tproxyd.testing.daemon import LabDaemon, open_daemon
 from tproxyd.testing.plugin import OpenLab
 
-LEAVING, KEPT = 1.0, 2.0
+LEAVING, KEPT = 1.0, 3.0
 HASTY = f"""
 from tproxyd.plan import ruleset
 from tproxyd.net import sockets
 from tproxyd.datapath import loop
 ruleset._LEAVING, ruleset._KEPT = "{LEAVING:.0f}s", "{KEPT:.0f}s"
-sockets.KEEPALIVE_IDLE = sockets.KEEPALIVE_INTERVAL = 1
+sockets.KEEPALIVE_IDLE, sockets.KEEPALIVE_INTERVAL = 2, 1
 loop._SETTLE = 0.2
 from tproxyd.daemon.cli import entry
 entry()
@@ -107,6 +108,19 @@ async def the_app_ends_and_the_client_talks_on(legs: Legs) -> None:
         await end(client, app)
 
 
+async def the_app_ends_and_is_the_first_to_speak_again(legs: Legs) -> None:
+    """Its kernel is: it asks for a sign of life before we do, and would be answered by the client's reset."""
+    client, app = await legs.pair()
+    async with client, app:
+        await end(app, client)
+        for name, value in ((socket.TCP_KEEPIDLE, 1), (socket.TCP_KEEPINTVL, 1)):
+            app.socket.setsockopt(socket.IPPROTO_TCP, name, value)
+        app.socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        await trio.sleep(1.5 * KEPT)
+        await say(client, app, b"on")
+        await end(client, app)
+
+
 async def nobody_speaks_for_long_and_then_the_app_does(legs: Legs) -> None:
     client, app = await legs.pair()
     async with client, app:
@@ -142,6 +156,7 @@ async def the_app_resets_after_a_silence(legs: Legs) -> None:
 STORIES: list[Callable[[Legs], Awaitable[None]]] = [
     the_client_ends_and_the_app_talks_on,
     the_app_ends_and_the_client_talks_on,
+    the_app_ends_and_is_the_first_to_speak_again,
     nobody_speaks_for_long_and_then_the_app_does,
     the_same_ports_again_at_once,
     the_app_resets_after_a_silence,

@@ -233,6 +233,7 @@ def steering_table(
             ),
         ),
         _chain("sent", None, *([_DIALLING] if config.spoofs else []), *_remembering(config)),
+        *_ending_chains(),
         *([_chain("errors", None, *_errors_back(marks))] if config.spoofs else []),
     ]
     # Those that packets fill come first, and stay where they are when the rest of the table is exchanged.
@@ -427,9 +428,10 @@ def _leg(ip: str, ours: str, theirs: str) -> str:
 #   with an app that accepts nothing any client can have as many of these as it likes.
 # - What we send then keeps it in for _KEPT. Who lives sends: keepalive probes after a minute of silence, probes of a closed window every
 #   two minutes.
-# - A reset of either side leaves it _LEAVING, and so does a FIN of the app, which is usually the last word, ours having come before.
-# - What we send then enters it if it has left, but does not keep it in (@ended): our ACK of that FIN is not a sign of life. An app may
-#   end its direction first and still be sent something.
+# - A reset of either side leaves it _LEAVING, and so does the second FIN of the two. The first one does not: who has ended its direction still
+#   has keepalive probes and a window to speak of, also in a long silence of ours. That there was one is in @ended under the leg's numbers
+#   the other way round, until the second comes.
+# - What we send after the end (@ended) enters it if it has left, but does not keep it in: our last ACK is not a sign of life.
 # - A SYN of ours begins a new connection with these ports, whatever was before. A SYN of an app's that has ended ours answers the client's
 #   own connection, which has gone past us: from then on its answers are the client's.
 #
@@ -442,11 +444,29 @@ _LATE = 2  # seconds for which a loop that has much to do may give up a dial too
 
 def _ending() -> list[str]:
     return [
-        f"tcp flags fin,rst {theirs} @legs{family} update @legs{family} {{ {theirs} timeout {_LEAVING} }} "
-        f'update @ended{family} {{ {theirs} timeout {_LEAVING} }} comment "the app ends our connection: soon forgotten"'
+        f'tcp flags fin,rst {_leg(ip, "daddr", "saddr")} @legs{family} jump ending{family} comment "the app ends our connection, or its direction"'
         for family, ip in _IP.items()
-        for theirs in [_leg(ip, "daddr", "saddr")]
     ]
+
+
+def _ending_chains() -> list[str]:
+    chains = []
+    for family, ip in _IP.items():
+        theirs, half = _leg(ip, "daddr", "saddr"), _leg(ip, "saddr", "daddr")
+        over = (
+            f"delete @ended{family} {{ {half} }} update @legs{family} {{ {theirs} timeout {_LEAVING} }} "
+            f"update @ended{family} {{ {theirs} timeout {_LEAVING} }}"
+        )
+        chains.append(
+            _chain(
+                f"ending{family}",
+                None,
+                f'tcp flags rst {over} return comment "the app breaks it off: soon forgotten"',
+                f'{half} @ended{family} {over} return comment "we have ended before: soon forgotten"',
+                f'add @ended{family} {{ {half} timeout {_KEPT} }} comment "the first to end: its other direction lives"',
+            )
+        )
+    return chains
 
 
 def _sending_back(marks: Marks, families: Sequence[Family]) -> list[str]:
@@ -469,26 +489,46 @@ def _sending_back(marks: Marks, families: Sequence[Family]) -> list[str]:
 def _remembering(config: Config) -> list[str]:
     rules = []
     dialling = _duration(math.ceil(config.upstream.connect_timeout) + _LATE)
-    for why, match, legs, seconds, ended in (
-        ("begins; a connection that had these ports before is over", "tcp flags syn ", "update", dialling, "delete"),
-        ("we break it off: soon forgotten", "tcp flags rst ", "update", _LEAVING, "update"),
+    for why, match, statement in (
         (
-            "the app has ended its direction: entered again where it has left",
-            "{ours} @ended{family} ",
-            "add",
-            _KEPT,
-            "",
+            "begins; a connection that had these ports before is over",
+            "tcp flags syn",
+            "delete @{ended} {{ {ours} }} delete @{ended} {{ {half} }} update @{legs} {{ {ours} timeout {dialling} }}",
         ),
-        ("remembered for the app's answers", "", "update", _KEPT, ""),
+        ("we break it off: soon forgotten", "tcp flags rst", "delete @{ended} {{ {half} }} {over}"),
+        (
+            "the app has ended before: soon forgotten",
+            "tcp flags fin {half} @{ended}",
+            "delete @{ended} {{ {half} }} {over}",
+        ),
+        (
+            "the first to end: the app talks on",
+            "tcp flags fin {ours} != @{ended}",
+            "add @{ended} {{ {half} timeout {KEPT} }} {kept}",
+        ),
+        (
+            "it has ended: entered again where it has left",
+            "{ours} @{ended}",
+            "add @{legs} {{ {ours} timeout {KEPT} }}",
+        ),
+        ("remembered for the app's answers", "", "{kept}"),
     ):
         for family, ip in _IP.items():
-            ours = _leg(ip, "saddr", "daddr")
-            timeout = f" timeout {_LEAVING}" if ended == "update" else ""
-            end = f"{ended} @ended{family} {{ {ours}{timeout} }} " if ended else ""
-            rules.append(
-                f"{match.format(ours=ours, family=family)}{end}{legs} @legs{family} {{ {ours} timeout {seconds} }} notrack accept"
-                f' comment "{why}"'
+            words = {
+                "ours": _leg(ip, "saddr", "daddr"),
+                "half": _leg(ip, "daddr", "saddr"),
+                "legs": f"legs{family}",
+                "ended": f"ended{family}",
+                "KEPT": _KEPT,
+                "dialling": dialling,
+            }
+            words["kept"] = "update @{legs} {{ {ours} timeout {KEPT} }}".format(**words)
+            words["over"] = (
+                f"update @ended{family} {{ {words['ours']} timeout {_LEAVING} }} "
+                f"update @legs{family} {{ {words['ours']} timeout {_LEAVING} }}"
             )
+            rule = f"{match} {statement}".strip().format(**words)
+            rules.append(f'{rule} notrack accept comment "{why}"')
     return [*rules, 'notrack accept comment "a set is full: not remembered"']
 
 

@@ -162,8 +162,8 @@ table inet tproxyd {
 		tcp dport != @ports tcp sport != @ports accept comment "no captured port on either side: no connection of ours"
 		oif "lo" goto loopback comment "to a local app, and its answers"
 		socket transparent 1 notrack accept comment "sent by a socket of ours: no conntrack entry"
-		tcp flags fin,rst ip daddr . tcp dport . ip saddr . tcp sport @legs4 update @legs4 { ip daddr . tcp dport . ip saddr . tcp sport timeout 10s } update @ended4 { ip daddr . tcp dport . ip saddr . tcp sport timeout 10s } comment "the app ends our connection: soon forgotten"
-		tcp flags fin,rst ip6 daddr . tcp dport . ip6 saddr . tcp sport @legs6 update @legs6 { ip6 daddr . tcp dport . ip6 saddr . tcp sport timeout 10s } update @ended6 { ip6 daddr . tcp dport . ip6 saddr . tcp sport timeout 10s } comment "the app ends our connection: soon forgotten"
+		tcp flags fin,rst ip daddr . tcp dport . ip saddr . tcp sport @legs4 jump ending4 comment "the app ends our connection, or its direction"
+		tcp flags fin,rst ip6 daddr . tcp dport . ip6 saddr . tcp sport @legs6 jump ending6 comment "the app ends our connection, or its direction"
 		tcp flags syn ip daddr . tcp dport . ip saddr . tcp sport @ended4 delete @legs4 { ip daddr . tcp dport . ip saddr . tcp sport } accept comment "the client has this connection itself, past us: ours with its ports has ended"
 		ip daddr . tcp dport . ip saddr . tcp sport @legs4 meta mark set meta mark & 0xfeffffff | 0x02000000 notrack accept comment "answer of a local app to a client whose address our connection bears: back to us, no conntrack entry"
 		tcp flags syn ip6 daddr . tcp dport . ip6 saddr . tcp sport @ended6 delete @legs6 { ip6 daddr . tcp dport . ip6 saddr . tcp sport } accept comment "the client has this connection itself, past us: ours with its ports has ended"
@@ -171,8 +171,8 @@ table inet tproxyd {
 	}
 
 	chain loopback {
-		tcp flags fin,rst ip daddr . tcp dport . ip saddr . tcp sport @legs4 update @legs4 { ip daddr . tcp dport . ip saddr . tcp sport timeout 10s } update @ended4 { ip daddr . tcp dport . ip saddr . tcp sport timeout 10s } comment "the app ends our connection: soon forgotten"
-		tcp flags fin,rst ip6 daddr . tcp dport . ip6 saddr . tcp sport @legs6 update @legs6 { ip6 daddr . tcp dport . ip6 saddr . tcp sport timeout 10s } update @ended6 { ip6 daddr . tcp dport . ip6 saddr . tcp sport timeout 10s } comment "the app ends our connection: soon forgotten"
+		tcp flags fin,rst ip daddr . tcp dport . ip saddr . tcp sport @legs4 jump ending4 comment "the app ends our connection, or its direction"
+		tcp flags fin,rst ip6 daddr . tcp dport . ip6 saddr . tcp sport @legs6 jump ending6 comment "the app ends our connection, or its direction"
 		socket transparent 1 goto sent comment "our connection to a local app"
 		ip daddr . tcp dport . ip saddr . tcp sport @legs4 notrack accept comment "answer of a local app to our connection: no conntrack entry"
 		ip6 daddr . tcp dport . ip6 saddr . tcp sport @legs6 notrack accept comment "answer of a local app to our connection: no conntrack entry"
@@ -180,15 +180,31 @@ table inet tproxyd {
 
 	chain sent {
 		tcp flags syn / fin,syn,rst,ack update @dials { @th,0,32 timeout 2s } comment "its ports: an ICMP error about it is for us, too"
-		tcp flags syn delete @ended4 { ip saddr . tcp sport . ip daddr . tcp dport } update @legs4 { ip saddr . tcp sport . ip daddr . tcp dport timeout 7s } notrack accept comment "begins; a connection that had these ports before is over"
-		tcp flags syn delete @ended6 { ip6 saddr . tcp sport . ip6 daddr . tcp dport } update @legs6 { ip6 saddr . tcp sport . ip6 daddr . tcp dport timeout 7s } notrack accept comment "begins; a connection that had these ports before is over"
-		tcp flags rst update @ended4 { ip saddr . tcp sport . ip daddr . tcp dport timeout 10s } update @legs4 { ip saddr . tcp sport . ip daddr . tcp dport timeout 10s } notrack accept comment "we break it off: soon forgotten"
-		tcp flags rst update @ended6 { ip6 saddr . tcp sport . ip6 daddr . tcp dport timeout 10s } update @legs6 { ip6 saddr . tcp sport . ip6 daddr . tcp dport timeout 10s } notrack accept comment "we break it off: soon forgotten"
-		ip saddr . tcp sport . ip daddr . tcp dport @ended4 add @legs4 { ip saddr . tcp sport . ip daddr . tcp dport timeout 2m30s } notrack accept comment "the app has ended its direction: entered again where it has left"
-		ip6 saddr . tcp sport . ip6 daddr . tcp dport @ended6 add @legs6 { ip6 saddr . tcp sport . ip6 daddr . tcp dport timeout 2m30s } notrack accept comment "the app has ended its direction: entered again where it has left"
+		tcp flags syn delete @ended4 { ip saddr . tcp sport . ip daddr . tcp dport } delete @ended4 { ip daddr . tcp dport . ip saddr . tcp sport } update @legs4 { ip saddr . tcp sport . ip daddr . tcp dport timeout 7s } notrack accept comment "begins; a connection that had these ports before is over"
+		tcp flags syn delete @ended6 { ip6 saddr . tcp sport . ip6 daddr . tcp dport } delete @ended6 { ip6 daddr . tcp dport . ip6 saddr . tcp sport } update @legs6 { ip6 saddr . tcp sport . ip6 daddr . tcp dport timeout 7s } notrack accept comment "begins; a connection that had these ports before is over"
+		tcp flags rst delete @ended4 { ip daddr . tcp dport . ip saddr . tcp sport } update @ended4 { ip saddr . tcp sport . ip daddr . tcp dport timeout 10s } update @legs4 { ip saddr . tcp sport . ip daddr . tcp dport timeout 10s } notrack accept comment "we break it off: soon forgotten"
+		tcp flags rst delete @ended6 { ip6 daddr . tcp dport . ip6 saddr . tcp sport } update @ended6 { ip6 saddr . tcp sport . ip6 daddr . tcp dport timeout 10s } update @legs6 { ip6 saddr . tcp sport . ip6 daddr . tcp dport timeout 10s } notrack accept comment "we break it off: soon forgotten"
+		tcp flags fin ip daddr . tcp dport . ip saddr . tcp sport @ended4 delete @ended4 { ip daddr . tcp dport . ip saddr . tcp sport } update @ended4 { ip saddr . tcp sport . ip daddr . tcp dport timeout 10s } update @legs4 { ip saddr . tcp sport . ip daddr . tcp dport timeout 10s } notrack accept comment "the app has ended before: soon forgotten"
+		tcp flags fin ip6 daddr . tcp dport . ip6 saddr . tcp sport @ended6 delete @ended6 { ip6 daddr . tcp dport . ip6 saddr . tcp sport } update @ended6 { ip6 saddr . tcp sport . ip6 daddr . tcp dport timeout 10s } update @legs6 { ip6 saddr . tcp sport . ip6 daddr . tcp dport timeout 10s } notrack accept comment "the app has ended before: soon forgotten"
+		tcp flags fin ip saddr . tcp sport . ip daddr . tcp dport != @ended4 add @ended4 { ip daddr . tcp dport . ip saddr . tcp sport timeout 2m30s } update @legs4 { ip saddr . tcp sport . ip daddr . tcp dport timeout 2m30s } notrack accept comment "the first to end: the app talks on"
+		tcp flags fin ip6 saddr . tcp sport . ip6 daddr . tcp dport != @ended6 add @ended6 { ip6 daddr . tcp dport . ip6 saddr . tcp sport timeout 2m30s } update @legs6 { ip6 saddr . tcp sport . ip6 daddr . tcp dport timeout 2m30s } notrack accept comment "the first to end: the app talks on"
+		ip saddr . tcp sport . ip daddr . tcp dport @ended4 add @legs4 { ip saddr . tcp sport . ip daddr . tcp dport timeout 2m30s } notrack accept comment "it has ended: entered again where it has left"
+		ip6 saddr . tcp sport . ip6 daddr . tcp dport @ended6 add @legs6 { ip6 saddr . tcp sport . ip6 daddr . tcp dport timeout 2m30s } notrack accept comment "it has ended: entered again where it has left"
 		update @legs4 { ip saddr . tcp sport . ip daddr . tcp dport timeout 2m30s } notrack accept comment "remembered for the app's answers"
 		update @legs6 { ip6 saddr . tcp sport . ip6 daddr . tcp dport timeout 2m30s } notrack accept comment "remembered for the app's answers"
 		notrack accept comment "a set is full: not remembered"
+	}
+
+	chain ending4 {
+		tcp flags rst delete @ended4 { ip saddr . tcp sport . ip daddr . tcp dport } update @legs4 { ip daddr . tcp dport . ip saddr . tcp sport timeout 10s } update @ended4 { ip daddr . tcp dport . ip saddr . tcp sport timeout 10s } return comment "the app breaks it off: soon forgotten"
+		ip saddr . tcp sport . ip daddr . tcp dport @ended4 delete @ended4 { ip saddr . tcp sport . ip daddr . tcp dport } update @legs4 { ip daddr . tcp dport . ip saddr . tcp sport timeout 10s } update @ended4 { ip daddr . tcp dport . ip saddr . tcp sport timeout 10s } return comment "we have ended before: soon forgotten"
+		add @ended4 { ip saddr . tcp sport . ip daddr . tcp dport timeout 2m30s } comment "the first to end: its other direction lives"
+	}
+
+	chain ending6 {
+		tcp flags rst delete @ended6 { ip6 saddr . tcp sport . ip6 daddr . tcp dport } update @legs6 { ip6 daddr . tcp dport . ip6 saddr . tcp sport timeout 10s } update @ended6 { ip6 daddr . tcp dport . ip6 saddr . tcp sport timeout 10s } return comment "the app breaks it off: soon forgotten"
+		ip6 saddr . tcp sport . ip6 daddr . tcp dport @ended6 delete @ended6 { ip6 saddr . tcp sport . ip6 daddr . tcp dport } update @legs6 { ip6 daddr . tcp dport . ip6 saddr . tcp sport timeout 10s } update @ended6 { ip6 daddr . tcp dport . ip6 saddr . tcp sport timeout 10s } return comment "we have ended before: soon forgotten"
+		add @ended6 { ip6 saddr . tcp sport . ip6 daddr . tcp dport timeout 2m30s } comment "the first to end: its other direction lives"
 	}
 
 	chain errors {
