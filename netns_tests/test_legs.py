@@ -22,7 +22,7 @@ from netns_tests.watch import reset, until
 from netns_tests.way import Way, open_way
 from tproxyd.net.sockets import format_address
 from tproxyd.testing import Node, activate_conntrack, conntrack_count
-from tproxyd.testing.daemon import LabDaemon
+from tproxyd.testing.daemon import LabDaemon, open_daemon
 from tproxyd.testing.plugin import OpenLab
 
 LEAVING, KEPT = 1.0, 2.0
@@ -221,3 +221,20 @@ async def remembered(node: Node) -> dict[str, int]:
         for part in listed
         if "set" in part and part["set"]["name"][:-1] in ("legs", "ended")
     }
+
+
+@pytest.mark.parametrize("way", ["sidecar v4", "sidecar v6"], indirect=True)
+async def test_dials_of_clients_that_go_fill_no_set(way: Way) -> None:
+    """The app accepts nothing, so each SYN goes unanswered, and a dial that its client breaks off ends without a packet of ours."""
+    config = '[capture]\nports = ["8080"]\n[upstream]\nsource = "client"\nconnect_timeout = "1s"\n'
+    legs = f"legs{4 if way.name.endswith('v4') else 6}"
+    async with way.app.listen(way.bind, 8080, backlog=0), open_daemon(way.proxy, config) as daemon:
+        for _ in range(100):
+            await reset(await way.client.connect(way.address, 8080))
+        await until(lambda: len(daemon.records()) == 100)
+        seen = (await remembered(way.proxy))[legs]
+        assert seen > 50
+        began = trio.current_time()
+        while (await remembered(way.proxy))[legs] > 5:  # a few have been answered, and live or leave for longer
+            await trio.sleep(0.1)
+            assert trio.current_time() - began < 10

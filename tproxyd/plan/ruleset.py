@@ -23,6 +23,7 @@ In redirect mode `take` only marks a SYN; then comes conntrack, NAT (`divert`) a
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -231,7 +232,7 @@ def steering_table(
                 for family, ip in _IP.items()
             ),
         ),
-        _chain("sent", None, *([_DIALLING] if config.spoofs else []), *_remembering()),
+        _chain("sent", None, *([_DIALLING] if config.spoofs else []), *_remembering(config)),
         *([_chain("errors", None, *_errors_back(marks))] if config.spoofs else []),
     ]
     # Those that packets fill come first, and stay where they are when the rest of the table is exchanged.
@@ -422,8 +423,10 @@ def _leg(ip: str, ours: str, theirs: str) -> str:
 # client's. So a set remembers them, which is filled and emptied in the output hook, where both sides pass, and by which answers to a
 # client's address are sent back to us, and not to the client. It has to have what lives, and should not have much else:
 #
-# - A leg enters with our SYN, and what we send keeps it in for _KEPT. Who lives sends: keepalive probes after a minute of silence, probes
-#   of a closed window every two minutes.
+# - A leg enters with our SYN, for as long as an answer is waited for: a dial that is given up, or whose client goes, ends without a packet, and
+#   with an app that accepts nothing any client can have as many of these as it likes.
+# - What we send then keeps it in for _KEPT. Who lives sends: keepalive probes after a minute of silence, probes of a closed window every
+#   two minutes.
 # - A reset of either side leaves it _LEAVING, and so does a FIN of the app, which is usually the last word, ours having come before.
 # - What we send then enters it if it has left, but does not keep it in (@ended): our ACK of that FIN is not a sign of life. An app may
 #   end its direction first and still be sent something.
@@ -434,6 +437,7 @@ def _leg(ip: str, ours: str, theirs: str) -> str:
 # these are switches for all sockets of the namespace: with the marks of other programs (Tailscale, kube-proxy) on it, every accepted
 # connection would be routed by them.
 _KEPT, _LEAVING = "2m30s", "10s"
+_LATE = 2  # seconds for which a loop that has much to do may give up a dial too late
 
 
 def _ending() -> list[str]:
@@ -462,10 +466,11 @@ def _sending_back(marks: Marks, families: Sequence[Family]) -> list[str]:
     return rules
 
 
-def _remembering() -> list[str]:
+def _remembering(config: Config) -> list[str]:
     rules = []
+    dialling = _duration(math.ceil(config.upstream.connect_timeout) + _LATE)
     for why, match, legs, seconds, ended in (
-        ("begins; a connection that had these ports before is over", "tcp flags syn ", "update", _KEPT, "delete"),
+        ("begins; a connection that had these ports before is over", "tcp flags syn ", "update", dialling, "delete"),
         ("we break it off: soon forgotten", "tcp flags rst ", "update", _LEAVING, "update"),
         (
             "the app has ended its direction: entered again where it has left",
@@ -519,6 +524,16 @@ def _filled_set(name: str, family: Family) -> str:
         f"\tset {name}{family} {{\n\t\ttype {address} . inet_service . {address} . inet_service\n"
         f"\t\tsize {_FILLED[name]}\n\t\tflags dynamic,timeout\n\t}}\n"
     )
+
+
+def _duration(seconds: int) -> str:
+    """As nft spells it."""
+    parts = []
+    for unit, length in (("d", 86400), ("h", 3600), ("m", 60), ("s", 1)):
+        count, seconds = divmod(seconds, length)
+        if count:
+            parts.append(f"{count}{unit}")
+    return "".join(parts)
 
 
 def _chain(name: str, hook: str | None, *rules: str | Selector) -> str:

@@ -256,8 +256,8 @@ table inet tproxyd {
 	}
 
 	chain sent {
-		tcp flags syn delete @ended4 { ip saddr . tcp sport . ip daddr . tcp dport } update @legs4 { ip saddr . tcp sport . ip daddr . tcp dport timeout 2m30s } notrack accept comment "begins; a connection that had these ports before is over"
-		tcp flags syn delete @ended6 { ip6 saddr . tcp sport . ip6 daddr . tcp dport } update @legs6 { ip6 saddr . tcp sport . ip6 daddr . tcp dport timeout 2m30s } notrack accept comment "begins; a connection that had these ports before is over"
+		tcp flags syn delete @ended4 { ip saddr . tcp sport . ip daddr . tcp dport } update @legs4 { ip saddr . tcp sport . ip daddr . tcp dport timeout 3s } notrack accept comment "begins; a connection that had these ports before is over"
+		tcp flags syn delete @ended6 { ip6 saddr . tcp sport . ip6 daddr . tcp dport } update @legs6 { ip6 saddr . tcp sport . ip6 daddr . tcp dport timeout 3s } notrack accept comment "begins; a connection that had these ports before is over"
 		tcp flags rst update @ended4 { ip saddr . tcp sport . ip daddr . tcp dport timeout 10s } update @legs4 { ip saddr . tcp sport . ip daddr . tcp dport timeout 10s } notrack accept comment "we break it off: soon forgotten"
 		tcp flags rst update @ended6 { ip6 saddr . tcp sport . ip6 daddr . tcp dport timeout 10s } update @legs6 { ip6 saddr . tcp sport . ip6 daddr . tcp dport timeout 10s } notrack accept comment "we break it off: soon forgotten"
 		ip saddr . tcp sport . ip daddr . tcp dport @ended4 add @legs4 { ip saddr . tcp sport . ip daddr . tcp dport timeout 2m30s } notrack accept comment "the app has ended its direction: entered again where it has left"
