@@ -292,6 +292,25 @@ async def test_49_a_header_that_does_not_come_is_waited_for_three_seconds(
 SPECIAL = ["127.0.0.1", "169.254.169.254", "224.0.0.1", "::1", "fe80::1", "fd00:ec2::254"]
 
 
+NOWHERE = ["255.255.255.255", "224.0.0.5", "192.0.2.255", "::", "ff02::1"]
+
+
+@pytest.mark.parametrize("source", ["client", "auto"])
+@SIDECAR_V4
+async def test_49_the_app_never_takes_a_client_from_nowhere_for_this_host(
+    way: Way, nursery: trio.Nursery, source: str
+) -> None:
+    """A socket that is bound to such an address is connected from the host's own, which apps on loopback trust."""
+    await nursery.start(serve_echo, way.app, 8080)
+    async with open_daemon(way.proxy, config(upstream=f'target = "loopback"\nsource = "{source}"')) as daemon:
+        for client in NOWHERE:
+            header = v2_header(client, 7, way.app.v6 if ":" in client else way.app.v4, 8080)
+            assert await refused(way, daemon, header) == "refused_by_policy"
+        header = v2_header("192.0.2.254", 7, way.app.v4, 8080)
+        async with await send(way, header + b"hello") as stream:
+            assert await stream.receive_some() == b"hello"
+
+
 NOBODY = ["0.0.0.0", "255.255.255.255", "224.0.0.5", "::", "ff02::1", "fe80::9", "::ffff:192.0.2.77", "64:ff9b::1"]
 
 
@@ -320,6 +339,7 @@ async def test_49_a_client_that_cannot_be(way: Way, nursery: trio.Nursery) -> No
     assert {outcome for outcome, _ in seen.values()} <= {
         "closed",
         "self_call",
+        "refused_by_policy",
         "upstream_unreachable",
         "upstream_timeout",
         "no_ports",

@@ -238,6 +238,10 @@ class Connection(Timed):
             self.active = loop.now  # the time-outs behind it are not the worse for it
             self.hello = names_of(header)
             if header.source is not None and header.destination is not None:
+                if workload.is_nobody(header.source[0]):
+                    raise InvalidHeaderError(
+                        f"its PROXY header has the client {header.source[0]}, from where nobody can come"
+                    )
                 self.client, destination = header.source, header.destination
                 self.destination = destination
                 loop.renew(self)

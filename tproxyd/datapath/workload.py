@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable, Sequence
+from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any, cast
 
 from tproxyd.config import Config, Endpoint
@@ -146,6 +147,13 @@ class Workload:
     def is_listener(self, address: Address | tuple[str, int], *, local: bool) -> bool:
         """Whether nobody but us can be meant: a listener's own address, or its port at another address of this host."""
         return address[1] == self._listen_port and (local or address[0] in self._listen_hosts)
+
+    def is_nobody(self, host: str) -> bool:
+        """Whether no connection can come from there: it is no address at all, or that of many. Only a header can tell of one, and to a socket that
+        is bound to it the kernel gives an address of this host."""
+        if host in ("::", "255.255.255.255") or ip_address(host).is_multicast:
+            return True
+        return self.localities[0].look_up(host).kind == "broadcast"
 
     def comes_back(self, target: Address | str) -> bool:
         """Where upstreams are dialled elsewhere: whether this one is the workload itself, at a port that it captures. Then the connection arrives at
