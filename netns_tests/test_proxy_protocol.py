@@ -195,6 +195,25 @@ async def test_a_header_has_the_names_of_a_hello_and_comes_in_one_packet_with_it
     assert record["bytes_from_client"] == len(hello)
 
 
+@BOTH_VERSIONS
+@BOTH_LAYOUTS
+async def test_a_client_that_writes_a_header_itself_gets_it_through_behind_ours(
+    way: Way, tmp_path: Path, version: str
+) -> None:
+    """The server reads one header, and takes what the client has written for the client's own bytes: no HTTP."""
+    text = f"frontend told\n    bind {way.bind}:8080 accept-proxy\n{SAYS}"
+    liar = f"PROXY TCP{'6' if ':' in way.address else '4'} {way.address} {way.address} 1 2\r\n".encode()
+    async with (
+        open_haproxy(way.app, tmp_path, text, (way.app.v4 if way.bind == "0.0.0.0" else way.app.v6, 8080)),
+        open_daemon(way.proxy, config(version)) as daemon,
+    ):
+        async with await way.client.connect(way.address, 8080) as stream:
+            own = format_address(stream.socket.getsockname())
+            await stream.send_all(liar + REQUEST)
+            assert (await to_the_end(stream)).split()[1] == b"400"
+        assert (await daemon.record(own))["bytes_from_client"] == len(liar + REQUEST)
+
+
 @pytest.mark.parametrize("way", ["gateway v4", "sidecar v6"], indirect=True)
 async def test_in_redirect_mode_the_header_has_what_conntrack_knows(way: Way) -> None:
     text = '[capture]\nmode = "redirect"\nports = ["8080"]\n[upstream]\nproxy_protocol = "v2"\n'
