@@ -10,6 +10,7 @@ from collections.abc import Callable
 import pytest
 import trio
 
+from netns_tests.drift import events
 from tproxyd.net.sockets import format_address, open_upstream
 from tproxyd.testing import Lab, activate_conntrack, conntrack_count, serve_identity
 from tproxyd.testing.daemon import LabDaemon, open_daemon
@@ -75,6 +76,31 @@ async def test_sidecar_relays_to_the_local_app(sidecar_lab: Lab, nursery: trio.N
     assert record["upstream_source"] == seen["peer"]
     assert seen["peer"] != own
     assert record["outcome"] == "closed"
+
+
+@pytest.mark.parametrize("family", ["v4", "v6"])
+async def test_an_app_on_loopback_where_only_the_hosts_own_address_has_a_way_to_the_client(
+    sidecar_lab: Lab, nursery: trio.Nursery, family: str
+) -> None:
+    """As on a host with several providers, each of which takes its own addresses alone. From ::1 nothing would reach the client either."""
+    host, client = sidecar_lab["host"], sidecar_lab["client"]
+    await nursery.start(serve_identity, host, 8080)
+    address, network = (host.v4, "192.0.2.0/24") if family == "v4" else (host.v6, "2001:db8:1::/64")
+    for command in (
+        f"route add {network} dev eth0 table 100",
+        f"route del {network} dev eth0",
+        f"rule add from {address} lookup 100",
+    ):
+        await host.run("ip", "-4" if family == "v4" else "-6", *command.split())
+    config = '[capture]\nports = ["8080"]\n[upstream]\ntarget = "loopback"\nsource = "client"\n'
+    before = await host.dump()
+    async with open_daemon(host, config) as daemon:
+        with trio.fail_after(5):
+            own, seen = await ask(client, address)
+        assert seen["peer"] == own
+        assert await daemon.stop() == 0
+        assert not events(daemon)
+    assert await host.dump() == before
 
 
 @pytest.mark.parametrize("destination", FOREIGN)

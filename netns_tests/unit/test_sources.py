@@ -82,7 +82,10 @@ def test_of_a_list_those_count_that_fit() -> None:
     assert choose(CLIENT6, DIALLED6, DIALLED6, False, False).ways == ("proxy",)
 
 
-LOOPBACK_RULES = ["priority 5233 from 127.0.0.0/8 iif lo lookup 133"]
+LOOPBACK_RULES = [
+    "priority 5233 from 127.0.0.0/8 iif lo lookup 133",
+    "priority 5233 from ::1/128 iif lo ipproto tcp lookup 133",
+]
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,7 @@ class RuleKey(NamedTuple):
     table: int | None
     goto: int | None
     source: str | None = None
+    tcp: bool = False
     raw: bytes = b""
 
 
@@ -66,7 +67,7 @@ _RTN_LOCAL = 2
 _RTA_DST, _RTA_OIF, _RTA_PRIORITY, _RTA_TABLE, _RTA_CACHEINFO, _RTA_PREF = 1, 4, 6, 15, 12, 20
 _METRIC = {4: 0, 6: 1024}  # what a route has of which nothing is said
 # FRA_ attributes, linux/fib_rules.h
-_SRC, _IIF, _GOTO, _PRIORITY, _MARK, _SUPPRESS, _TABLE, _MASK, _PROTOCOL = 2, 3, 4, 6, 10, 14, 15, 16, 21
+_SRC, _IIF, _GOTO, _PRIORITY, _MARK, _SUPPRESS, _TABLE, _MASK, _PROTOCOL, _IP_PROTO = 2, 3, 4, 6, 10, 14, 15, 16, 21, 22
 _INVERT = 2  # FIB_RULE_INVERT
 _NEWROUTE, _DELROUTE, _NEWRULE, _DELRULE = 24, 25, 32, 33
 _CREATE = 0x600  # NLM_F_CREATE | NLM_F_EXCL
@@ -80,7 +81,7 @@ _RT_SCOPE_HOST = 254  # what an IPv4 local route has, on add and on delete; IPv6
 def rule_key(rule: Rule) -> RuleKey:
     """What of a planned rule is compared with the kernel's."""
     value, mask = (rule.mark.value, rule.mark.mask) if rule.mark is not None else (0, 0)
-    return RuleKey(rule.family, rule.priority, value, mask, rule.iif, rule.table, rule.goto, rule.source)
+    return RuleKey(rule.family, rule.priority, value, mask, rule.iif, rule.table, rule.goto, rule.source, rule.tcp)
 
 
 def route_key(route: LocalRoute) -> RouteKey:
@@ -106,6 +107,7 @@ def dump_rules() -> tuple[RuleKey, ...]:
                 _number(has, _TABLE) if action == _FR_ACT_TO_TABLE else None,
                 _number(has, _GOTO) if action == _FR_ACT_GOTO else None,
                 _network(af, has[_SRC], body[2]) if body[2] and _SRC in has else None,
+                _number(has, _IP_PROTO) == socket.IPPROTO_TCP,
             )
             keys.append(key if _is_plain_rule(body, has) else key._replace(raw=body))
     return tuple(keys)
@@ -114,10 +116,11 @@ def dump_rules() -> tuple[RuleKey, ...]:
 def _is_plain_rule(body: bytes, has: dict[int, bytes]) -> bool:
     """Whether a key says all of it: no address, port, user, inversion or the like besides."""
     _, dst_len, _, tos, _, _, _, action, flags = struct.unpack_from("=8BI", body)  # struct fib_rule_hdr
-    known = {_SRC, _IIF, _GOTO, _PRIORITY, _MARK, _TABLE, _MASK, _PROTOCOL}
+    known = {_SRC, _IIF, _GOTO, _PRIORITY, _MARK, _TABLE, _MASK, _PROTOCOL, _IP_PROTO}
     return (
         not (dst_len or tos or flags & _INVERT)
         and action in (_FR_ACT_TO_TABLE, _FR_ACT_GOTO, _FR_ACT_UNREACHABLE)
+        and _number(has, _IP_PROTO) in (0, socket.IPPROTO_TCP)
         and has.keys() - known <= {_SUPPRESS}
         and has.get(_SUPPRESS, b"\xff" * 4) == b"\xff" * 4
     )
@@ -189,12 +192,14 @@ def _change(step: str, kind: int, body: bytes, flags: int = 0) -> None:
 
 def _rule_message(key: RuleKey) -> bytes:
     """struct fib_rule_hdr and attributes."""
-    family, priority, mark, mask, iif, table, goto, source, _ = key
+    family, priority, mark, mask, iif, table, goto, source, tcp, _ = key
     words = [(_PRIORITY, _U32.pack(priority)), (_PROTOCOL, bytes([PROTOCOL]))]
     if mask:
         words += [(_MARK, _U32.pack(mark)), (_MASK, _U32.pack(mask))]
     if iif is not None:
         words.append((_IIF, iif.encode() + b"\0"))
+    if tcp:
+        words.append((_IP_PROTO, bytes([socket.IPPROTO_TCP])))
     action, length = _FR_ACT_UNREACHABLE, 0
     if goto is not None:
         action = _FR_ACT_GOTO
@@ -222,7 +227,7 @@ def _route_message(key: RouteKey) -> bytes:
 
 def describe_rule(key: RuleKey) -> str:
     """A rule key as `ip rule` would spell it."""
-    family, priority, mark, mask, iif, table, goto, source, raw = key
+    family, priority, mark, mask, iif, table, goto, source, tcp, raw = key
     words = [f"-{family} priority {priority}"]
     if source is not None:
         words.append(f"from {source}")
@@ -230,6 +235,8 @@ def describe_rule(key: RuleKey) -> str:
         words.append(f"fwmark {mark:#x}/{mask:#x}")
     if iif is not None:
         words.append(f"iif {iif}")
+    if tcp:
+        words.append("ipproto tcp")
     if goto is not None:
         words.append(f"goto {goto}")
     else:

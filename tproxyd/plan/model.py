@@ -47,13 +47,14 @@ class Surroundings(msgspec.Struct, frozen=True, kw_only=True):
 
 class Rule(msgspec.Struct, frozen=True, kw_only=True):
     """One ip rule, for packets with a mark or from a network. `table` is looked up, or `goto` is the priority to jump to; with neither
-    there is no way for them (`unreachable`)."""
+    there is no way for them (`unreachable`). `tcp`: only for what a look-up says to be TCP, as those of sockets do."""
 
     family: Family
     priority: int
     mark: Mark | None = None
     source: str | None = None
     iif: str | None
+    tcp: bool = False
     table: int | None = None
     goto: int | None = None
     why: str
@@ -67,6 +68,8 @@ class Rule(msgspec.Struct, frozen=True, kw_only=True):
             words.append(f"fwmark {self.mark}")
         if self.iif is not None:
             words.append(f"iif {self.iif}")
+        if self.tcp:
+            words.append("ipproto tcp")
         if self.goto is not None:
             words.append(f"goto {self.goto}")
         else:

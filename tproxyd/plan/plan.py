@@ -227,16 +227,22 @@ def _rules(family: Family, marks: Marks, first: int, table: int, *, to_loopback:
             why="a steered packet is delivered to this host, whatever its destination address",
         ),
     ]
-    if to_loopback and family == 4:  # IPv6 finds a way for them, and the ruleset another one
+    if to_loopback:
+        v4 = family == 4
         rules.insert(
             2,
             Rule(
                 family=family,
                 priority=first,
-                source="127.0.0.0/8",
+                source="127.0.0.0/8" if v4 else "::1/128",
                 iif="lo",
+                # IPv6 may send them by an interface, and the ruleset sends a firewall's resets back; so here are only those of sockets, and
+                # not what NAT routes again, which says no protocol. IPv4 would find no way for the resets.
+                tcp=not v4,
                 table=table,
-                why="answers of an app on a loopback address to a client's: they leave by no interface, so they can only be meant for us",
+                why="answers of an app on a loopback address to a client's: they leave by no interface, so they can only be meant for us"
+                if v4
+                else "the same over IPv6, where there may be a way for a host's own address alone",
             ),
         )
     return tuple(rules)

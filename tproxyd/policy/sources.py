@@ -49,7 +49,7 @@ _THE_APP = (
     "the client's own address, from another port (with its own it would be the connection that was intercepted): the ruleset sends its "
     "answers back here"
 )
-_ON_LOOPBACK = "the client's own address and port: an ip rule (IPv6: the ruleset) sends its answers back here"
+_ON_LOOPBACK = "the client's own address and port: an ip rule sends its answers back here"
 
 
 def compile_source(config: Config) -> Choose:
