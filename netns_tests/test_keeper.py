@@ -108,8 +108,8 @@ async def test_lo_and_ipv6_may_be_switched_off_and_on_in_a_kept_namespace(sideca
         assert await keeper.differences() == []
         assert (await host.run("ip", "-6", "rule", "show", "priority", "5234")).stdout == ""
         host.set_sysctl("net.ipv6.conf.lo.disable_ipv6", 0)
-        await until(lambda: keeper.surroundings.families == (4, 6))
-        assert keeper.repairs["ipv6"] == 2
+        await until(lambda: keeper.repairs["ipv6"] == 2)
+        assert keeper.surroundings.families == (4, 6)
         assert await host.dump() == planned
     assert await host.dump() == before
 
