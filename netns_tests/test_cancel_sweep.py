@@ -118,7 +118,8 @@ async def whole_life(pods: Lab, workers: int) -> None:
         await interceptor.drain()
 
 
-async def test_fault_61_cancelled_at_any_step_nothing_of_it_is_left(
+@pytest.mark.timed
+async def test_61_cancelled_at_any_step_nothing_of_it_is_left(
     pods: Lab, workers: int, counted: Callable[[int], int]
 ) -> None:
     nodes = list(pods)
@@ -173,7 +174,7 @@ CALLS: Mapping[str, tuple[Callable[[Interceptor, Lab], Awaitable[None]], ...]] =
 
 
 @pytest.mark.parametrize("call", [*CALLS])
-async def test_fault_61_a_call_that_is_cancelled_leaves_the_interceptor_usable(
+async def test_61_a_call_that_is_cancelled_leaves_the_interceptor_usable(
     pods: Lab, workers: int, call: str, counted: Callable[[int], int]
 ) -> None:
     """What was asked for is done, is not done, or is asked for again at once: then it holds, and what is taken away is gone."""
@@ -206,7 +207,7 @@ async def test_fault_61_a_call_that_is_cancelled_leaves_the_interceptor_usable(
     assert [await node.dump() for node in pods] == before
 
 
-async def test_fault_61_events_go_on_after_a_wait_that_was_cancelled(pods: Lab, workers: int) -> None:
+async def test_61_events_go_on_after_a_wait_that_was_cancelled(pods: Lab, workers: int) -> None:
     held = Holdings.now()
     async with open_interceptor(workers) as interceptor, interceptor.events() as events:
         for _ in range(2):
@@ -227,7 +228,7 @@ async def test_fault_61_events_go_on_after_a_wait_that_was_cancelled(pods: Lab, 
 
 
 @pytest.mark.parametrize("raised", [ValueError, KeyboardInterrupt, SystemExit, GeneratorExit])
-async def test_fault_61_whatever_the_block_raises_everything_is_taken_away(
+async def test_61_whatever_the_block_raises_everything_is_taken_away(
     pods: Lab, workers: int, raised: type[BaseException]
 ) -> None:
     before, held = [await node.dump() for node in pods], Holdings.now()
