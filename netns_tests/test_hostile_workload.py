@@ -52,7 +52,7 @@ async def is_served(stream: trio.SocketStream, within: float) -> bool:
 
 
 @pytest.mark.parametrize("workers", [0, 1], ids=["a thread", "a process"])
-async def test_fault_23_one_workload_cannot_take_the_room_of_all(pods: Lab, workers: int) -> None:
+async def test_23_one_workload_cannot_take_the_room_of_all(pods: Lab, workers: int) -> None:
     """Of sixteen, four are kept for who has less than his share of them: two for each of two."""
     config = {
         "capture": {"ports": ["8080"]},
@@ -109,7 +109,7 @@ while True: sock.send(news)
 
 
 @pytest.mark.parametrize("flood", [*FLOODS])
-async def test_fault_53_a_flood_of_news_in_one_namespace_costs_the_program_little(pods: Lab, flood: str) -> None:
+async def test_53_a_flood_of_news_in_one_namespace_costs_the_program_little(pods: Lab, flood: str) -> None:
     """Loop and keeper hear it in this very process: that took it 40 to 60 % of a core, and takes 5."""
 
     async def look() -> None:
@@ -236,7 +236,7 @@ trio.run(main)
 """
 
 
-async def test_fault_21_without_files_a_workload_fails_alone_and_is_tried_again(sidecar_lab: Lab) -> None:
+async def test_21_without_files_a_workload_fails_alone_and_is_tried_again(sidecar_lab: Lab) -> None:
     """Neither an error of the system that nobody foresaw ends the interceptor, nor libnftables the process."""
     done = await sidecar_lab["host"].run(sys.executable, "-c", SHORT_OF_FILES, timeout=120, check=False)
     assert done.stdout.endswith("ends well\n"), done.stdout + done.stderr
