@@ -267,10 +267,13 @@ def bound_receive_buffer(sock: socket.SocketType) -> None:
     For a sender whose data is not taken on the other side at the moment. Read in large pieces, a socket is given a buffer by the rate of
     its first milliseconds: 12 MiB were seen with net.ipv4.tcp_rmem up to 32 MiB, all of which such a sender would fill.
     """
-    if sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) > RECEIVE_BUFFER:
+    if sock.family != socket.AF_UNIX and sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) > RECEIVE_BUFFER:
         with contextlib.suppress(PermissionError):  # without CAP_NET_ADMIN the system's own bound has to do
             # The kernel doubles what is asked for.
             sock.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, RECEIVE_BUFFER // 2)
+            # What was under way for the larger one is dropped, and a reset behind it is beyond the window: Linux discards that without a
+            # word (seen once in thirty such resets). So it is asked every second whether such a sender is still there.
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 1)
 
 
 def wait_for_reader(sock: socket.SocketType, seconds: float) -> bool:
