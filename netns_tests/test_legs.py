@@ -252,4 +252,6 @@ async def test_dials_of_clients_that_go_fill_no_set(way: Way) -> None:
         began = trio.current_time()
         while (await remembered(way.proxy))[legs] > 5:  # a few have been answered, and live or leave for longer
             await trio.sleep(0.1)
-            assert trio.current_time() - began < 10
+            assert (
+                trio.current_time() - began < 30
+            )  # who was answered leaves after ten seconds; nobody stays for minutes
