@@ -8,8 +8,7 @@ import resource
 import signal
 import socket
 import sys
-import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
 
@@ -20,10 +19,10 @@ from tproxyd.config import Config
 from tproxyd.daemon.comparison import session_ports
 from tproxyd.daemon.lock import Orders, namespace_lock, reverted, serve_orders
 from tproxyd.daemon.logs import LineWriter, access_format, encode_line, set_up_logging
-from tproxyd.daemon.obstacles import Obstacles
+from tproxyd.daemon.service import Service, Stop
 from tproxyd.daemon.status import tell_serving
 from tproxyd.errors import TproxydError
-from tproxyd.interceptor import Interceptor, open_interceptor
+from tproxyd.interceptor import open_interceptor
 from tproxyd.net.capabilities import require_capabilities
 from tproxyd.net.sockets import format_address
 
@@ -63,7 +62,7 @@ def run(config: Config) -> int:
 
 
 async def _serve(config: Config, stderr: LineWriter, access_log: LineWriter | None, held: socket.socket) -> None:
-    stop = _Stop()
+    stop = Stop()
     with trio.open_signal_receiver(*_STOP, signal.SIGHUP) as signals:
         async with trio.open_nursery() as nursery, _metrics_listener(config) as metrics:
             nursery.start_soon(_listen_to_signals, signals, stop)
@@ -72,33 +71,29 @@ async def _serve(config: Config, stderr: LineWriter, access_log: LineWriter | No
             async with open_interceptor(
                 config, on_lines=on_lines, own_namespace=True, ssh_ports=[*session_ports()], namespace_held=True
             ) as interceptor:
-                obstacles = Obstacles(config, interceptor)
-
-                def trouble() -> str:
-                    return interceptor.trouble or obstacles.trouble
-
-                orders: Orders = {
-                    "revert": partial(_revert, interceptor),
-                    "status": partial(tell_serving, interceptor, trouble, began=time.monotonic()),
-                }
+                service = Service(config, interceptor, stop, access_log)
+                orders: Orders = {"revert": partial(_revert, service), "status": partial(_status, service)}
                 nursery.start_soon(serve_orders, held, orders)
                 if metrics is not None:
-                    nursery.start_soon(_serve_metrics, metrics, interceptor, trouble, stop, access_log)
-                nursery.start_soon(obstacles.watch)
+                    nursery.start_soon(_serve_metrics, metrics, service)
+                nursery.start_soon(service.obstacles.watch)
                 # At any log level, and on one line: others wait for it.
                 listen = ",".join(format_address(address) for address in interceptor.listen)
                 stderr.write(encode_line(f"tproxyd: ready pid={os.getpid()} listen={listen}"))
                 await stop.drain.wait()
-                await _drain(config, interceptor, stop)
+                await service.drain()
             nursery.cancel_scope.cancel()
 
 
-async def _revert(interceptor: Interceptor) -> str:
-    removed = await interceptor.revert()
-    _log.warning(
-        "`tproxyd revert` has removed all kernel state: nothing is captured from now on; restart or stop this daemon"
+async def _revert(service: Service) -> str:
+    return reverted(
+        await service.revert(),
+        "serves this network namespace and captures nothing from now on; restart or stop it",
     )
-    return reverted(removed, "serves this network namespace and captures nothing from now on; restart or stop it")
+
+
+async def _status(service: Service) -> str:
+    return tell_serving(await service.status())
 
 
 @asynccontextmanager
@@ -113,59 +108,25 @@ async def _metrics_listener(config: Config) -> AsyncIterator[trio.SocketListener
             yield listener
 
 
-async def _serve_metrics(
-    listener: trio.SocketListener,
-    interceptor: Interceptor,
-    trouble: Callable[[], str],
-    stop: _Stop,
-    access_log: LineWriter | None,
-) -> None:
+async def _serve_metrics(listener: trio.SocketListener, service: Service) -> None:
     from tproxyd.daemon.metrics import serve_metrics
 
     await serve_metrics(
         listener,
-        interceptor.counters,
-        dropped=lambda: interceptor.records_dropped + (access_log.dropped if access_log is not None else 0),
-        repairs=lambda: interceptor.repairs,
-        unready=lambda: "stopping" if stop.drain.is_set() else trouble(),
+        service.interceptor.counters,
+        dropped=lambda: service.dropped,
+        repairs=lambda: service.interceptor.repairs,
+        unready=lambda: service.unready,
         version=__version__,
     )
 
 
-class _Stop:
-    """What the signals ask for: the first one to drain, the second one to end now."""
-
-    def __init__(self) -> None:
-        self.drain = trio.Event()
-        self.now = trio.Event()
-
-
-async def _listen_to_signals(signals: AsyncIterator[int], stop: _Stop) -> None:
+async def _listen_to_signals(signals: AsyncIterator[int], stop: Stop) -> None:
     async for number in signals:
         if number == signal.SIGHUP:
             _log.warning("SIGHUP: reload is not in this version of tproxyd; restart it to read the configuration again")
-        elif stop.drain.is_set():
-            stop.now.set()
         else:
-            stop.drain.set()
-
-
-async def _drain(config: Config, interceptor: Interceptor, stop: _Stop) -> None:
-    _log.info(
-        "stopping: up to %g s for connections to end; there are %d", config.drain.timeout, interceptor.connections
-    )
-    with trio.move_on_after(config.drain.timeout):
-        async with trio.open_nursery() as nursery:
-
-            async def now() -> None:
-                await stop.now.wait()
-                nursery.cancel_scope.cancel()
-
-            nursery.start_soon(now)
-            await interceptor.drain()
-            nursery.cancel_scope.cancel()
-    if interceptor.connections:
-        _log.warning("connections that have not ended and are reset: %d", interceptor.connections)
+            stop.ask()
 
 
 def _allow_all_files() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,7 +28,7 @@ from tproxyd.plan import STATE, is_owned
 if TYPE_CHECKING:
     from tproxyd.interceptor import Interceptor
 
-__all__ = ["Serving", "Waiting", "status", "tell_serving", "tell_waiting"]
+__all__ = ["Serving", "Waiting", "make_serving", "status", "tell_serving", "tell_waiting"]
 
 
 class Counted(msgspec.Struct, frozen=True, kw_only=True):
@@ -86,30 +86,33 @@ class _Report(msgspec.Struct, frozen=True, kw_only=True):
     differences: list[Change] | None
 
 
-async def tell_serving(interceptor: Interceptor, trouble: Callable[[], str], *, began: float) -> str:
-    """The daemon's answer to the order `status`; `began` is when it was ready, on time.monotonic()."""
+async def make_serving(interceptor: Interceptor, trouble: str, *, began: float) -> Serving:
+    """What a daemon tells of itself; `began` is when it was ready, on time.monotonic()."""
     counters = await interceptor.counters()
     marks = interceptor.marks
-    return _encode(
-        Serving(
-            pid=os.getpid(),
-            version=__version__,
-            uptime_s=round(time.monotonic() - began, 3),
-            listen=[format_address(address) for address in interceptor.listen],
-            marks={"steering": str(marks.steering), "upstream": str(marks.upstream)},
-            capturing=interceptor.capturing,
-            connections=counters.active,
-            counters=Counted(
-                accepted=counters.accepted,
-                outcomes={outcome: number for outcome, number in counters.outcomes.items() if number},
-                bytes_from_client=counters.bytes_from_client,
-                bytes_from_upstream=counters.bytes_from_upstream,
-            ),
-            repairs=dict(interceptor.repairs),
-            trouble=trouble(),
-            differences=await interceptor.differences(),
-        )
+    return Serving(
+        pid=os.getpid(),
+        version=__version__,
+        uptime_s=round(time.monotonic() - began, 3),
+        listen=[format_address(address) for address in interceptor.listen],
+        marks={"steering": str(marks.steering), "upstream": str(marks.upstream)},
+        capturing=interceptor.capturing,
+        connections=counters.active,
+        counters=Counted(
+            accepted=counters.accepted,
+            outcomes={outcome: number for outcome, number in counters.outcomes.items() if number},
+            bytes_from_client=counters.bytes_from_client,
+            bytes_from_upstream=counters.bytes_from_upstream,
+        ),
+        repairs=dict(interceptor.repairs),
+        trouble=trouble,
+        differences=await interceptor.differences(),
     )
+
+
+def tell_serving(serving: Serving) -> str:
+    """The daemon's answer to the order `status`."""
+    return _encode(serving)
 
 
 def tell_waiting(seconds_left: float) -> str:

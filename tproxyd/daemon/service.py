@@ -1,0 +1,89 @@
+"""A daemon that serves: what signals, orders and the administrator's requests may ask of it. Knows the interception and what is in its way; refuses to
+know who asks, and over which channel.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+
+import trio
+
+from tproxyd.config import Config
+from tproxyd.daemon.logs import LineWriter
+from tproxyd.daemon.obstacles import Obstacles
+from tproxyd.daemon.status import Serving, make_serving
+from tproxyd.interceptor import Interceptor
+from tproxyd.kernel import Change
+
+__all__ = ["Service", "Stop"]
+
+_log = logging.getLogger(__name__)
+
+
+class Stop:
+    """What the signals ask for: the first one to drain, the second one to end now."""
+
+    def __init__(self) -> None:
+        self.drain = trio.Event()
+        self.now = trio.Event()
+
+    def ask(self) -> None:
+        """To drain, and asked again, to end now."""
+        (self.now if self.drain.is_set() else self.drain).set()
+
+
+class Service:
+    """Made when `interceptor` is ready; whoever makes it runs `obstacles.watch` beside it. `access_log`: None where there is none."""
+
+    def __init__(self, config: Config, interceptor: Interceptor, stop: Stop, access_log: LineWriter | None) -> None:
+        self.config = config
+        self.interceptor = interceptor
+        self.obstacles = Obstacles(config, interceptor)
+        self._stop = stop
+        self._access_log = access_log
+        self._began = time.monotonic()
+
+    @property
+    def trouble(self) -> str:
+        """Why it is not as it should be; empty if it is."""
+        return self.interceptor.trouble or self.obstacles.trouble
+
+    @property
+    def unready(self) -> str:
+        """Why no new connection should be sent here; empty if that is fine."""
+        return "stopping" if self._stop.drain.is_set() else self.trouble
+
+    @property
+    def dropped(self) -> int:
+        """Lines of the access log that were not written."""
+        return self.interceptor.records_dropped + (self._access_log.dropped if self._access_log is not None else 0)
+
+    async def status(self) -> Serving:
+        """How things stand."""
+        return await make_serving(self.interceptor, self.trouble, began=self._began)
+
+    async def revert(self) -> list[Change]:
+        """Takes all kernel state away, for good; what was removed. Raises TproxydError."""
+        removed = await self.interceptor.revert()
+        _log.warning(
+            "`tproxyd revert` has removed all kernel state: nothing is captured from now on; restart or stop this daemon"
+        )
+        return removed
+
+    async def drain(self) -> None:
+        """Takes no new connection, and returns when the last one has ended, `drain.timeout` has passed, or `stop.now` is asked for."""
+        seconds = self.config.drain.timeout
+        _log.info("stopping: up to %g s for connections to end; there are %d", seconds, self.interceptor.connections)
+        with trio.move_on_after(seconds):
+            async with trio.open_nursery() as nursery:
+
+                async def now() -> None:
+                    await self._stop.now.wait()
+                    nursery.cancel_scope.cancel()
+
+                nursery.start_soon(now)
+                await self.interceptor.drain()
+                nursery.cancel_scope.cancel()
+        if self.interceptor.connections:
+            _log.warning("connections that have not ended and are reset: %d", self.interceptor.connections)
