@@ -93,8 +93,9 @@ class Interceptor:
         """Makes these the workloads: what is missing is added, what is otherwise replaced, all others are removed. Returns when each has been tried once.
 
         One that cannot be captured is none of the others' trouble: it is told as an event and in the log, and tried again after one second, two, and so on
-        up to a minute, until it is wanted no more. Only where there is no such namespace (now, or later any more) it is not: who knows that there is one again
-        says so with the next snapshot. Raises ConfigError for bad names, overrides or `dial`, before anything is done.
+        up to a minute, until it is wanted no more. So is a path at which there is no namespace yet, which somebody may mount there a moment later. Not tried again is
+        a process that is not there, or a path of /proc, whose number may be another's by then; nor what has vanished after it was captured: who knows
+        that it is there again says so with the next snapshot. Raises ConfigError for bad names, overrides or `dial`, before anything is done.
         """
         await self._workloads.sync(workloads)
 
@@ -117,7 +118,8 @@ class Interceptor:
 
     async def connect(self, workload: str, host: str, port: int) -> trio.SocketStream:
         """A TCP connection to an IP address that is made in a workload's network namespace ("host": the program's own), as by any program there: for
-        handlers, which run in the program. The caller closes it. Raises KeyError if there is no workload of this name, and OSError."""
+        handlers, which run in the program. The caller closes it. Raises KeyError if there is no workload of this name, KernelError while
+        its namespace is not there, and OSError."""
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         if workload == OWN:
             sock = socket.socket(family, socket.SOCK_STREAM)
