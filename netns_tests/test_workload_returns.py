@@ -1,10 +1,11 @@
-"""Workloads that a snapshot names before they are there."""
+"""Workloads that a snapshot names before they are there, that go while they are added, and that change their names."""
 
 from __future__ import annotations
 
 import os
 import resource
 import subprocess
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,8 @@ import trio
 
 from netns_tests.pods import CONFIG, listen_to_events, open_pods, path_of, served_right
 from netns_tests.watch import until, works
-from tproxyd import KernelError, Workload, open_interceptor
+from tproxyd import KernelError, MissingError, Workload, open_interceptor
+from tproxyd.interceptor import keeper
 from tproxyd.net.namespaces import NamespaceLike
 from tproxyd.testing import Node, serve_echo, serve_identity
 from tproxyd.testing.plugin import OpenLab
@@ -82,6 +84,7 @@ async def test_the_next_snapshot_does_not_wait_for_the_pause_of_the_last_one(ope
                 await interceptor.sync_workloads({"web": name})
             assert interceptor.troubles == {}
             assert interceptor.plan("web")
+            await until(lambda: bool(seen.events))
             assert [event.kind for event in seen.events] == ["added"]
             await interceptor.sync_workloads({})
         finally:
@@ -92,6 +95,7 @@ async def test_what_is_not_there_is_tried_no_more_once_it_is_wanted_no_more(tmp_
     async with open_interceptor(CONFIG) as interceptor, listen_to_events(interceptor) as seen:
         await interceptor.sync_workloads({"web": tmp_path / "web"})
         await interceptor.sync_workloads({})
+        await until(lambda: len(seen.events) == 2)
         assert [event.kind for event in seen.events] == ["failed", "removed"]
         assert interceptor.workloads == ()
 
@@ -156,3 +160,72 @@ async def test_a_snapshot_for_which_no_file_is_left_ends_nobody(
             await interceptor.sync_workloads({})
         finally:
             unmount(name)
+
+
+class Slow:
+    """Keeps whoever is about to be captured waiting, as a busy machine does."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.begun, self.may_go_on = threading.Event(), threading.Event()
+        take = keeper.Keeper._take
+
+        def slowly(this: keeper.Keeper) -> None:
+            self.begun.set()
+            assert self.may_go_on.wait(10)
+            take(this)
+
+        monkeypatch.setattr(keeper.Keeper, "_take", slowly)
+
+
+async def test_a_workload_whose_namespace_goes_while_it_is_added_is_not_said_to_be_captured(
+    open_lab: OpenLab, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    name, slow = tmp_path / "web", Slow(monkeypatch)
+    async with open_pods(open_lab, 1) as (pod,), open_interceptor(CONFIG) as interceptor:
+        mount(pod.node, name)
+
+        async def add() -> None:
+            with pytest.raises(MissingError, match="'web' has gone while it was being added"):
+                await interceptor.add_workload("web", netns=name)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(add)
+            await until(slow.begun.is_set)
+            unmount(name)
+            await until(lambda: interceptor._workloads._there["web"].ends)
+            slow.may_go_on.set()
+        assert interceptor.workloads == ()
+
+
+async def test_a_workload_that_is_added_while_the_interceptor_ends_is_not_said_to_be_captured(
+    open_lab: OpenLab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = Slow(monkeypatch)
+    async with open_pods(open_lab, 1) as (pod,), trio.open_nursery() as nursery:
+
+        async def add() -> None:
+            with pytest.raises(KernelError, match="the interceptor is closing"):
+                await interceptor.add_workload("web", netns=pod.netns)
+
+        async with open_interceptor(CONFIG) as interceptor:
+            nursery.start_soon(add)
+            await until(slow.begun.is_set)
+            threading.Timer(0.1, slow.may_go_on.set).start()  # the end is under way by then
+
+
+async def test_namespaces_that_change_their_names_in_one_snapshot_are_captured_at_once(open_lab: OpenLab) -> None:
+    """They are free when those who had them have ended: nothing fails, and nothing waits for another try."""
+    async with (
+        open_pods(open_lab, 3) as (one, other, third),
+        open_interceptor(CONFIG) as interceptor,
+        listen_to_events(interceptor) as seen,
+    ):
+        await interceptor.sync_workloads({"a": one.netns, "b": other.netns, "c": third.netns})
+        await until(lambda: len(seen.events) == 3)
+        for last in ("d", "c") * 3:
+            seen.events.clear()
+            one, other = other, one
+            await interceptor.sync_workloads({"a": one.netns, "b": other.netns, last: third.netns})
+            assert interceptor.troubles == {}
+            await until(lambda: len(seen.events) >= 6)
+            assert sorted(event.kind for event in seen.events) == ["added"] * 3 + ["removed"] * 3, seen.events

@@ -19,7 +19,7 @@ import msgspec
 import trio
 
 from tproxyd.config import Config, override
-from tproxyd.errors import ConfigError, KernelError, TproxydError
+from tproxyd.errors import ConfigError, KernelError, MissingError, TproxydError
 from tproxyd.interceptor.capture import Capture, open_listeners
 from tproxyd.interceptor.keeper import Keeper
 from tproxyd.interceptor.plan_book import PlanBook
@@ -107,6 +107,9 @@ class _Wanted:
             # That no file is left to open it with does not make it another one.
             return self.where == other.where and not (self.watch is not None and self.watch.gone())
         return self.watch.identity == other.watch.identity
+
+    def has_namespace_of(self, other: _Wanted) -> bool:
+        return self.watch is not None and other.watch is not None and self.watch.identity == other.watch.identity
 
     @property
     def ends(self) -> bool:
@@ -226,6 +229,8 @@ class Workloads:
             raise ConfigError(*problems)
         async with trio.open_nursery() as nursery:
             for name in [name for name in self._there if name not in specs]:
+                if name not in self._turn:  # at once: what is added below may have its namespace
+                    self._there[name].scope.cancel()
                 nursery.start_soon(self.remove, name)
             for name, spec in specs.items():
                 nursery.start_soon(self._add_or_tell, name, spec)
@@ -354,6 +359,12 @@ class Workloads:
             if self._there.get(wanted.name) is wanted:
                 del self._there[wanted.name]
             wanted.capture = None
+            if wanted.error is None and not wanted.tried.is_set():  # who waits for it is not to take it for captured
+                wanted.error = (
+                    MissingError(f"the network namespace of workload {wanted.name!r} has gone while it was being added")
+                    if wanted.why == "vanished"
+                    else KernelError(f"the interceptor is closing: workload {wanted.name!r} cannot be added")
+                )
             wanted.close()
             wanted.tried.set()
             wanted.ended.set()
@@ -364,6 +375,7 @@ class Workloads:
         if wanted.config.capture.mode == "off":
             self._captured(wanted)
             await trio.sleep_forever()
+        await self._until_free(wanted)
         await self._adding.acquire_on_behalf_of(wanted)
         turn = ExitStack()
         turn.callback(self._adding.release_on_behalf_of, wanted)
@@ -401,6 +413,11 @@ class Workloads:
                     await trio.sleep_forever()
                 finally:
                     wanted.capture = None
+
+    async def _until_free(self, wanted: _Wanted) -> None:
+        """Who has this namespace under another name and is on his way out, has it no more: a snapshot may give it another name."""
+        while leaving := [one for one in self._there.values() if one.ends and one.has_namespace_of(wanted)]:
+            await leaving[0].ended.wait()
 
     def _captured(self, wanted: _Wanted) -> None:
         wanted.error = None
