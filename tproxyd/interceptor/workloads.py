@@ -404,6 +404,7 @@ class Workloads:
                 netns=watch.fd,
                 another=True,
                 dial=wanted.dial,
+                threads=self._threads,
             )
             async with capture.open(listeners):
                 turn.close()
