@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import trio
 
-from netns_tests.pods import CONFIG, Pod, open_pods
-from netns_tests.watch import until
-from tproxyd import open_interceptor
+from netns_tests.pods import CONFIG, Pod, Slow, listen_to_events, open_pods
+from netns_tests.watch import until, works
+from tproxyd import KernelError, open_interceptor
 from tproxyd.interceptor import capture
 from tproxyd.net import namespaces
 from tproxyd.net.proc_net import half_open_connections
@@ -78,6 +78,36 @@ async def test_a_drain_does_not_look_at_a_namespace_that_is_given_up_meanwhile(
             with trio.fail_after(0.5):
                 await drained.wait()
         assert "cannot look" not in caplog.text
+
+
+async def test_nothing_begins_to_be_captured_while_all_others_are_drained(
+    open_lab: OpenLab, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither what is tried again, nor what is being added, nor what comes: its clients would be reset at the end of the block."""
+    async with (
+        open_pods(open_lab, 4) as (live, late, again, new),
+        open_interceptor(CONFIG) as interceptor,
+        listen_to_events(interceptor) as seen,
+    ):
+        await nursery.start(serve_echo, live.node, 8080)
+        await interceptor.add_workload(live.name, netns=live.netns)
+        capturing = interceptor.plan(live.name)
+        with again.node.listen("127.0.0.1", 15006).socket:
+            await interceptor.sync_workloads({live.name: live.netns, again.name: again.netns})
+        slow = Slow(monkeypatch)
+        async with trio.open_nursery() as others, await live.connect() as stream:
+            await works(stream)
+            others.start_soon(partial(interceptor.add_workload, late.name, netns=late.netns))
+            await until(slow.begun.is_set)
+            others.start_soon(interceptor.drain)
+            await seen.until("removed", again.name)
+            slow.may_go_on.set()
+            await seen.until("added", late.name)
+            await until(lambda: interceptor.plan(late.name) != capturing)
+            with pytest.raises(KernelError, match="the interceptor is draining"):
+                await interceptor.add_workload(new.name, netns=new.netns)
+            await works(stream)
+        assert {late.name, live.name} == set(interceptor.workloads)
 
 
 async def test_a_drain_looks_seldom_while_nothing_moves(

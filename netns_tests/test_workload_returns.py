@@ -13,10 +13,9 @@ from pathlib import Path
 import pytest
 import trio
 
-from netns_tests.pods import CONFIG, listen_to_events, open_pods, path_of, served_right
+from netns_tests.pods import CONFIG, Slow, listen_to_events, open_pods, path_of, served_right
 from netns_tests.watch import until, works
 from tproxyd import KernelError, MissingError, Workload, open_interceptor
-from tproxyd.interceptor import keeper
 from tproxyd.net.namespaces import NamespaceLike
 from tproxyd.testing import Node, serve_echo, serve_identity
 from tproxyd.testing.plugin import OpenLab
@@ -160,21 +159,6 @@ async def test_a_snapshot_for_which_no_file_is_left_ends_nobody(
             await interceptor.sync_workloads({})
         finally:
             unmount(name)
-
-
-class Slow:
-    """Keeps whoever is about to be captured waiting, as a busy machine does."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.begun, self.may_go_on = threading.Event(), threading.Event()
-        take = keeper.Keeper._take
-
-        def slowly(this: keeper.Keeper) -> None:
-            self.begun.set()
-            assert self.may_go_on.wait(10)
-            take(this)
-
-        monkeypatch.setattr(keeper.Keeper, "_take", slowly)
 
 
 async def test_a_workload_whose_namespace_goes_while_it_is_added_is_not_said_to_be_captured(

@@ -128,6 +128,7 @@ class Workloads:
         self._adding = trio.CapacityLimiter(_AT_ONCE)
         self._threads = trio.CapacityLimiter(_THREADS)
         self._nursery: trio.Nursery | None = None
+        self._drains = False
         self._listeners: set[_Listener] = set()
 
     def __iter__(self) -> Iterator[str]:
@@ -175,8 +176,9 @@ class Workloads:
                     await self._end(before)
                 if closed is not None and not wanted.may_come:
                     raise closed
-                if self._nursery is None:
-                    raise KernelError("the interceptor is closing: no workload can be added")
+                if self._nursery is None or self._drains:
+                    does = "closing" if self._nursery is None else "draining"
+                    raise KernelError(f"the interceptor is {does}: no workload can be added")
                 self._there[name] = wanted
                 self._nursery.start_soon(self._run, wanted, tries_again)
                 started = True
@@ -237,10 +239,17 @@ class Workloads:
 
     async def drain(self) -> None:
         """All of them: see Interceptor.drain."""
+        self._drains = True
         async with trio.open_nursery() as nursery:
             for wanted in self._there.values():
-                if wanted.capture is not None:
-                    nursery.start_soon(wanted.capture.drain)
+                nursery.start_soon(self._drain, wanted)
+
+    async def _drain(self, wanted: _Wanted) -> None:
+        await wanted.tried.wait()
+        if wanted.capture is not None:
+            await wanted.capture.drain()
+        elif wanted.error is not None:
+            await self._end(wanted)  # it would begin when all others have stopped
 
     def namespace(self, name: str) -> int:
         """A descriptor of a workload's network namespace, which stays its. Raises KeyError, or KernelError while there is no such namespace."""
