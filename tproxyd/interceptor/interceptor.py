@@ -113,7 +113,7 @@ class Interceptor:
         """What the kernel is to hold for a workload, or for the own namespace. Raises KeyError if there is none of this name, and KernelError while
         it cannot be captured."""
         if workload == OWN and self._own is not None:
-            return self._own.keeper.plan()
+            return self.own.plan()
         return self._workloads.plan(workload)
 
     async def connect(self, workload: str, host: str, port: int) -> trio.SocketStream:
@@ -140,7 +140,7 @@ class Interceptor:
     @property
     def troubles(self) -> dict[str, str]:
         """By workload, what is wrong with it at the moment, as far as something is."""
-        own = {OWN: self._own.keeper.trouble} if self._own is not None and self._own.keeper.trouble else {}
+        own = {OWN: self.trouble} if self._own is not None and self.trouble else {}
         return own | self._workloads.troubles()
 
     # All of it.
@@ -172,8 +172,12 @@ class Interceptor:
 
     @property
     def own(self) -> Keeper:
-        """What keeps the own namespace's kernel state."""
-        assert self._own is not None
+        """What keeps the own namespace's kernel state. Raises RuntimeError without `own_namespace`, as all do that tell of it."""
+        if self._own is None:
+            raise RuntimeError(
+                "this interceptor does not capture its program's own namespace, so there is no kernel state of it: open it with own_namespace=True, or "
+                "ask for a workload (plan, troubles, stats, events)"
+            )
         return self._own.keeper
 
     async def stop_capture(self) -> None:
