@@ -635,6 +635,10 @@ class _Orders:
                 return
         async with self._turn:
             while True:
+                if (
+                    self._sock.fileno() < 0
+                ):  # closed while others had their turn: what trio says to that number is no answer
+                    raise trio.ClosedResourceError("the loop is gone")
                 await trio.lowlevel.wait_writable(self._sock)
                 with suppress(BlockingIOError):
                     self._sock.sendmsg([order], rights)
