@@ -213,3 +213,26 @@ async def test_namespaces_that_change_their_names_in_one_snapshot_are_captured_a
             assert interceptor.troubles == {}
             await until(lambda: len(seen.events) >= 6)
             assert sorted(event.kind for event in seen.events) == ["added"] * 3 + ["removed"] * 3, seen.events
+
+
+async def test_what_is_given_up_before_anything_was_changed_leaves_nothing_and_says_nothing_of_the_kind(
+    open_lab: OpenLab, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It fails, and is wanted no more by then: "may be left" would have somebody look for what was never there."""
+    async with open_pods(open_lab, 1) as (pod,), open_interceptor(CONFIG) as other, open_interceptor(CONFIG) as late:
+        await other.add_workload(pod.name, netns=pod.netns)
+        slow = Slow(monkeypatch)
+        async with trio.open_nursery() as nursery:
+            scope = trio.CancelScope()
+
+            async def add() -> None:
+                with scope:
+                    await late.add_workload(pod.name, netns=pod.netns)
+
+            nursery.start_soon(add)
+            await until(slow.begun.is_set)
+            scope.cancel()
+            await until(lambda: late._workloads._there[pod.name].ends)
+            slow.may_go_on.set()
+        assert late.workloads == ()
+    assert "may be left" not in caplog.text

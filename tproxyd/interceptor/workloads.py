@@ -80,6 +80,8 @@ class _Wanted:
         self.error: TproxydError | None = None
         self.capture: Capture | None = None
         self.why: EventKind = "removed"
+        self.changes = False
+        """The kernel's state has come to be changed."""
 
     def open(self) -> NamespaceWatch:
         """The namespace, from now on open. Raises TproxydError."""
@@ -350,7 +352,8 @@ class Workloads:
                         if error is None:
                             raise
                         if trio.current_effective_deadline() == -math.inf:  # it was to end, and has
-                            _log.error("something of workload %s may be left: %s", wanted.name, error)
+                            if wanted.changes:
+                                _log.error("something of workload %s may be left: %s", wanted.name, error)
                             await trio.lowlevel.checkpoint()
                     wanted.error = error
                     if not wanted.tried.is_set() and not tries_again:
@@ -380,6 +383,7 @@ class Workloads:
 
     async def _capture(self, wanted: _Wanted) -> None:
         """Captures until cancelled. Raises TproxydError, perhaps within a group, if that cannot be done (any more)."""
+        wanted.changes = False
         watch = wanted.open()
         if wanted.config.capture.mode == "off":
             self._captured(wanted)
@@ -415,6 +419,7 @@ class Workloads:
                 dial=wanted.dial,
                 threads=self._threads,
             )
+            wanted.changes = True
             async with capture.open(listeners):
                 turn.close()
                 wanted.capture = capture
