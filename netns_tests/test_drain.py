@@ -108,6 +108,7 @@ async def test_nothing_begins_to_be_captured_while_all_others_are_drained(
                 await interceptor.add_workload(new.name, netns=new.netns)
             await works(stream)
         assert {late.name, live.name} == set(interceptor.workloads)
+        await interceptor.add_workload(new.name, netns=new.netns)  # it is over
 
 
 async def test_a_drain_looks_seldom_while_nothing_moves(

@@ -156,8 +156,8 @@ class Interceptor:
         return self._relays.records_dropped
 
     async def drain(self) -> None:
-        """Stops capture everywhere, for good, and returns when the last connection has ended. The caller sets the deadline. Workloads that could not be
-        captured yet are removed, and none can be added any more (KernelError).
+        """Stops capture everywhere, and returns when the last connection has ended. The caller sets the deadline. Workloads that could not be
+        captured yet are removed, and none can be added meanwhile (KernelError).
 
         A handshake that is under way is waited for, and its connection is served. A connection has ended when its last bytes have
         reached the peer, because without our rules they could not. Either is given up when nothing has come of it for three

@@ -130,7 +130,7 @@ class Workloads:
         self._adding = trio.CapacityLimiter(_AT_ONCE)
         self._threads = trio.CapacityLimiter(_THREADS)
         self._nursery: trio.Nursery | None = None
-        self._drains = False
+        self._drains = 0  # of all, that go on
         self._listeners: set[_Listener] = set()
 
     def __iter__(self) -> Iterator[str]:
@@ -241,10 +241,13 @@ class Workloads:
 
     async def drain(self) -> None:
         """All of them: see Interceptor.drain."""
-        self._drains = True
-        async with trio.open_nursery() as nursery:
-            for wanted in self._there.values():
-                nursery.start_soon(self._drain, wanted)
+        self._drains += 1
+        try:
+            async with trio.open_nursery() as nursery:
+                for wanted in self._there.values():
+                    nursery.start_soon(self._drain, wanted)
+        finally:
+            self._drains -= 1
 
     async def _drain(self, wanted: _Wanted) -> None:
         await wanted.tried.wait()
