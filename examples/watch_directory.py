@@ -47,12 +47,15 @@ async def tell(interceptor: Interceptor, *, task_status: trio.TaskStatus[None] =
 
 async def main(directory: str) -> None:
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-        async with open_interceptor(CONFIG) as interceptor, trio.open_nursery() as nursery:
-            await nursery.start(tell, interceptor)  # it hears from the first one on
-            nursery.start_soon(follow, directory, interceptor)
-            async for _ in signals:
-                break
-            nursery.cancel_scope.cancel()
+        async with open_interceptor(CONFIG) as interceptor:
+            async with trio.open_nursery() as nursery:
+                await nursery.start(tell, interceptor)  # it hears from the first one on
+                nursery.start_soon(follow, directory, interceptor)
+                async for _ in signals:
+                    break
+                nursery.cancel_scope.cancel()  # nothing is added any more
+            with trio.move_on_after(10):  # seconds for living connections to end
+                await interceptor.drain()
 
 
 if __name__ == "__main__":

@@ -7,18 +7,31 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from typing import Any
 
+import pytest
 import trio
 
-from tproxyd.interceptor import Event, Interceptor
+from tproxyd.interceptor import Event, Interceptor, keeper
 from tproxyd.net.sockets import format_address
 from tproxyd.testing import KernelState, Lab, Link, Node, Topology
 from tproxyd.testing.plugin import OpenLab
 
-__all__ = ["CONFIG", "Pod", "Seen", "ask", "listen_to_events", "open_pods", "path_of", "served_right", "topology"]
+__all__ = [
+    "CONFIG",
+    "Pod",
+    "Seen",
+    "Slow",
+    "ask",
+    "listen_to_events",
+    "open_pods",
+    "path_of",
+    "served_right",
+    "topology",
+]
 
 CONFIG: dict[str, Any] = {"capture": {"ports": ["8080"]}, "relay": {"workers": 0}}
 """What most tests capture, by a loop in the test's own process: so its files and threads are looked at with the test's."""
@@ -107,6 +120,21 @@ class Seen:
                         del self.events[: number + 1]
                         return event
                 await self._more.wait()
+
+
+class Slow:
+    """Keeps whoever is about to be captured waiting, as a busy machine does."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.begun, self.may_go_on = threading.Event(), threading.Event()
+        take = keeper.Keeper._take
+
+        def slowly(this: keeper.Keeper) -> None:
+            self.begun.set()
+            assert self.may_go_on.wait(10)
+            take(this)
+
+        monkeypatch.setattr(keeper.Keeper, "_take", slowly)
 
 
 @asynccontextmanager

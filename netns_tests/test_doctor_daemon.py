@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import trio
 
 from netns_tests.patients import HERE, REFUSE, THERE, Patient, names_of
+from netns_tests.watch import relay_processes
 from tproxyd.testing import Lab
 from tproxyd.testing.daemon import TPROXYD, open_daemon
 
@@ -78,3 +80,47 @@ async def test_the_command_that_starts_a_daemon_again_is_its_own(sidecar_lab: La
             await host.run("kill", str(evidence.holder.pid))
             with trio.fail_after(20):
                 await again.wait()
+
+
+# Captures the namespace that it runs in, and has a worker of its own that is none of tproxyd's.
+AGENT = """
+import os, signal, subprocess, sys, tomllib, trio, tproxyd
+
+async def main():
+    other = subprocess.Popen([sys.executable, "-I", "-S", sys.argv[2], "sleep"], stdout=subprocess.PIPE)
+    other.stdout.readline()
+    other.send_signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, other.pid, os.WSTOPPED)
+    try:
+        async with tproxyd.open_interceptor(tomllib.loads(sys.argv[1]) | {"relay": {"workers": 1}}, own_namespace=True):
+            print("open", other.pid, flush=True)
+            await trio.to_thread.run_sync(sys.stdin.read)
+    finally:
+        other.kill()
+        other.wait()
+
+trio.run(main)
+"""
+
+
+async def test_a_child_of_an_embedding_program_that_is_no_relay_process_is_not_taken_for_one(
+    sidecar_lab: Lab, tmp_path: Path
+) -> None:
+    """Although it is a program of Python's, called worker.py as well, and stopped, which would be a failure of ours."""
+    host = sidecar_lab["host"]
+    directory = tmp_path / "datapath"
+    directory.mkdir()
+    own = directory / "worker.py"
+    own.write_text("import time; print('here', flush=True); time.sleep(600)\n", encoding="utf-8")
+    patient = Patient(host, HERE, tmp_path)
+    command = (sys.executable, "-c", AGENT, HERE, str(own))
+    async with host.process(*command, collect=True, stdin=subprocess.PIPE) as agent:
+        await agent.wait_for_output("open")
+        evidence = await patient.evidence()
+        other = int(agent.stdout_text.split()[1])
+        (relay,) = set(relay_processes(agent.pid)) - {other}
+        assert [process.pid for process in evidence.relays] == [relay]
+        assert await patient.found() == []
+        assert agent.stdin is not None
+        await agent.stdin.aclose()
+        assert await agent.wait() == 0, agent.stderr_text

@@ -268,3 +268,15 @@ async def test_a_program_is_as_it_was_while_an_interceptor_is_open_and_after_it(
                 assert threads == (set() if number else {"tproxyd relay"})
                 assert meanwhile == {key: value for key, value in before.items() if key != "threads"}
         assert surroundings() == before
+
+
+async def test_what_is_told_of_the_own_namespace_is_refused_in_a_sentence_where_that_is_not_captured() -> None:
+    async with open_interceptor(CONFIG) as interceptor:
+        for name in ("own", "repairs", "trouble", "capturing", "others", "families", "marks"):
+            with pytest.raises(RuntimeError, match="open it with own_namespace=True"):
+                getattr(interceptor, name)
+        for ask in (interceptor.differences, interceptor.revert):
+            with pytest.raises(RuntimeError, match="open it with own_namespace=True"):
+                await ask()
+        await interceptor.stop_capture()
+        assert interceptor.troubles == {}

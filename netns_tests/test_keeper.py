@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import signal
 import socket
@@ -12,7 +13,7 @@ import threading
 import time
 import tracemalloc
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from tproxyd.interceptor.plan_book import PlanBook
 from tproxyd.interceptor.threads import in_thread
 from tproxyd.net.namespaces import NamespaceWatch, call_in_namespace, new_namespace
 from tproxyd.net.ownership import hold_namespace
-from tproxyd.plan import make_plan
+from tproxyd.plan import make_plan, table_names
 from tproxyd.testing import SIDECAR, Lab, Node, read_state
 from tproxyd.testing.daemon import TPROXYD, open_daemon
 from tproxyd.testing.plugin import OpenLab
@@ -303,12 +304,58 @@ async def test_the_tables_bear_the_name_that_is_given(sidecar_lab: Lab) -> None:
     assert await host.dump() == before
 
 
-@pytest.mark.parametrize("name", ["", "1", "_mesh", "a" * 33, "x;include", "mésh", "mesh-1", "mesh\n"])
+@pytest.mark.parametrize("name", ["", "1", "_mesh", "a" * 33, "x;include", "mésh", "mesh-1", "mesh\n", "ip", "chain"])
 async def test_a_name_that_is_none_is_refused(sidecar_lab: Lab, name: str) -> None:
     with pytest.raises(ConfigError, match="cannot be that of tproxyd's tables"):
         Keeper(config(), netns=sidecar_lab["host"].netns, name=name)
     done = await sidecar_lab["host"].run(*TPROXYD, "revert", "--name", name, check=False)
     assert done.returncode == 78, done
+
+
+async def test_a_name_that_nft_would_take_for_something_else_is_refused(sidecar_lab: Lab) -> None:
+    """All the words that the nft of this machine knows are asked for, as the messages of its parser have them."""
+    words = words_of_nft()
+    assert {"chain", "tproxy", "ip6"} <= {*words}
+    admitted = [word for word in words if is_admitted(word)]
+    assert len(words) > len(admitted) > len(words) // 2
+    text = "".join(f"table inet {word} {{ }}\nlist table inet {word}\n" for word in admitted)
+    done = await sidecar_lab["host"].run("nft", "-c", text, check=False)
+    assert "syntax error" not in done.stderr, done.stderr
+
+
+def words_of_nft() -> list[str]:
+    with kernel.Library():
+        maps = Path("/proc/self/maps").read_text(encoding="utf-8")
+    (library,) = set(re.findall(r"/\S*/libnftables\.so\S*", maps))
+    found = re.findall(rb'[\0"]([a-zA-Z][a-zA-Z0-9_]{0,31})[\0"]', Path(library).read_bytes())
+    return sorted({word.decode() for word in found})
+
+
+def is_admitted(name: str) -> bool:
+    with suppress(ConfigError):
+        return bool(table_names(name))
+    return False
+
+
+@pytest.mark.parametrize("how", ["program", "revert"])
+async def test_another_program_s_table_that_has_the_name_is_left_alone(sidecar_lab: Lab, how: str) -> None:
+    """An administrator's firewall, of all tables; and an empty one is nobody's."""
+    host = sidecar_lab["host"]
+    await host.run("nft", "table inet filter { chain input { type filter hook input priority 0; tcp dport 9 drop; }; }")
+    before = await host.dump()
+    if how == "program":
+        with pytest.raises(KernelError, match="the table inet filter is another program's"):
+            async with open_keeper(host.netns, name="filter"):
+                pass
+    else:
+        done = await host.run(*TPROXYD, "revert", "--name", "filter", check=False)
+        assert done.returncode == 71
+        assert "the table inet filter is another program's" in done.stderr
+    assert await host.dump() == before
+    await host.run("nft", "delete table inet filter; add table inet filter")
+    async with open_keeper(host.netns, name="filter"):
+        pass
+    assert "filter" not in (await host.run("nft", "list", "tables")).stdout
 
 
 async def test_hundreds_of_namespaces_are_put_and_left_in_little_time(counted: Callable[[int], int]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -12,9 +13,9 @@ import pytest
 import trio
 
 from netns_tests.both_ends import Bench, Seen, read, read_exactly
-from netns_tests.watch import reset, workers
+from netns_tests.watch import relay_processes, reset, until, workers
 from tproxyd.config import Config
-from tproxyd.datapath import Setup, WorkloadSetup
+from tproxyd.datapath import Setup, WorkloadSetup, report
 from tproxyd.interceptor import homes, relays
 from tproxyd.interceptor.relays import Relays
 from tproxyd.net.namespaces import open_namespace
@@ -113,6 +114,62 @@ async def test_a_loop_that_dies_before_it_is_ready_does_not_hold_up_the_start(mo
         with trio.fail_after(3):
             await nursery.start(relay.serve)
         nursery.cancel_scope.cancel()
+
+
+class Pauses:
+    """What is said to loops, with a pause behind each order, as on a busy machine; `words` counts them by kind."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.words = Counter[bytes]()
+        send = relays._Orders.send
+
+        async def send_slowly(
+            self_: relays._Orders, order: bytes, rights: Sequence[tuple[int, int, bytes]] = ()
+        ) -> None:
+            await send(self_, order, rights)
+            self.words[order[:1]] += 1
+            await trio.sleep(0.05)
+
+        monkeypatch.setattr(relays._Orders, "send", send_slowly)
+
+
+@pytest.mark.parametrize("what", ["removed", "added"])
+async def test_what_changes_while_another_loop_takes_the_place_of_one_that_died_is_served_once_or_not_at_all(
+    monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """The new one is told of all workloads. Of one that is removed meanwhile it was told, too, or twice of one that is added, and held its listener
+    for good: nobody else could have the port."""
+    pauses = Pauses(monkeypatch)
+    with (
+        unused_listener() as first,
+        unused_listener() as second,
+        closing_fd(open_namespace("/proc/thread-self/ns/net")) as netns,
+    ):
+        relay = Relays([setup(True)], ignore)
+
+        async def add(name: str, listener: socket.socket) -> None:
+            workload = WorkloadSetup(name=name, config=Config(), listen=(("127.0.0.1", 1),))
+            await relay.add(workload, [[listener]], netns)
+
+        async with trio.open_nursery() as nursery:
+            await nursery.start(relay.serve)
+            await add("a", first)
+            if what == "removed":
+                await add("b", second)
+            (pid,) = relay_processes(os.getpid())
+            pauses.words.clear()
+            os.kill(pid, signal.SIGKILL)
+            await until(lambda: pauses.words[report.SETUP_END if what == "added" else report.ADD])
+            with trio.fail_after(3):
+                if what == "added":
+                    await add("b", second)
+                await relay.remove("b")
+            name = second.getsockname()
+            second.close()
+            with socket.socket(socket.AF_UNIX) as client, pytest.raises(ConnectionRefusedError):
+                client.connect(name)
+            assert pauses.words[report.ADD] == {"removed": 1, "added": 2}[what]
+            nursery.cancel_scope.cancel()
 
 
 def setup(alone: bool) -> Setup:

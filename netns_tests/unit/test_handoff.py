@@ -318,3 +318,27 @@ async def test_a_descriptor_that_is_no_socket_ends_its_sender_and_nobody_else(
             await hand(receivers, path, pair[0])
             stream: ConnectionStream = await connections.receive()
             stream.close()
+
+
+async def test_of_receivers_that_are_gone_no_file_is_kept(
+    receivers: Receivers, pair: tuple[socket.socket, socket.socket], tmp_path: Path
+) -> None:
+    """A path a pod, and pods come and go as long as the program runs; one that is there still is kept."""
+    async with receive_connections(tmp_path / "stays") as stays, trio.open_nursery() as nursery:
+        nursery.start_soon(take_all, stays)
+        await hand(receivers, tmp_path / "stays", pair[0])
+        before = len(os.listdir("/proc/self/fd"))
+        for number in range(20):
+            async with receive_connections(tmp_path / str(number)) as connections:
+                await hand(receivers, tmp_path / str(number), pair[0])
+                await (await connections.receive()).aclose()
+            with pytest.raises(NoReceiverError):
+                await hand(receivers, tmp_path / f"none {number}", pair[0])
+        assert len(os.listdir("/proc/self/fd")) <= before + 2
+        assert set(receivers._receivers) <= {str(tmp_path / name) for name in ("stays", "19", "none 19")}
+        nursery.cancel_scope.cancel()
+
+
+async def take_all(connections: trio.MemoryReceiveChannel[ConnectionStream]) -> None:
+    async for stream in connections:
+        await stream.aclose()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from contextlib import suppress
 
 import msgspec
 import pytest
@@ -49,6 +50,27 @@ async def test_counters_that_are_told_before_they_are_waited_for_and_a_report_ri
     with trio.fail_after(1):
         await relay.count()
     assert relay.total["web"].bytes_from_client == 50
+
+
+async def test_all_who_wait_to_say_something_to_a_loop_that_has_died_are_told_the_same() -> None:
+    """The second one in the queue asked for a file with the number -1, and its ValueError ended the whole interceptor."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs:
+        ours.setblocking(False)
+        orders = relays._Orders(ours)
+        with suppress(BlockingIOError):
+            while True:
+                ours.send(b"as much as there is room for")
+
+        async def say() -> None:
+            with pytest.raises(trio.ClosedResourceError):
+                await orders.send(b"one more")
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(3):
+                nursery.start_soon(say)
+            await trio.testing.wait_all_tasks_blocked()
+            orders.close()
 
 
 @pytest.mark.parametrize("networks", [0, 10_000])

@@ -30,7 +30,10 @@ __all__ = ["Capture", "Listeners", "open_listeners"]
 _log = logging.getLogger(__name__)
 
 _STUCK = 3.0  # seconds without progress: a packet and its retransmissions after one and two more
-_POLL = 0.02  # seconds; the kernel has no event for either of what is waited for
+_POLL, _POLL_SELDOM = (
+    0.02,
+    0.3,
+)  # seconds, twice as many each time nothing has moved; the kernel has no event for either of what is waited for
 
 T = TypeVar("T")
 Listeners = list[list[socket.socket]]
@@ -39,7 +42,7 @@ Listeners = list[list[socket.socket]]
 
 class Capture:
     """What `open` needs, ready: `config` of the namespace that `netns` is a descriptor of, and what keeps its kernel state. `another`: it is not
-    the program's own. The caller closes keeper, listeners and descriptor, after `open`."""
+    the program's own. `threads`: in how many of them the kernel is asked at a time. The caller closes keeper, listeners and descriptor, after `open`."""
 
     def __init__(
         self,
@@ -51,12 +54,17 @@ class Capture:
         netns: int,
         another: bool,
         dial: Literal["workload", "agent"] = "workload",
+        threads: trio.CapacityLimiter | None = None,
     ) -> None:
         self.name, self.config, self.keeper = name, config, keeper
         self._relays = relays
         self._netns = netns
         self._another = another
         self._dial: Literal["workload", "agent"] = dial
+        self._threads = threads
+        self._drains: set[trio.CancelScope] = set()
+        self._drained = trio.lowlevel.ParkingLot()  # where the end of one of them is waited for
+        self._ended = False
 
     @asynccontextmanager
     async def open(self, listeners: Listeners) -> AsyncIterator[None]:
@@ -77,6 +85,7 @@ class Capture:
                     watching.cancel_scope.cancel()
         finally:
             with trio.CancelScope(shield=True):
+                await self._end_drains()
                 await self._relays.remove(self.name)
                 for listener in [one for group in listeners for one in group]:
                     listener.close()  # before the state of `tproxyd apply` steers to them again
@@ -90,7 +99,18 @@ class Capture:
             _log.error("capture cannot be switched off: %s", error)
 
     async def drain(self) -> None:
-        """Stops capture, and returns when the last connection has ended: see Interceptor.drain."""
+        """Stops capture, and returns when the last connection has ended: see Interceptor.drain. So it has when `open` ends."""
+        if self._ended:
+            return
+        with trio.CancelScope() as scope:
+            self._drains.add(scope)
+            try:
+                await self._drain()
+            finally:
+                self._drains.discard(scope)
+                self._drained.unpark_all()
+
+    async def _drain(self) -> None:
         await self.stop()
         config = self.config
         await self._until_gone(half_open_connections, config.arrives_at_port)
@@ -100,6 +120,14 @@ class Capture:
         )
         if stuck:
             _log.warning("the last bytes of %d closed connections were not taken by their peers", stuck)
+
+    async def _end_drains(self) -> None:
+        """Nobody looks at the namespace any more: its descriptor is closed next, and the number may be another one's then."""
+        self._ended = True
+        for scope in self._drains:
+            scope.cancel()
+        while self._drains:
+            await self._drained.park()
 
     async def _until_gone(
         self, look: Callable[[Callable[[int], bool]], Connections], captured: Callable[[int], bool]
@@ -111,14 +139,15 @@ class Capture:
             return call_in_namespace(self._netns, look, captured) if self._another else look(captured)
 
         try:
-            left = await in_thread(here)
-            changed = trio.current_time()
+            left = await in_thread(here, limiter=self._threads)
+            changed, pause = trio.current_time(), _POLL
             while left and trio.current_time() - changed < _STUCK:
-                await trio.sleep(_POLL)
-                now = await in_thread(here)
+                await trio.sleep(pause)
+                pause = min(2 * pause, _POLL_SELDOM)
+                now = await in_thread(here, limiter=self._threads)
                 now = {key: queued for key, queued in now.items() if key in left}
                 if now != left:
-                    left, changed = now, trio.current_time()
+                    left, changed, pause = now, trio.current_time(), _POLL
         except (OSError, TproxydError) as error:  # no file left to look with: better not to wait than not to drain
             _log.warning("cannot look for connections that are beginning or ending: %s", error)
             return 0

@@ -93,8 +93,9 @@ class Interceptor:
         """Makes these the workloads: what is missing is added, what is otherwise replaced, all others are removed. Returns when each has been tried once.
 
         One that cannot be captured is none of the others' trouble: it is told as an event and in the log, and tried again after one second, two, and so on
-        up to a minute, until it is wanted no more. Only where there is no such namespace (now, or later any more) it is not: who knows that there is one again
-        says so with the next snapshot. Raises ConfigError for bad names, overrides or `dial`, before anything is done.
+        up to a minute, until it is wanted no more. So is a path at which there is no namespace yet, which somebody may mount there a moment later. Not tried again is
+        a process that is not there, or a path of /proc, whose number may be another's by then; nor what has vanished after it was captured: who knows
+        that it is there again says so with the next snapshot. Raises ConfigError for bad names, overrides or `dial`, before anything is done.
         """
         await self._workloads.sync(workloads)
 
@@ -112,12 +113,13 @@ class Interceptor:
         """What the kernel is to hold for a workload, or for the own namespace. Raises KeyError if there is none of this name, and KernelError while
         it cannot be captured."""
         if workload == OWN and self._own is not None:
-            return self._own.keeper.plan()
+            return self.own.plan()
         return self._workloads.plan(workload)
 
     async def connect(self, workload: str, host: str, port: int) -> trio.SocketStream:
         """A TCP connection to an IP address that is made in a workload's network namespace ("host": the program's own), as by any program there: for
-        handlers, which run in the program. The caller closes it. Raises KeyError if there is no workload of this name, and OSError."""
+        handlers, which run in the program. The caller closes it. Raises KeyError if there is no workload of this name, KernelError while
+        its namespace is not there, and OSError."""
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         if workload == OWN:
             sock = socket.socket(family, socket.SOCK_STREAM)
@@ -138,7 +140,7 @@ class Interceptor:
     @property
     def troubles(self) -> dict[str, str]:
         """By workload, what is wrong with it at the moment, as far as something is."""
-        own = {OWN: self._own.keeper.trouble} if self._own is not None and self._own.keeper.trouble else {}
+        own = {OWN: self.trouble} if self._own is not None and self.trouble else {}
         return own | self._workloads.troubles()
 
     # All of it.
@@ -154,7 +156,8 @@ class Interceptor:
         return self._relays.records_dropped
 
     async def drain(self) -> None:
-        """Stops capture everywhere, and returns when the last connection has ended. The caller sets the deadline.
+        """Stops capture everywhere, and returns when the last connection has ended. The caller sets the deadline. Workloads that could not be
+        captured yet are removed, and none can be added meanwhile (KernelError).
 
         A handshake that is under way is waited for, and its connection is served. A connection has ended when its last bytes have
         reached the peer, because without our rules they could not. Either is given up when nothing has come of it for three
@@ -169,8 +172,12 @@ class Interceptor:
 
     @property
     def own(self) -> Keeper:
-        """What keeps the own namespace's kernel state."""
-        assert self._own is not None
+        """What keeps the own namespace's kernel state. Raises RuntimeError without `own_namespace`, as all do that tell of it."""
+        if self._own is None:
+            raise RuntimeError(
+                "this interceptor does not capture its program's own namespace, so there is no kernel state of it: open it with own_namespace=True, or "
+                "ask for a workload (plan, troubles, stats, events)"
+            )
         return self._own.keeper
 
     async def stop_capture(self) -> None:

@@ -197,6 +197,7 @@ class _Relay:
         self._receivers = receivers
         self._setup = setup
         self._served: dict[str, Served] = {}
+        self._told: dict[str, Served] = {}  # of them, what the loop of the moment has been told
         self._adds = trio.Lock()
         self._adding: dict[str, trio.Event] = {}
         self._failed: dict[str, str] = {}
@@ -245,7 +246,9 @@ class _Relay:
         await self._end_handlers_of(name)
         if self._channel is not None:
             removed = self._removing.setdefault(name, trio.Event())
-            await self._tell(report.REMOVE + name.encode())
+            async with self._adds:  # behind what is being told of it
+                self._told.pop(name, None)
+                await self._tell(report.REMOVE + name.encode())
             with trio.move_on_after(_STOP):  # else it is dying
                 await removed.wait()
             await self._end_handlers_of(name)  # of what was accepted meanwhile
@@ -255,14 +258,21 @@ class _Relay:
         self._before.pop(name, None)
 
     async def _tell_served(self, served: Served) -> None:
-        data = pickle.dumps(served.setup)
-        size = report.MESSAGE - 1
-        fds = [served.netns, *(listener.fileno() for listener in served.listeners)]
+        """Unless the loop has been told, or it is served no more: a loop that has just been started is told of all by one task, while others add and
+        remove. What it is told twice, or of what is gone, it would hold for good."""
+        name = served.setup.name
         async with self._adds:  # parts of two must not mix
-            while len(data) > size:
-                await self._tell(report.ADD_PART + data[:size])
-                data = data[size:]
-            await self._tell(report.ADD + data, fds)
+            if self._channel is None or self._served.get(name) is not served or self._told.get(name) is served:
+                return
+            self._told[name] = served
+            data = pickle.dumps(served.setup)
+            size = report.MESSAGE - 1
+            fds = [served.netns, *(listener.fileno() for listener in served.listeners)]
+            with trio.CancelScope(shield=True):  # a part without the rest would be the beginning of the next one's
+                while len(data) > size:
+                    await self._tell(report.ADD_PART + data[:size])
+                    data = data[size:]
+                await self._tell(report.ADD + data, fds)
 
     async def serve(self, *, task_status: trio.TaskStatus[None]) -> None:
         tries = 0
@@ -313,6 +323,7 @@ class _Relay:
         """One loop's life; tells when the first one has answered. Gives why it ended; when this is cancelled, the loop is ended in order."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         home = ProcessHome() if self._setup.alone else ThreadHome()
+        channel = _Orders(ours)
         try:
             for end in (ours, theirs):
                 end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _CHANNEL_BYTES)
@@ -320,13 +331,15 @@ class _Relay:
                 await home.start(theirs)
             ours.setblocking(False)
             self._ours = ours
-            channel = self._channel = _Orders(ours)
             self._ready = trio.Event()
             try:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._require_ready)
-                    for part in report.split_setup(self._setup):
-                        await self._tell(part)
+                    with suppress(OSError):  # it has died, which is noticed below
+                        for part in report.split_setup(self._setup):
+                            await channel.send(part)
+                    # Not before: an order in the middle of its setup would be a part of it to the loop.
+                    self._channel, self._told = channel, {}
                     for served in list(self._served.values()):
                         await self._tell_served(served)
                     for name in list(self._idle):
@@ -346,6 +359,8 @@ class _Relay:
             except BaseException:
                 # Those that are with the program are being cancelled, too, and each is still to say how it ended.
                 await self._end_handlers()
+                if self._channel is None:
+                    raise  # it has not heard its setup to the end: that there is nobody any more ends it
                 with trio.CancelScope(shield=True), trio.move_on_after(_STOP):
                     await self._tell(report.STOP)
                     async for message, fd in _messages(ours):
@@ -355,10 +370,8 @@ class _Relay:
                             abort(socket.socket(fileno=fd))  # too late for anybody to decide
                 raise
         finally:
-            if self._channel is not None:
-                self._channel.close()
-                self._channel = None
-            ours.close()
+            self._channel = None
+            channel.close()
             with trio.CancelScope(shield=True):
                 await home.end()
 
@@ -622,6 +635,10 @@ class _Orders:
                 return
         async with self._turn:
             while True:
+                if (
+                    self._sock.fileno() < 0
+                ):  # closed while others had their turn: what trio says to that number is no answer
+                    raise trio.ClosedResourceError("the loop is gone")
                 await trio.lowlevel.wait_writable(self._sock)
                 with suppress(BlockingIOError):
                     self._sock.sendmsg([order], rights)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections import deque
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import ExitStack, asynccontextmanager
@@ -18,7 +19,7 @@ import msgspec
 import trio
 
 from tproxyd.config import Config, override
-from tproxyd.errors import ConfigError, KernelError, TproxydError
+from tproxyd.errors import ConfigError, KernelError, MissingError, TproxydError
 from tproxyd.interceptor.capture import Capture, open_listeners
 from tproxyd.interceptor.keeper import Keeper
 from tproxyd.interceptor.plan_book import PlanBook
@@ -65,19 +66,52 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _Wanted:
-    """A workload that is there, or is to be. `ended` is set when nothing of it is left."""
+    """A workload that is there, or is to be. `watch` is None while its namespace could not be opened; `tried` is set when it has been tried to capture
+    it, and `hurry` is to be where that is worth another try at once. `ended` is set when nothing of it is left."""
 
-    def __init__(self, name: str, config: Config, watch: NamespaceWatch, dial: Literal["workload", "agent"]) -> None:
-        self.name, self.config, self.watch, self.dial = name, config, watch, dial
+    def __init__(self, name: str, config: Config, netns: NamespaceLike, dial: Literal["workload", "agent"]) -> None:
+        self.name, self.config, self.dial = name, config, dial
+        self.where = os.path.abspath(netns) if isinstance(netns, str | os.PathLike) else netns
+        self.watch: NamespaceWatch | None = None
         self.scope = trio.CancelScope()
         self.tried = trio.Event()
+        self.hurry = trio.Event()
         self.ended = trio.Event()
         self.error: TproxydError | None = None
         self.capture: Capture | None = None
         self.why: EventKind = "removed"
+        self.changes = False
+        """The kernel's state has come to be changed."""
+
+    def open(self) -> NamespaceWatch:
+        """The namespace, from now on open. Raises TproxydError."""
+        if self.watch is None:
+            try:
+                self.watch = NamespaceWatch(self.where)
+            except (OSError, RuntimeError) as error:  # RuntimeError: no thread left
+                why = (error.strerror if isinstance(error, OSError) else None) or error
+                raise KernelError(f"cannot open the network namespace of workload {self.name!r}: {why}") from error
+        return self.watch
+
+    def close(self) -> None:
+        if self.watch is not None:
+            self.watch.close()
+
+    @property
+    def may_come(self) -> bool:
+        """Whether what is not there yet may be there later, and be what was meant. A number, of a process or file, may be another's by then."""
+        return isinstance(self.where, str) and not self.where.startswith("/proc/")
 
     def same(self, other: _Wanted) -> bool:
-        return (self.config, self.watch.identity, self.dial) == (other.config, other.watch.identity, other.dial)
+        if (self.config, self.dial) != (other.config, other.dial):
+            return False
+        if self.watch is None or other.watch is None:
+            # That no file is left to open it with does not make it another one.
+            return self.where == other.where and not (self.watch is not None and self.watch.gone())
+        return self.watch.identity == other.watch.identity
+
+    def has_namespace_of(self, other: _Wanted) -> bool:
+        return self.watch is not None and other.watch is not None and self.watch.identity == other.watch.identity
 
     @property
     def ends(self) -> bool:
@@ -96,6 +130,7 @@ class Workloads:
         self._adding = trio.CapacityLimiter(_AT_ONCE)
         self._threads = trio.CapacityLimiter(_THREADS)
         self._nursery: trio.Nursery | None = None
+        self._drains = 0  # of all, that go on
         self._listeners: set[_Listener] = set()
 
     def __iter__(self) -> Iterator[str]:
@@ -114,7 +149,7 @@ class Workloads:
                 while True:
                     await trio.sleep(_GLANCE)
                     for wanted in list(self._there.values()):
-                        if wanted.watch.gone():
+                        if wanted.watch is not None and wanted.watch.gone():
                             wanted.why = "vanished"
                             wanted.scope.cancel()
         finally:
@@ -122,19 +157,30 @@ class Workloads:
 
     async def add(self, name: str, spec: Workload, *, tries_again: bool = False) -> None:
         """See Interceptor.add_workload."""
-        wanted, started = self._want(name, spec), False
+        wanted, started = _Wanted(name, self._config_of(name, spec), spec.netns, spec.dial), False
+        closed: TproxydError | None = None
+        try:
+            wanted.open()
+        except TproxydError as error:
+            if not tries_again:
+                raise
+            closed = error
         try:
             async with self._turn_of(name):
                 before = self._there.get(name)
                 if before is not None:
                     if before.same(wanted) and not before.ends:
-                        before.watch.look_instead(wanted.watch)
+                        if wanted.watch is not None:
+                            self._renew(before, wanted.watch)
                         await before.tried.wait()
                         if tries_again or (before.error is None and not before.ends):
                             return
                     await self._end(before)
-                if self._nursery is None:
-                    raise KernelError("the interceptor is closing: no workload can be added")
+                if closed is not None and not wanted.may_come:
+                    raise closed
+                if self._nursery is None or self._drains:
+                    does = "closing" if self._nursery is None else "draining"
+                    raise KernelError(f"the interceptor is {does}: no workload can be added")
                 self._there[name] = wanted
                 self._nursery.start_soon(self._run, wanted, tries_again)
                 started = True
@@ -150,7 +196,15 @@ class Workloads:
                     raise wanted.error
         finally:
             if not started:
-                wanted.watch.close()
+                wanted.close()
+
+    def _renew(self, there: _Wanted, watch: NamespaceWatch) -> None:
+        """It is asked for again, and its namespace is there."""
+        if there.watch is not None:
+            there.watch.look_instead(watch)
+        elif there.tried.is_set():  # else it is about to be tried
+            there.tried = trio.Event()
+            there.hurry.set()
 
     async def remove(self, name: str, *, drain: float = 0.0) -> None:
         """See Interceptor.remove_workload."""
@@ -179,20 +233,35 @@ class Workloads:
             raise ConfigError(*problems)
         async with trio.open_nursery() as nursery:
             for name in [name for name in self._there if name not in specs]:
+                if name not in self._turn:  # at once: what is added below may have its namespace
+                    self._there[name].scope.cancel()
                 nursery.start_soon(self.remove, name)
             for name, spec in specs.items():
                 nursery.start_soon(self._add_or_tell, name, spec)
 
     async def drain(self) -> None:
         """All of them: see Interceptor.drain."""
-        async with trio.open_nursery() as nursery:
-            for wanted in self._there.values():
-                if wanted.capture is not None:
-                    nursery.start_soon(wanted.capture.drain)
+        self._drains += 1
+        try:
+            async with trio.open_nursery() as nursery:
+                for wanted in self._there.values():
+                    nursery.start_soon(self._drain, wanted)
+        finally:
+            self._drains -= 1
+
+    async def _drain(self, wanted: _Wanted) -> None:
+        await wanted.tried.wait()
+        if wanted.capture is not None:
+            await wanted.capture.drain()
+        elif wanted.error is not None:
+            await self._end(wanted)  # it would begin when all others have stopped
 
     def namespace(self, name: str) -> int:
-        """A descriptor of a workload's network namespace, which stays its. Raises KeyError."""
-        return self._there[name].watch.fd
+        """A descriptor of a workload's network namespace, which stays its. Raises KeyError, or KernelError while there is no such namespace."""
+        watch = self._there[name].watch
+        if watch is None:
+            raise KernelError(f"the network namespace of workload {name!r} is not there at the moment")
+        return watch.fd
 
     def plan(self, name: str) -> Plan:
         """What the kernel is to hold in this workload's namespace. Raises KeyError, or KernelError while it is not captured."""
@@ -221,14 +290,6 @@ class Workloads:
             yield listener
         finally:
             self._listeners.discard(listener)
-
-    def _want(self, name: str, spec: Workload) -> _Wanted:
-        config = self._config_of(name, spec)
-        try:
-            watch = NamespaceWatch(spec.netns)
-        except OSError as error:
-            raise KernelError(f"cannot open the network namespace of workload {name!r}: {error.strerror}") from error
-        return _Wanted(name, config, watch, spec.dial)
 
     def _config_of(self, name: str, spec: Workload) -> Config:
         if not name or not isinstance(name, str):
@@ -294,7 +355,8 @@ class Workloads:
                         if error is None:
                             raise
                         if trio.current_effective_deadline() == -math.inf:  # it was to end, and has
-                            _log.error("something of workload %s may be left: %s", wanted.name, error)
+                            if wanted.changes:
+                                _log.error("something of workload %s may be left: %s", wanted.name, error)
                             await trio.lowlevel.checkpoint()
                     wanted.error = error
                     if not wanted.tried.is_set() and not tries_again:
@@ -303,22 +365,33 @@ class Workloads:
                     wanted.tried.set()
                     _log.error("workload %s is not captured, and tried again in %g s: %s", wanted.name, pause, error)
                     self._tell("failed", wanted.name, str(error), retry=pause)
-                    await trio.sleep(pause)
+                    with trio.move_on_after(pause):
+                        await wanted.hurry.wait()
+                    wanted.hurry = trio.Event()
                     pause = min(2 * pause, _LONGEST_PAUSE)
             self._tell(wanted.why, wanted.name)
         finally:
             if self._there.get(wanted.name) is wanted:
                 del self._there[wanted.name]
             wanted.capture = None
-            wanted.watch.close()
+            if wanted.error is None and not wanted.tried.is_set():  # who waits for it is not to take it for captured
+                wanted.error = (
+                    MissingError(f"the network namespace of workload {wanted.name!r} has gone while it was being added")
+                    if wanted.why == "vanished"
+                    else KernelError(f"the interceptor is closing: workload {wanted.name!r} cannot be added")
+                )
+            wanted.close()
             wanted.tried.set()
             wanted.ended.set()
 
     async def _capture(self, wanted: _Wanted) -> None:
         """Captures until cancelled. Raises TproxydError, perhaps within a group, if that cannot be done (any more)."""
+        wanted.changes = False
+        watch = wanted.open()
         if wanted.config.capture.mode == "off":
             self._captured(wanted)
             await trio.sleep_forever()
+        await self._until_free(wanted)
         await self._adding.acquire_on_behalf_of(wanted)
         turn = ExitStack()
         turn.callback(self._adding.release_on_behalf_of, wanted)
@@ -327,7 +400,7 @@ class Workloads:
                 partial(
                     Keeper,
                     wanted.config,
-                    netns=wanted.watch.fd,
+                    netns=watch.fd,
                     name=self._name,
                     workload=wanted.name,
                     book=self._book,
@@ -337,17 +410,19 @@ class Workloads:
             )
             stack.callback(keeper.close)
             # In a thread, because to find who has a port is a look at every process of the machine.
-            opening = open_listeners(wanted.config, keeper.plan().listen, self._loops, wanted.watch.fd)
+            opening = open_listeners(wanted.config, keeper.plan().listen, self._loops, watch.fd)
             listeners = await in_thread(partial(stack.enter_context, opening))
             capture = Capture(
                 wanted.name,
                 wanted.config,
                 keeper=keeper,
                 relays=self._relays,
-                netns=wanted.watch.fd,
+                netns=watch.fd,
                 another=True,
                 dial=wanted.dial,
+                threads=self._threads,
             )
+            wanted.changes = True
             async with capture.open(listeners):
                 turn.close()
                 wanted.capture = capture
@@ -356,6 +431,11 @@ class Workloads:
                     await trio.sleep_forever()
                 finally:
                     wanted.capture = None
+
+    async def _until_free(self, wanted: _Wanted) -> None:
+        """Who has this namespace under another name and is on his way out, has it no more: a snapshot may give it another name."""
+        while leaving := [one for one in self._there.values() if one.ends and one.has_namespace_of(wanted)]:
+            await leaving[0].ended.wait()
 
     def _captured(self, wanted: _Wanted) -> None:
         wanted.error = None

@@ -21,7 +21,7 @@ from tproxyd.errors import KernelError, TproxydError
 from tproxyd.kernel import routing
 from tproxyd.kernel.nft import Nft, Program, list_names, list_tables, spelled
 from tproxyd.kernel.routing import RouteKey, RuleKey
-from tproxyd.plan import DEFAULT_NAME, Plan, exchange_tables, is_owned, remove_tables, table_names
+from tproxyd.plan import CAPTURE_CHAIN, DEFAULT_NAME, Plan, exchange_tables, is_owned, remove_tables, table_names
 
 __all__ = [
     "Change",
@@ -74,6 +74,16 @@ class Step(msgspec.Struct, frozen=True):
     do: Callable[[], object]
     undo: Callable[[], object] | None = None
     check: Callable[[], None] | None = None
+
+
+def require_ours(name: str, tables: dict[str, str]) -> None:
+    """Raises KernelError where a table of this name is not of ours: `filter`, say, which is an administrator's firewall. Nobody else calls one
+    as ours is called without being asked, and one that is empty is no loss."""
+    text = tables.get(name, "")
+    if name != DEFAULT_NAME and "{" in text.partition("{")[2] and f"chain {CAPTURE_CHAIN} {{" not in text:
+        raise KernelError(
+            f"the table inet {name} is another program's: it has no chain {CAPTURE_CHAIN!r}, as tproxyd's would; use another name, or delete it yourself"
+        )
 
 
 def observe(nft: Nft = _PROGRAM, name: str = DEFAULT_NAME) -> Observed:
@@ -133,7 +143,9 @@ def apply(plan: Plan, nft: Nft = _PROGRAM, *, checked: bool = False) -> list[Cha
 
     Raises MissingError, CapabilityError or KernelError, with everything as it was before.
     """
-    steps = make_steps(plan, observe(nft, plan.name), nft)
+    before = observe(nft, plan.name)
+    require_ours(plan.name, before.tables)
+    steps = make_steps(plan, before, nft)
     for step in steps:
         if step.check is not None and not checked:
             step.check()  # before the first step: most of what can fail, fails here
@@ -187,10 +199,12 @@ def restore(before: Observed) -> None:
 def revert(nft: Nft = _PROGRAM, name: str = DEFAULT_NAME, *, checked: bool = False) -> list[Change]:
     """Removes all that is ours in this namespace, with tables of this name, whatever config put it there, and gives what was removed.
 
-    Looks first, and raises with nothing changed if it cannot, or if a table is owned by somebody who lives: then all of it is. Then a step that fails does not keep the others from being taken;
+    Looks first, and raises with nothing changed if it cannot, if a table of this name is not of ours, or if one is owned by somebody who lives: then all of it is. Then a step that fails does not keep the others from being taken;
     the first error is raised at the end. `checked`: it is known that nobody owns them.
     """
-    steps = revert_steps(observe(nft, name), nft)
+    observed = observe(nft, name)
+    require_ours(name, observed.tables)
+    steps = revert_steps(observed, nft)
     for step in steps:
         if step.check is not None and not checked:
             step.check()

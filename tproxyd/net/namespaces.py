@@ -231,7 +231,10 @@ def _open(path: str, missing: str) -> int:
     except PermissionError as error:
         raise CapabilityError(f"cannot open {path}: permission denied; run as root or with CAP_SYS_PTRACE") from error
     except OSError as error:
-        raise MissingError(f"{missing}: {os.strerror(error.errno or 0)}") from error
+        why = os.strerror(error.errno or 0)
+        if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+            raise KernelError(f"cannot open {path}: {why}; is the machine out of files or memory?") from error
+        raise MissingError(f"{missing}: {why}") from error
     if not _is_network_namespace(fd):
         os.close(fd)
         raise MissingError(f"{missing}: {path} is something else (a stale /run/netns name is an empty file)")

@@ -11,6 +11,7 @@ from tproxyd.plan.model import Family, LocalRoute, Marks, Plan, Rule, Surroundin
 from tproxyd.plan.plan import PROTOCOL, SUPPORTED_MARKS, UNOWNED_BYPASS, make_marks, make_plan
 from tproxyd.plan.render import FORMATS, render
 from tproxyd.plan.ruleset import (
+    CAPTURE_CHAIN,
     DEFAULT_NAME,
     GUARD,
     STATE,
@@ -24,6 +25,7 @@ from tproxyd.plan.ruleset import (
 from tproxyd.plan.ssh import spared_in, ssh_remarks
 
 __all__ = [
+    "CAPTURE_CHAIN",
     "DEFAULT_NAME",
     "FORMATS",
     "GUARD",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import socket
 from collections.abc import Awaitable, Callable
 from typing import Protocol
@@ -22,6 +23,7 @@ _log = logging.getLogger(__name__)
 _LIVES_ON = (None, "handled", "handed_over")  # outcomes after which a reset would be wrong
 
 _SAY_EVERY = 5.0  # seconds between two log lines of one kind
+_KINDS = 64  # more are looked through for those that are long ago: a path that is handed off to is a kind
 
 
 class Loop(Protocol):
@@ -40,7 +42,9 @@ class Complaints:
     def tell(self, message: str, *args: object, kind: str = "", trace: bool = False) -> None:
         """An error, with the traceback of the exception that is being handled if `trace`. Those of another `kind` are told apart."""
         now = trio.current_time()
-        if now - self._said.get(message + kind, -_SAY_EVERY) >= _SAY_EVERY:
+        if now - self._said.get(message + kind, -math.inf) >= _SAY_EVERY:
+            if len(self._said) >= _KINDS:
+                self._said = {key: said for key, said in self._said.items() if now - said < _SAY_EVERY}
             self._said[message + kind] = now
             _log.error(message, *args, exc_info=trace)
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import socket
 import stat
 import struct
@@ -93,6 +94,7 @@ class Receivers:
             raise NoReceiverError(f"{len(already)} bytes have been read, more than a message holds")
         receiver = self._receivers.get(to.path)
         if receiver is None:
+            self._forget_gone()
             receiver = self._receivers[to.path] = _Receiver(to.path)
         try:
             with trio.fail_after(timeout):
@@ -101,6 +103,13 @@ class Receivers:
             raise NoReceiverError(f"who listens at {to.path} has taken nothing for {timeout:g} s") from None
         except OSError as error:
             raise NoReceiverError(f"nobody takes connections at {to.path}: {error.strerror}") from error
+
+    def _forget_gone(self) -> None:
+        """Those that nobody needs any more: pods come with a path each, and go."""
+        for path, receiver in list(self._receivers.items()):
+            if receiver.is_gone():
+                receiver.close()
+                del self._receivers[path]
 
     def close(self) -> None:
         for receiver in self._receivers.values():
@@ -113,6 +122,16 @@ class _Receiver:
         self._sock: socket.socket | None = None
         self._uid = -1
         self._turn = trio.Lock()  # trio lets one task at a time wait for a socket
+
+    def is_gone(self) -> bool:
+        """Whether nobody is there, and nobody is about to send."""
+        if self._turn.locked():
+            return False
+        if self._sock is None:
+            return True
+        poll = select.poll()
+        poll.register(self._sock, 0)  # POLLHUP is told unasked
+        return bool(poll.poll(0))
 
     async def send(self, message: bytes, sock: socket.socket, uid: int | None) -> None:
         """Raises OSError if nobody is there, or somebody who may not be. Cancelled, it has sent nothing: no checkpoint comes after the sending."""

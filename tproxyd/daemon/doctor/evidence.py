@@ -52,6 +52,7 @@ _NAMES = (
     "net/netfilter/nf_conntrack_max",
 )
 _IPV4_OF_LINK = ("rp_filter", "src_valid_mark", "route_localnet")
+_WORKER = "/tproxyd/datapath/worker.py"  # as interceptor/homes.py starts it; a test holds that
 # A client sends its SYN again after a second.
 _RETRANSMISSION = 1.2
 _NETWORKD = ("/usr/lib/systemd", "/usr/local/lib/systemd", "/run/systemd", "/etc/systemd")
@@ -85,7 +86,7 @@ def gather(config: Config, file: str | None) -> Evidence:
     serves = trusted or _is_embedded(config, observed, sockets)
     view = kernel_view(config, observed or _NOTHING, served=serves)
     plan = view.plan()
-    relays = _children(daemon) if serves and daemon is not None else ()
+    relays = _relay_processes(daemon) if serves and daemon is not None else ()
     changed = _changed_tables(plan, observed)
     draining = serves and changed == (STEERING,) and not _changed_tables(view.plan(capturing=False), observed)
     has_own_rules = look("our ip rules", lambda: bool(dump_rules()), False)
@@ -222,7 +223,8 @@ def _tables(rules: tuple[kernel.ForeignRule, ...], own: int) -> dict[tuple[int, 
     return found
 
 
-def _children(process: Process) -> tuple[Process, ...]:
+def _relay_processes(process: Process) -> tuple[Process, ...]:
+    """Those of its children that are its relay processes: an embedding program has others, too, and may call them as it likes."""
     pids: set[int] = set()
     for task in _listing(Path(f"/proc/{process.pid}/task")):
         try:
@@ -232,7 +234,7 @@ def _children(process: Process) -> tuple[Process, ...]:
     return tuple(
         child
         for pid in sorted(pids)
-        if (child := read_process(pid)) and any("worker.py" in one for one in child.command)
+        if (child := read_process(pid)) and any(one.endswith(_WORKER) for one in child.command)
     )
 
 
