@@ -521,7 +521,8 @@ class _Relay:
         """What a loop leaves behind that died: its connections are lost, and every one that was known gets its record."""
         # Those live on; what it relayed for them does not, but is counted when its handler has ended.
         living = Counter(handed.workload for identity, handed in self.handed.items() if identity not in self.recorded)
-        lost = {name: counters.active - living[name] for name, counters in self.counters.items()}
+        # The loop tells its counters less often than it gives a connection away, and may have told of fewer.
+        lost = {name: max(0, counters.active - living[name]) for name, counters in self.counters.items()}
         _log.error(
             "a relay loop ended unexpectedly (%s) and took %d connections with it; another one takes its place",
             reason,
@@ -544,6 +545,8 @@ class _Relay:
             self._counted.set()  # nobody is left to answer
             self._counted = None
         self._before, self.counters = self.total, {}
+        for name in living.keys() & self._served.keys():
+            self._before.setdefault(name, Counters())
         for name, counters in self._before.items():
             counters.active = living[name]
             if lost.get(name):
