@@ -81,12 +81,22 @@ async def tls(stream):
     with ssl.create_default_context().wrap_socket(await dial(stream.connection), server_hostname="x", do_handshake_on_connect=False) as upstream:
         await stream.relay_to(upstream)
 
-HANDLERS = [relay, relay_stream, relay_unix, put_back, relay_later, cancelled, shielded, tls]
+async def leave(stream):
+    async def use():
+        try:
+            await relay(stream)
+        except trio.ClosedResourceError:
+            print("told that it is closed", flush=True)
+    nursery.start_soon(use)
+    await go.wait()
+
+HANDLERS = [relay, relay_stream, relay_unix, put_back, relay_later, cancelled, shielded, tls, leave]
 
 async def policy(connection):
     return Handle(HANDLERS[connection.original_destination[1] - 8090])
 
 async def main():
+    global nursery
     config = config_from_mapping({
         "capture": {"ports": ["8090-8099"]},
         "relay": {"workers": int(sys.argv[1]), "idle_timeout": sys.argv[2], "half_close_timeout": sys.argv[2]},
@@ -95,7 +105,10 @@ async def main():
         sys.stdout.write(lines.decode())
         sys.stdout.flush()
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2) as signals:
-        async with open_interceptor(config, policy=policy, on_lines=on_lines, own_namespace=True) as interceptor:
+        async with (
+            trio.open_nursery() as nursery,
+            open_interceptor(config, policy=policy, on_lines=on_lines, own_namespace=True) as interceptor,
+        ):
             print("open", flush=True)
             async for number in signals:
                 if number == signal.SIGUSR2:
@@ -112,7 +125,7 @@ async def main():
 trio.run(main)
 """
 
-RELAY, STREAM, UNIX, PUT_BACK, LATER, CANCELLED, SHIELDED, TLS = range(8090, 8098)
+RELAY, STREAM, UNIX, PUT_BACK, LATER, CANCELLED, SHIELDED, TLS, LEAVE = range(8090, 8099)
 HOMES = pytest.mark.parametrize("workers", [0, 1], ids=["a thread", "a process"])
 UPSTREAMS = pytest.mark.parametrize("port", [RELAY, STREAM, UNIX], ids=["socket", "stream", "unix"])
 SIZE = 5_000_001
@@ -310,6 +323,19 @@ async def test_61_a_relay_that_its_handler_cancels_is_reset_on_both_sides_and_th
             assert await resets_within(client, 0.5)
             assert await resets_within(app, 0.5)
             assert await program.process.wait_for_output("cancelled") == "cancelled True -1"
+            assert told(await program.record(client)) == ("handled", 5, 0)
+
+
+@GATEWAY_V4
+async def test_a_handler_that_ends_before_its_relay_has_both_sides_reset(way: Way, tmp_path: Path) -> None:
+    async with open_program(way, 1, tmp_path) as program, program.both_ends(LEAVE) as (client, app):
+        with trio.fail_after(10):
+            await client.send_all(b"hello")
+            assert await read_exactly(app, 5) == b"hello"
+            program.process.send_signal(signal.SIGUSR2)
+            assert await resets_within(client, 0.5)
+            assert await resets_within(app, 0.5)
+            await program.process.wait_for_output("told that it is closed")
             assert told(await program.record(client)) == ("handled", 5, 0)
 
 

@@ -476,6 +476,8 @@ class _Relay:
                 self._before[gone.workload].active -= 1
         self.abandoned.discard(identity)
         self.recorded.discard(identity)
+        if (relaying := self.relaying.pop(identity, None)) is not None:
+            relaying.end(None)  # some other task of the program's waits for it
         self._given_up.unpark_all()
 
     async def _until_given_up(self, name: str | None = None) -> None:
@@ -647,9 +649,10 @@ class _Relaying:
         self._relay = relay
         self._channel = channel
         self._ended = trio.Event()
-        self._how: EndedOrder
+        self._how: EndedOrder | None = None
 
-    def end(self, how: EndedOrder) -> None:
+    def end(self, how: EndedOrder | None) -> None:
+        """None: the handler has ended before."""
         self._how = how
         self._ended.set()
 
@@ -662,6 +665,8 @@ class _Relaying:
             with trio.CancelScope(shield=True), suppress(OSError, trio.ClosedResourceError):
                 await self._channel.send(report.RESET + self.identity.encode())
             raise
+        if self._how is None:
+            raise trio.ClosedResourceError("this stream is closed: its handler has ended")
         return self._how
 
 

@@ -186,7 +186,7 @@ class ConnectionStream(trio.abc.HalfCloseableStream):
         `upstream` is a connected TCP or Unix socket, or a stream of one; it is this call's to close, also on cancellation,
         which resets both. A FIN is passed on as one. If a side breaks, the other one is reset after the bytes that came before; that is
         no error: `outcome` says which, and so does the record. The relay loop that the connection came from does it, with its `idle_timeout` and
-        `half_close_timeout`; `received` and `sent` are told at the end, where the record is written. In a process that got the connection from
+        `half_close_timeout`; `received` and `sent` are told at the end, where the record is written; until then the stream counts as closed for all other calls. In a process that got the connection from
         `receive_connections`, and where that loop has died before, there is no time-out but the kernel's for peers that have vanished.
         Raises TypeError for an `ssl.SSLSocket`, whose bytes are not those of its connection.
         """
