@@ -602,10 +602,10 @@ class _Books:
                 report.RELAY + msgspec.msgpack.encode(order), [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)]
             )
         except (OSError, trio.ClosedResourceError):
-            del self._relay.relaying[connection.id]
+            self._relay.relaying.pop(connection.id, None)  # unless it is lost already
             return None
         except BaseException:
-            del self._relay.relaying[connection.id]
+            self._relay.relaying.pop(connection.id, None)
             raise
         return relaying
 
