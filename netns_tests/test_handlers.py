@@ -200,7 +200,7 @@ async def test_30_what_a_server_has_said_reaches_a_slow_client_before_the_reset(
 
 
 @GATEWAY_V4
-async def test_30_a_reset_that_is_found_on_sending_lets_the_answer_through_and_is_no_end_in_order(way: Way) -> None:
+async def test_30_a_reset_behind_an_answer_that_waits_lets_it_through_and_is_no_end_in_order(way: Way) -> None:
     """The client does not read, so nothing is read from the server; then it speaks, and the server is gone."""
     async with program(way) as process, both_ends(way, 8090) as (client, app):
         with trio.fail_after(15):
@@ -213,7 +213,9 @@ async def test_30_a_reset_that_is_found_on_sending_lets_the_answer_through_and_i
             seen = await read(client, Seen())
             assert seen.end == "reset"
             assert 1_000_000 < len(seen.data) <= sent
-            assert await record(process, client) == f"upstream_reset 14 {len(seen.data)}"
+            # Whether what it has said was read depends on which of the two was noticed first.
+            lines = [f"upstream_reset {said} {len(seen.data)}" for said in (0, 14)]
+            assert await record(process, client) in lines
 
 
 @GATEWAY_V4

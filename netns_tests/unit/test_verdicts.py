@@ -12,6 +12,8 @@ import trio
 import trio.testing
 
 from tproxyd import Connection, ConnectionStream, Forward, HandOff
+from tproxyd.datapath import EndedOrder
+from tproxyd.proxy import Relaying, Sides
 
 CONNECTION = Connection(
     id="0", source=("192.0.2.2", 4444), original_destination=("203.0.113.9", 80), target=("203.0.113.9", 80)
@@ -154,11 +156,21 @@ class CancelAt(trio.abc.Instrument):
             self.scope.cancel()
 
 
+class Reset(ConnectionStream):
+    """Remembers whether it was: a Unix socket's peer is not told."""
+
+    was_reset = False
+
+    def abort(self) -> None:
+        self.was_reset = True
+        super().abort()
+
+
 @pytest.mark.parametrize("wrapped", [False, True], ids=["socket", "stream"])
 async def test_61_a_relay_that_is_cancelled_at_any_step_closes_its_upstream_and_gives_no_end_in_order(
     wrapped: bool,
 ) -> None:
-    """With what had been read before, more than one buffer of it each way, and half-closes."""
+    """Where no loop relays. With what had been read before, more than one buffer of it each way, and half-closes."""
     size = 600_000
     step = 0
     while True:
@@ -168,7 +180,7 @@ async def test_61_a_relay_that_is_cancelled_at_any_step_closes_its_upstream_and_
         with ours, client, server:
             for end in (client, server):
                 end.setblocking(False)
-            stream = stream_on(ours, b"already")
+            stream = Reset(ours, CONNECTION, b"already")
             with trio.CancelScope() as scope:
                 instrument = CancelAt(step, scope)
                 trio.lowlevel.add_instrument(instrument)
@@ -191,9 +203,55 @@ async def test_61_a_relay_that_is_cancelled_at_any_step_closes_its_upstream_and_
                 os.fstat(number)
             if not scope.cancelled_caught:
                 break
-            assert ours.fileno() >= 0 or stream.received == size + 7, step  # else it was through already
+            assert ours.fileno() < 0
+            assert stream.was_reset or stream.received == size + 7, step  # else it was through already
     assert (stream.received, stream.sent, stream.outcome) == (size + 7, size, None)
     assert step > 20
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["socket", "stream"])
+@pytest.mark.parametrize("given", [False, True], ids=["not given yet", "given"])
+async def test_61_a_relay_that_is_cancelled_before_a_loop_has_it_or_after_leaves_no_socket_open_here(
+    pair: tuple[socket.socket, socket.socket], wrapped: bool, given: bool
+) -> None:
+    class Forever:
+        async def ended(self) -> EndedOrder:
+            await trio.sleep_forever()
+
+    async def relay(sides: Sides) -> Relaying:
+        assert (sides.already, sides.received) == (b"already", 7)
+        if not given:
+            await trio.sleep_forever()
+        return Forever()
+
+    upstream, server = socket.socketpair()
+    with server:
+        stream = Reset(pair[0], CONNECTION, b"already", relay=relay)
+        sock = trio.SocketStream(trio.socket.from_stdlib_socket(upstream)) if wrapped else upstream
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(stream.relay_to, sock)
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.cancel_scope.cancel()
+        assert stream.was_reset is not given  # else that is the loop's
+        assert (sock.socket if isinstance(sock, trio.SocketStream) else sock).fileno() == stream.socket.fileno() == -1
+        assert server.recv(1) == pair[1].recv(1) == b""
+
+
+async def test_a_relay_whose_loop_has_died_is_done_without(pair: tuple[socket.socket, socket.socket]) -> None:
+    async def relay(_: Sides) -> None:
+        return None
+
+    upstream, server = socket.socketpair()
+    with server:
+        stream = ConnectionStream(pair[0], CONNECTION, b"already", relay=relay)
+        pair[1].send(b" and then")
+        pair[1].shutdown(socket.SHUT_WR)
+        server.send(b"answer")
+        server.shutdown(socket.SHUT_WR)
+        await stream.relay_to(upstream)
+        assert (stream.received, stream.sent, stream.outcome) == (16, 6, None)
+        assert server.recv(100) + server.recv(100) == b"already and then"
+        assert pair[1].recv(100) == b"answer"
 
 
 async def _say(sock: socket.socket, data: bytes) -> None:

@@ -5,6 +5,16 @@ Accept, decide, dial, relay, record: `connection.Connection` is the life of one;
 
 from tproxyd.datapath.pipes import splice_error
 from tproxyd.datapath.record import Outcome, Record
-from tproxyd.datapath.report import CONNECT_SECONDS, Counters, LogLine, Setup, WorkloadSetup
+from tproxyd.datapath.report import CONNECT_SECONDS, Counters, EndedOrder, LogLine, Setup, WorkloadSetup
 
-__all__ = ["CONNECT_SECONDS", "Counters", "LogLine", "Outcome", "Record", "Setup", "WorkloadSetup", "splice_error"]
+__all__ = [
+    "CONNECT_SECONDS",
+    "Counters",
+    "EndedOrder",
+    "LogLine",
+    "Outcome",
+    "Record",
+    "Setup",
+    "WorkloadSetup",
+    "splice_error",
+]

@@ -32,6 +32,9 @@ __all__ = ["Books"]
 _REPORT = 0.05  # seconds until the owner hears of what has happened
 _SAY_EVERY = 5.0  # seconds between two log lines of one kind
 _MOST_SAID = 256  # kinds of log lines within that time; so many cannot be meant, but a text may have addresses in it
+_RELAYED = (
+    500  # of those that were relayed for the owner and have ended, in one message; each is some 50 bytes of its 64 KiB
+)
 _MOST_ALPN = 255  # characters; a client may offer 16 KiB of names
 
 
@@ -53,6 +56,9 @@ class Books:
         self._changed: set[Workload] = set()  # their counters
         self._dropped = 0
         self._records: list[Record] = []
+        self.urgent = False
+        """Something waits for `hurry`, at the end of this turn."""
+        self._relayed: list[report.EndedOrder] = []
         self._encode = msgspec.json.Encoder()
         self._per_source = per_source
         self._sources: dict[tuple[str, str], int] = {}  # by workload and address
@@ -155,6 +161,24 @@ class Books:
         self.outbox.put(kind, content, sock=sock)
         self.due = self._clock.now
 
+    def hand_over(self, told: report.HandedOver, sock: socket.socket | socket.SocketType) -> None:
+        """Gives the owner a connection at the end of this turn, and closes the socket here then."""
+        self.outbox.put(report.HAND_OVER, msgspec.msgpack.encode(told), sock=sock)
+        self.urgent = True
+
+    def end_relayed(self, ended: report.EndedOrder) -> None:
+        """Tells the owner at the end of this turn that a connection has ended which was relayed for it."""
+        self._relayed.append(ended)
+        self.urgent = True
+
+    def hurry(self) -> bool:
+        """Tells the owner what somebody there waits for; all else has time until the next report. False if there is no owner any more."""
+        self.urgent = False
+        for begin in range(0, len(self._relayed), _RELAYED):
+            self.outbox.put(report.RELAYED, msgspec.msgpack.encode(self._relayed[begin : begin + _RELAYED]))
+        self._relayed = []
+        return self._send()
+
     def report(self) -> bool:
         """Tells the owner what has happened since it was told last; False if there is no owner any more."""
         self.due = math.inf
@@ -170,13 +194,18 @@ class Books:
             changed = {workload.name: workload.counters for workload in self._changed}
             self.outbox.put(report.COUNTERS, msgspec.msgpack.encode(report.Count(changed, self._dropped)))
             self._changed, self._dropped = set(), 0
+        return self.hurry()
+
+    def _send(self) -> bool:
         try:
             if not self.outbox.send():
-                self.due = self._clock.now + _REPORT  # it is busy, and told later
+                self.due = min(self.due, self._clock.now + _REPORT)  # it is busy, and told later
         except OSError as error:
             if error.errno in (errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN):
                 return False
-            self.due = self._clock.now + _REPORT  # short of memory, or of files in flight: it is told later
+            self.due = min(
+                self.due, self._clock.now + _REPORT
+            )  # short of memory, or of files in flight: it is told later
         return True
 
     def _put_lines(self, kind: bytes, records: list[Record]) -> None:
@@ -208,6 +237,7 @@ class Books:
     def _record(self, connection: Connection, outcome: Outcome) -> Record:
         upstream = connection.upstream
         target, source, hello = connection.target, connection.upstream_source, connection.hello
+        received, sent = connection.moved_bytes()
         return Record(
             ts=self._wall_clock(),
             id=f"{connection.identity:016x}",
@@ -219,8 +249,8 @@ class Books:
             rule=connection.rule,
             sni=hello.sni if hello else None,
             alpn=",".join(hello.alpn)[:_MOST_ALPN] or None if hello else None,
-            bytes_from_client=connection.downstream.received,
-            bytes_from_upstream=upstream.received if upstream else connection.handed_upstream,
+            bytes_from_client=received,
+            bytes_from_upstream=sent,
             duration_ms=round((self._clock.now - connection.started) * 1000, 3),
             outcome=outcome,
         )

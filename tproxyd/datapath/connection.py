@@ -7,7 +7,7 @@ orderly close for something that went wrong. It gets a reset, after the bytes th
     (reading ──▶) dialling ──connected──▶ (sniffing ──▶) relaying ──both FINs passed on──▶ closed
                     ▲ │                                     │
                     │ └──refused, reset, ...               └──one side broke──▶ flushing ──▶ closed
-                    └── handed over to the embedding program, and taken back, or ended there
+                    └── handed over to the embedding program, and taken back, or ended there, or relayed to an upstream of the program's
 
 `reading`: the client begins with a PROXY header, before which nothing is decided. `sniffing`: a header for the server waits for the names in
 a ClientHello. Most connections know neither.
@@ -35,6 +35,7 @@ from tproxyd.datapath.timers import Timed
 from tproxyd.datapath.transfer import Leg, LegBrokenError
 from tproxyd.net.sockets import (
     Address,
+    adopt_upstream,
     answer_at_once,
     format_address,
     format_target,
@@ -46,6 +47,7 @@ from tproxyd.net.sockets import (
 if TYPE_CHECKING:
     from tproxyd.datapath.client_hello import ClientHello
     from tproxyd.datapath.loop import RelayLoop
+    from tproxyd.datapath.report import RelayOrder
     from tproxyd.datapath.workload import Workload
 
 __all__ = ["Connection"]
@@ -99,6 +101,7 @@ class Connection(Timed):
         "moved",
         "patience",
         "pause",
+        "relayed",
         "rule",
         "settled",
         "started",
@@ -135,6 +138,7 @@ class Connection(Timed):
         self.state = _DIALLING
         self.counted = False
         self.handed_upstream = 0
+        self.relayed = False  # to an upstream of the embedding program's, which waits for its end
         self.settled = False
         self.downstream = Leg(loop, self, sock, accepted=True)
         self.upstream: Leg | None = None
@@ -306,10 +310,55 @@ class Connection(Timed):
             return self._fail(error)
 
     def end_handed(self, outcome: Outcome, bytes_from_client: int, bytes_from_upstream: int) -> None:
-        """The embedding program is through with it."""
-        self.downstream.received = bytes_from_client
+        """The embedding program is through with it. What is relayed for it is reset, and more may have been moved than it knows."""
+        self.relayed = False  # nobody waits
+        self.downstream.received = max(self.downstream.received, bytes_from_client)
         self.handed_upstream = bytes_from_upstream
+        if self.upstream is not None:
+            self.upstream.received = max(self.upstream.received, bytes_from_upstream)
         self.end(outcome)
+
+    def relay(self, client: socket.SocketType, sock: socket.SocketType, order: RelayOrder) -> None:
+        """The embedding program has connected it to an upstream, and wants nothing of the bytes from now on."""
+        loop = self.loop
+        downstream = self.downstream = Leg(loop, self, client, accepted=True)
+        upstream = self.upstream = Leg(loop, self, sock, accepted=False)
+        upstream.other, downstream.other = downstream, upstream
+        upstream.watches_out = False  # it is connected
+        downstream.nonblocking = True  # as the program had it
+        downstream.received, upstream.received = order.bytes_from_client, order.bytes_from_upstream
+        downstream.held = order.data
+        self.relayed = True
+        self.state = _RELAYING
+        self.active = loop.now
+        try:
+            self.target, self.upstream_source = adopt_upstream(sock)
+            # What waits there already is told at once.
+            loop.watch(downstream)
+            loop.watch(upstream)
+            loop.settling.add(self)
+            if order.data:
+                self._relay(downstream, 0)
+        except Exception as error:  # a surprise costs this connection only
+            self._fail(error)
+
+    def stop_relaying(self) -> None:
+        """Resets both sides of what is relayed for the program, which is still to say how it ended."""
+        if not self.relayed:
+            return
+        self.relayed = False
+        self.state = _HANDED
+        self.leave_wheel()
+        self.loop.flushing.discard(self)
+        for leg in (self.downstream, self.upstream):
+            assert leg is not None
+            leg.drop()
+            self.loop.part(leg, orderly=False)
+
+    def moved_bytes(self) -> tuple[int, int]:
+        """From the client, and from the upstream, which may be the embedding program."""
+        upstream = self.upstream
+        return self.downstream.received, self.handed_upstream if upstream is None else upstream.received
 
     def _dial(self, is_local: bool, dialled_local: bool) -> None:
         """Towards the target, as whom `upstream.source` says; whether it, and what has been dialled, are addresses of this host.

@@ -113,8 +113,8 @@ class RelayLoop:
 
         self.asks = setup.asks
         self._alone = setup.alone
-        self._handed: dict[str, Connection] = {}
-        self._forward: list[tuple[report.ForwardOrder, int]] = []
+        self._handed: dict[str, Connection] = {}  # those that the owner has, or has given back to be relayed for it
+        self._forward: list[tuple[report.ForwardOrder | report.RelayOrder, list[int]]] = []
         self._backlog = config.listen.backlog
         self._limit = setup.limit
         self._full = (
@@ -183,8 +183,8 @@ class RelayLoop:
                     self._accept(workload, listener)
             if self._forward:
                 orders, self._forward = self._forward, []
-                for order, fd in orders:
-                    self._take_back(order, fd)
+                for order, fds in orders:
+                    self._take_back(order, fds)
             if self._asked:
                 self._serve_queues()
             self._keep_time()
@@ -271,7 +271,7 @@ class RelayLoop:
             rule=connection.rule,
         )
         self._handed[handed.id] = connection
-        self._books.tell(report.HAND_OVER, msgspec.msgpack.encode(handed), sock=connection.downstream.sock)
+        self._books.hand_over(handed, connection.downstream.sock)
         return None
 
     def leave(self, connection: Connection, outcome: Outcome) -> None:
@@ -279,6 +279,12 @@ class RelayLoop:
         books = self._books
         self.flushing.discard(connection)
         connection.workload.waiting.pop(connection, None)
+        if connection.relayed:
+            outcome = "handled" if outcome == "closed" else outcome
+            identity = f"{connection.identity:016x}"
+            self._handed.pop(identity, None)
+            received, sent = connection.moved_bytes()
+            books.end_relayed(report.EndedOrder(identity, outcome, received, sent))
         books.leave(connection, outcome)
         workload = connection.workload
         if workload.tells_idle and not workload.connections:
@@ -364,6 +370,8 @@ class RelayLoop:
             self._look_for_stalls()
         if now >= self._books.due:
             self._report()
+        elif self._books.urgent and not self._books.hurry():
+            self._stopping = True  # the owner is gone
 
     def _knock(self, workload: Workload) -> None:
         while workload.waiting:
@@ -555,7 +563,11 @@ class RelayLoop:
         match kind:
             case report.FORWARD:
                 # Dialled after this batch of events, as every new connection.
-                self._forward.append((msgspec.msgpack.decode(content, type=report.ForwardOrder), fds[0] if fds else -1))
+                self._forward.append((msgspec.msgpack.decode(content, type=report.ForwardOrder), fds))
+            case report.RELAY:
+                self._forward.append((msgspec.msgpack.decode(content, type=report.RelayOrder), fds))
+            case report.RESET:
+                self._reset(content.decode())
             case report.ENDED:
                 ended = msgspec.msgpack.decode(content, type=report.EndedOrder)
                 handed = self._handed.pop(ended.id, None)
@@ -604,18 +616,40 @@ class RelayLoop:
         else:
             self._books.tell(report.ADDED, msgspec.msgpack.encode((setup.name, "")))
 
-    def _take_back(self, order: report.ForwardOrder, fd: int) -> None:
-        connection = self._handed.pop(order.id, None)
-        if connection is None or fd < 0:
-            if fd >= 0:
+    def _take_back(self, order: report.ForwardOrder | report.RelayOrder, fds: list[int]) -> None:
+        relays = isinstance(order, report.RelayOrder)
+        connection = self._handed.get(order.id)
+        if connection is None or len(fds) < 1 + relays:
+            for fd in fds:
                 abort(socket.socket(fileno=fd))
             if connection is not None:
                 full = OSError(errno.EMFILE, os.strerror(errno.EMFILE))
                 self.complain(
-                    full, "no file left for the connection that the policy forwards; raise LimitNOFILE (ulimit -n)"
+                    full, "no file left for a connection that the program has given back; raise LimitNOFILE (ulimit -n)"
                 )
+                connection.relayed = relays  # and somebody waits for its end
                 connection.end("error")
-            return
-        self._books.renew(connection)
+                self._handed.pop(order.id, None)
+            elif isinstance(order, report.RelayOrder):  # it has been ended here meanwhile
+                ended = report.EndedOrder(order.id, "drained", order.bytes_from_client, order.bytes_from_upstream)
+                self._books.end_relayed(ended)
+            return None
         # Not the client's: a PROXY header may tell of one of the other family.
-        connection.take_back(accepted_socket(connection.downstream.sock.family, fd), order.target)
+        client = accepted_socket(connection.downstream.sock.family, fds[0])
+        if isinstance(order, report.RelayOrder):
+            return connection.relay(client, accepted_socket(order.family, fds[1]), order)
+        del self._handed[order.id]
+        self._books.renew(connection)
+        return connection.take_back(client, order.target)
+
+    def _reset(self, identity: str) -> None:
+        """The owner does not want it to be relayed any more, and will say how it has ended."""
+        for order, fds in self._forward:
+            if order.id == identity:
+                for fd in fds:
+                    abort(socket.socket(fileno=fd))
+                self._forward.remove((order, fds))
+                break
+        connection = self._handed.get(identity)
+        if connection is not None:
+            connection.stop_relaying()

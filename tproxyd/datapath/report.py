@@ -3,8 +3,10 @@
 The first byte of a message tells its kind. A loop never waits for its owner: what does not fit is kept for later, and access-log
 lines beyond a bound are dropped and counted. The end of the socket is the end of the other side, however that came about.
 
-    owner ▶ loop    setup (pickled), a workload to serve, or to serve no more, idle?, counters?, stop; about a connection that was handed over: forward it, it has ended
-    loop ▶ owner    ready, added, removed, records, living connections, counters, log lines, idle; a connection that the program wants to decide about
+    owner ▶ loop    setup (pickled), a workload to serve, or to serve no more, idle?, counters?, stop; about a connection that was handed over: forward it, relay it to
+                    this upstream, reset what is relayed so, it has ended
+    loop ▶ owner    ready, added, removed, records, living connections, counters, log lines, idle; a connection that the program wants to decide about;
+                    those that were relayed for it and have ended
 """
 
 from __future__ import annotations
@@ -19,7 +21,17 @@ import msgspec
 from tproxyd.config import Config
 from tproxyd.datapath.record import Outcome
 
-__all__ = ["Counters", "EndedOrder", "ForwardOrder", "HandedOver", "LogLine", "Outbox", "Setup", "WorkloadSetup"]
+__all__ = [
+    "Counters",
+    "EndedOrder",
+    "ForwardOrder",
+    "HandedOver",
+    "LogLine",
+    "Outbox",
+    "RelayOrder",
+    "Setup",
+    "WorkloadSetup",
+]
 
 # Owner to loop.
 SETUP_PART = b"P"
@@ -29,6 +41,8 @@ TELL_COUNTERS = b"C"
 STOP = b"S"
 FORWARD = b"F"  # with the socket that was handed over
 ENDED = b"D"
+RELAY = b"L"  # with the socket that was handed over, and that of the upstream
+RESET = b"X"  # an id: what is relayed so is reset; how it has ended is still to be said
 ADD_PART = b"a"  # the setup of a workload, pickled, as much of it as fits
 ADD = b"A"  # the rest of it, with the descriptors of its namespace and its listeners
 REMOVE = b"R"
@@ -41,6 +55,7 @@ COUNTED = b"C"
 LOG = b"l"
 IDLE = b"i"
 HAND_OVER = b"h"  # with a socket
+RELAYED = b"e"  # as ENDED, of some that were to be relayed
 ADDED = b"A"  # name, and why not
 REMOVED = b"R"
 
@@ -93,6 +108,17 @@ class ForwardOrder(msgspec.Struct):
 
     id: str
     target: tuple[str, int] | None
+
+
+class RelayOrder(msgspec.Struct):
+    """Its socket comes back, and that of an upstream of this family: relay between them. `data` is what has been read from the client and is to go
+    first; no more than came with HandedOver, so it fits. The numbers are what has been moved so far, `data` included."""
+
+    id: str
+    family: int
+    bytes_from_client: int
+    bytes_from_upstream: int
+    data: bytes = b""
 
 
 class EndedOrder(msgspec.Struct):

@@ -20,11 +20,11 @@ from typing import NamedTuple, TypeVar
 import msgspec
 import trio
 
-from tproxyd.datapath import Counters, LogLine, Outcome, Record, Setup, WorkloadSetup, report
+from tproxyd.datapath import Counters, EndedOrder, LogLine, Outcome, Record, Setup, WorkloadSetup, report
 from tproxyd.errors import KernelError
 from tproxyd.interceptor.homes import ProcessHome, ThreadHome
 from tproxyd.net.sockets import abort, format_address
-from tproxyd.proxy import Complaints, Connection, Policy, Receivers, serve_handed
+from tproxyd.proxy import Complaints, Connection, Policy, Receivers, Sides, serve_handed
 
 __all__ = ["Relays", "first_of", "merge_counters"]
 
@@ -212,6 +212,10 @@ class _Relay:
         """Connections that are with the embedding program."""
         self.abandoned: set[str] = set()
         """Those of them that it did not give up in time; the loop has recorded their end."""
+        self.relaying: dict[str, _Relaying] = {}
+        """Those of them that the loop relays for a handler, which waits."""
+        self.recorded: set[str] = set()
+        """Those of them that it has relayed to their end, while the handler goes on."""
         self._handlers_ended = False
         self._complaints = Complaints()
         self._orphans: set[str] = set()  # those of them whose loop has died
@@ -292,6 +296,7 @@ class _Relay:
             finally:
                 handed.cancel_scope.cancel()
                 await self._end_handlers()
+                self._lose_relayed()  # of a loop that has not said its last words
                 self._on_end()
 
     async def wait_idle(self, name: str) -> None:
@@ -426,6 +431,12 @@ class _Relay:
             case report.REMOVED:
                 if (removed := self._removing.pop(content.decode(), None)) is not None:
                     removed.set()
+            case report.RELAYED:
+                for ended in msgspec.msgpack.decode(content, type=list[EndedOrder]):
+                    if ended.id in self.handed:
+                        self.recorded.add(ended.id)
+                    if (relaying := self.relaying.pop(ended.id, None)) is not None:
+                        relaying.end(ended)
             case report.READY:
                 self._ready.set()
             case report.HAND_OVER:  # without its socket: the kernel had no descriptor for it here
@@ -477,6 +488,9 @@ class _Relay:
             if gone is not None and gone.workload in self._before:
                 self._before[gone.workload].active -= 1
         self.abandoned.discard(identity)
+        self.recorded.discard(identity)
+        if (relaying := self.relaying.pop(identity, None)) is not None:
+            relaying.end(None)  # some other task of the program's waits for it
         self._given_up.unpark_all()
 
     async def _until_given_up(self, name: str | None = None) -> None:
@@ -520,12 +534,14 @@ class _Relay:
 
     def _bury(self, reason: str) -> None:
         """What a loop leaves behind that died: its connections are lost, and every one that was known gets its record."""
-        living = Counter(handed.workload for handed in self.handed.values())  # those live on
-        lost = {name: counters.active - living[name] for name, counters in self.counters.items()}
+        # Those live on; what it relayed for them does not, but is counted when its handler has ended.
+        living = Counter(handed.workload for identity, handed in self.handed.items() if identity not in self.recorded)
+        # The loop tells its counters less often than it gives a connection away, and may have told of fewer.
+        lost = {name: max(0, counters.active - living[name]) for name, counters in self.counters.items()}
         _log.error(
             "a relay loop ended unexpectedly (%s) and took %d connections with it; another one takes its place",
             reason,
-            sum(lost.values()),
+            sum(lost.values()) + len(self.relaying),
         )
         if self._living:
             ts, now = _wall_clock(time.time()), trio.current_time()
@@ -544,14 +560,23 @@ class _Relay:
             self._counted.set()  # nobody is left to answer
             self._counted = None
         self._before, self.counters = self.total, {}
+        for name in living.keys() & self._served.keys():
+            self._before.setdefault(name, Counters())
         for name, counters in self._before.items():
             counters.active = living[name]
             if lost.get(name):
                 counters.outcomes["worker_lost"] = counters.outcomes.get("worker_lost", 0) + lost[name]
-        self._orphans |= self.handed.keys()
+        self._orphans |= self.handed.keys() - self.recorded
+        self._lose_relayed()
         for event in self._removing.values():
             event.set()
         self._removing = {}
+
+    def _lose_relayed(self) -> None:
+        """Nobody relays them any more."""
+        relaying, self.relaying = self.relaying, {}
+        for one in relaying.values():
+            one.end(EndedOrder(one.identity, "worker_lost", 0, 0))
 
 
 async def _within(scope: trio.CancelScope, function: Callable[[], Awaitable[None]]) -> None:
@@ -579,8 +604,28 @@ class _Books:
         finally:
             self._relay.forget(connection.id)
 
+    async def relay(self, connection: Connection, sides: Sides) -> _Relaying | None:
+        """Gives copies of both sockets to the loop; None if it has died."""
+        sock = sides.upstream
+        order = report.RelayOrder(connection.id, sock.family, sides.received, sides.sent, sides.already)
+        fds = struct.pack("2i", sides.client.fileno(), sock.fileno())
+        relaying = self._relay.relaying[connection.id] = _Relaying(self._relay, self._channel, connection.id)
+        try:
+            await self._channel.send(
+                report.RELAY + msgspec.msgpack.encode(order), [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)]
+            )
+        except (OSError, trio.ClosedResourceError):
+            self._relay.relaying.pop(connection.id, None)  # unless it is lost already
+            return None
+        except BaseException:
+            self._relay.relaying.pop(connection.id, None)
+            raise
+        return relaying
+
     async def end(self, connection: Connection, outcome: Outcome, received: int, sent: int) -> None:
-        """The connection has ended here."""
+        """The connection has ended here, if not in the loop that relayed it."""
+        if connection.id in self._relay.recorded:
+            return self._relay.forget(connection.id)
         order = report.EndedOrder(connection.id, outcome, received, sent)
         try:
             await self._channel.send(report.ENDED + msgspec.msgpack.encode(order))
@@ -588,6 +633,7 @@ class _Books:
             self._record(connection, outcome, received, sent)
         finally:
             self._relay.forget(connection.id)
+        return None
 
     def _record(self, connection: Connection, outcome: Outcome, received: int, sent: int) -> None:
         if connection.id in self._relay.abandoned:
@@ -606,6 +652,35 @@ class _Books:
         )
         self._relay.count_orphan(connection.workload, outcome)
         self._relay.on_lines(msgspec.json.encode(record) + b"\n")
+
+
+class _Relaying:
+    """A connection that a loop relays for a handler."""
+
+    def __init__(self, relay: _Relay, channel: _Orders, identity: str) -> None:
+        self.identity = identity
+        self._relay = relay
+        self._channel = channel
+        self._ended = trio.Event()
+        self._how: EndedOrder | None = None
+
+    def end(self, how: EndedOrder | None) -> None:
+        """None: the handler has ended before."""
+        self._how = how
+        self._ended.set()
+
+    async def ended(self) -> EndedOrder:
+        """Waits for its end. Cancelled, it has the loop reset both sides; how the connection ended is the handler's to say then."""
+        try:
+            await self._ended.wait()
+        except BaseException:
+            self._relay.relaying.pop(self.identity, None)
+            with trio.CancelScope(shield=True), suppress(OSError, trio.ClosedResourceError):
+                await self._channel.send(report.RESET + self.identity.encode())
+            raise
+        if self._how is None:
+            raise trio.ClosedResourceError("this stream is closed: its handler has ended")
+        return self._how
 
 
 def _wall_clock(now: float) -> str:

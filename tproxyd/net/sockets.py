@@ -15,6 +15,7 @@ import struct
 import sys
 import termios
 from collections.abc import Sequence
+from typing import Protocol
 
 __all__ = [
     "KEEPALIVE_IDLE",
@@ -24,6 +25,7 @@ __all__ = [
     "Address",
     "abort",
     "accepted_socket",
+    "adopt_upstream",
     "answer_at_once",
     "bound_receive_buffer",
     "can_share_ports",
@@ -242,6 +244,25 @@ def open_unix_upstream() -> socket.SocketType:
     return sock
 
 
+def adopt_upstream(sock: socket.SocketType) -> tuple[Address | str | None, Address | None]:
+    """Of a connected stream socket that somebody else has opened: who is there, and as whom it was reached. None for what has no name, or has gone."""
+    peer: Address | str | bytes | None = None
+    own: Address | None = None
+    with contextlib.suppress(OSError):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)  # as `open_upstream` has it
+        peer = sock.getpeername()
+        if sock.family == socket.AF_UNIX:
+            return (peer or None) if isinstance(peer, str) else None, None
+        own = _unmapped(sock.getsockname())
+    return _unmapped(peer) if isinstance(peer, tuple) else None, own
+
+
+def _unmapped(address: Address) -> Address:
+    """An IPv4 address as one, also where a socket of IPv6 has it."""
+    host = address[0]
+    return (host[7:], address[1]) if host.startswith("::ffff:") and "." in host else address
+
+
 def answer_at_once(sock: socket.SocketType) -> None:
     """Sends the ACK that `open_upstream` holds back, if no data has taken it along by now."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
@@ -296,7 +317,13 @@ def abort(sock: socket.SocketType) -> None:
     sock.close()
 
 
-def reset_on_close(sock: socket.SocketType) -> None:
+class HasOptions(Protocol):
+    """A socket, of the socket module or of trio's."""
+
+    def setsockopt(self, level: int, optname: int, value: bytes, /) -> None: ...
+
+
+def reset_on_close(sock: HasOptions) -> None:
     """Lets the close of the last copy of this socket be a reset."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 

@@ -6,7 +6,7 @@ if the answer is to forward it.
 
 from tproxyd.proxy.handed import Complaints, serve_handed
 from tproxyd.proxy.handoff import Receivers, receive_connections
-from tproxyd.proxy.stream import ConnectionStream
+from tproxyd.proxy.stream import ConnectionStream, Relaying, Sides
 from tproxyd.proxy.verdict import Connection, Forward, Handle, HandOff, Policy, Refuse
 
 __all__ = [
@@ -19,6 +19,8 @@ __all__ = [
     "Policy",
     "Receivers",
     "Refuse",
+    "Relaying",
+    "Sides",
     "receive_connections",
     "serve_handed",
 ]

@@ -6,6 +6,7 @@ import logging
 import math
 import socket
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Protocol
 
 import trio
@@ -13,7 +14,7 @@ import trio
 from tproxyd.datapath import Outcome
 from tproxyd.net.sockets import abort
 from tproxyd.proxy.handoff import NoReceiverError, Receivers
-from tproxyd.proxy.stream import ConnectionStream
+from tproxyd.proxy.stream import ConnectionStream, Relaying, Sides
 from tproxyd.proxy.verdict import Connection, Forward, Handle, HandOff, Policy, Refuse
 
 __all__ = ["Complaints", "serve_handed"]
@@ -30,6 +31,7 @@ class Loop(Protocol):
     """What is told to the loop that the connection came from, in whose books it stays."""
 
     async def forward(self, connection: Connection, sock: socket.socket, target: tuple[str, int] | None) -> None: ...
+    async def relay(self, connection: Connection, sides: Sides) -> Relaying | None: ...
     async def end(self, connection: Connection, outcome: Outcome, received: int, sent: int) -> None: ...
 
 
@@ -86,7 +88,7 @@ async def serve_handed(
         elif isinstance(verdict, Refuse):
             outcome = "refused_by_policy"
         elif isinstance(verdict, Handle):
-            stream = ConnectionStream(sock, connection, already)
+            stream = ConnectionStream(sock, connection, already, relay=partial(loop.relay, connection))
             try:
                 outcome = await _handle(verdict.handler, stream, complaints)
             finally:

@@ -2,25 +2,28 @@
 
 trio.SocketStream makes two checkpoints and takes a lock for each call, which is most of what a small message costs. Here a call that the
 socket can answer at once gives way only every so often, and one that has to wait waits as any other. `relay_to` is both directions of a
-connection, for a handler that has decided and wants nothing of the bytes. Refuses to know policies and where a connection came from.
+connection, for a handler that has decided and wants nothing of the bytes: a relay loop's work, where the connection has come from one that
+lives. Else, in a process that was given the connection, or when the loop has died, it is done here. Refuses to know policies, and what a loop is.
 """
 
 from __future__ import annotations
 
 import errno
 import socket
+import ssl
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import trio
 
-from tproxyd.datapath import Outcome
+from tproxyd.datapath import EndedOrder, Outcome
 from tproxyd.net.sockets import abort, reset_on_close, round_trip_seconds, unsent_bytes
 
 if TYPE_CHECKING:
     from tproxyd.proxy.verdict import Connection
 
-__all__ = ["ConnectionStream"]
+__all__ = ["ConnectionStream", "Relaying", "Sides"]
 
 _TURNS = 16  # calls that need not wait before others have their turn, and a cancellation is noticed
 _READ = 16 * 1024  # bytes read at a time: a TLS record, and what a small write can be
@@ -33,8 +36,27 @@ with HAProxy's 0.77 and 0.90 beside them: 0.45 and 0.42 with 256 KiB, 0.37 and 0
 _PATIENCE = 2.0  # seconds without progress; and two round trips at least
 _LOOK, _LOOK_SELDOM = 0.002, 0.064  # seconds between two looks: the kernel has no event for what a peer has taken
 
+_RELAYED_FAMILIES = (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX)  # those that a relay loop knows
+
 _buffers: trio.lowlevel.RunVar[bytearray | None] = trio.lowlevel.RunVar("tproxyd relay buffer", None)
 """What bulk is read into: one an event loop, because it is empty again before anybody waits."""
+
+
+class Sides(NamedTuple):
+    """What a loop is given to relay: both sockets, non-blocking, what has been read from the client and is to go first, and what has been moved so far."""
+
+    client: socket.socket
+    upstream: socket.socket | trio.socket.SocketType
+    already: bytes
+    received: int
+    sent: int
+
+
+class Relaying(Protocol):
+    """A connection that a loop relays on copies of its sockets."""
+
+    async def ended(self) -> EndedOrder:
+        """Waits for its end, which the loop has recorded then. Cancelled, it resets both sides."""
 
 
 class ConnectionStream(trio.abc.HalfCloseableStream):
@@ -45,8 +67,17 @@ class ConnectionStream(trio.abc.HalfCloseableStream):
     One task may receive while another sends; two that do the same get BusyResourceError.
     """
 
-    def __init__(self, sock: socket.socket, connection: Connection, already: bytes = b"") -> None:
+    def __init__(
+        self,
+        sock: socket.socket,
+        connection: Connection,
+        already: bytes = b"",
+        *,
+        relay: Callable[[Sides], Awaitable[Relaying | None]] | None = None,
+    ) -> None:
+        """`relay` gives copies of both sockets to a loop; None from it: there is none any more."""
         sock.setblocking(False)
+        self._relay = relay
         self.connection = connection
         self.socket = sock
         self.received = len(already)
@@ -54,7 +85,7 @@ class ConnectionStream(trio.abc.HalfCloseableStream):
         self.broken = False
         """The client has reset the connection, or is gone."""
         self.outcome: Outcome | None = None
-        """How `relay_to` ended, if a side broke."""
+        """How `relay_to` ended, if that was not in order."""
         self._already = already
         self._size = _READ
         self._turns = _TURNS
@@ -153,11 +184,53 @@ class ConnectionStream(trio.abc.HalfCloseableStream):
         """Moves bytes both ways, what had been read before first, until both sides have ended, and closes both.
 
         `upstream` is a connected TCP or Unix socket, or a stream of one; it is this call's to close, also on cancellation,
-        which resets it. A FIN is passed on as one. If a side breaks, the other one is reset after the bytes that came before; that is
-        no error: `outcome` says which, and so will the record. There is no time-out but the kernel's for peers that have vanished.
+        which resets both. A FIN is passed on as one. If a side breaks, the other one is reset after the bytes that came before; that is
+        no error: `outcome` says which, and so does the record. The relay loop that the connection came from does it, with its `idle_timeout` and
+        `half_close_timeout`; `received` and `sent` are told at the end, where the record is written; until then the stream counts as closed for all other calls. In a process that got the connection from
+        `receive_connections`, and where that loop has died before, there is no time-out but the kernel's for peers that have vanished.
+        Raises TypeError for an `ssl.SSLSocket`, whose bytes are not those of its connection.
         """
+        if isinstance(upstream, ssl.SSLSocket):
+            raise TypeError(
+                "relay_to moves a socket's own bytes, and would lay open what TLS hides: relay in the handler"
+            )
         already, self._already = self._already, b""
+        if self._relay is not None and await self._relay_elsewhere(self._relay, upstream, already):
+            return
         await _Relay(self, upstream).run(already)
+
+    async def _relay_elsewhere(
+        self,
+        relay: Callable[[Sides], Awaitable[Relaying | None]],
+        upstream: socket.socket | trio.SocketStream,
+        already: bytes,
+    ) -> bool:
+        """Lets a loop do it, to the end; False if none does."""
+        sock = upstream.socket if isinstance(upstream, trio.SocketStream) else upstream
+        if sock.family not in _RELAYED_FAMILIES or sock.type != socket.SOCK_STREAM:
+            return False
+        try:
+            if isinstance(sock, socket.socket):
+                sock.setblocking(False)
+            relaying = await relay(Sides(self.socket, sock, already, self.received, self.sent))
+        except BaseException:
+            with suppress(OSError):
+                reset_on_close(sock)
+            _close(sock)
+            self.abort()
+            raise
+        if relaying is None:
+            return False
+        # A copy that is left open here would keep an end from being one.
+        _close(sock)
+        self.close()
+        ended = await relaying.ended()
+        self.received = max(self.received, ended.bytes_from_client)
+        self.sent = max(self.sent, ended.bytes_from_upstream)
+        if ended.outcome != "handled":
+            self.outcome = ended.outcome
+            self.broken = ended.outcome == "client_reset"
+        return True
 
     async def _take_turn(self) -> None:
         self._turns -= 1
@@ -178,8 +251,14 @@ class ConnectionStream(trio.abc.HalfCloseableStream):
         return trio.BrokenResourceError(f"the client is gone: {error.strerror}")
 
 
+def _close(sock: socket.socket | trio.socket.SocketType) -> None:
+    if isinstance(sock, socket.socket) and sock.fileno() >= 0:
+        trio.lowlevel.notify_closing(sock)
+    sock.close()  # trio's own tells who waits
+
+
 class _Relay:
-    """Both directions between a client and its upstream."""
+    """Both directions between a client and its upstream, where no loop relays them."""
 
     def __init__(self, stream: ConnectionStream, upstream: socket.socket | trio.SocketStream) -> None:
         self._stream = stream
@@ -212,8 +291,9 @@ class _Relay:
                 self._stream.close()
             else:
                 await _flush(self._upstream if outcome == "client_reset" else self._client)
-                self._stream.abort()
         finally:
+            if not orderly:
+                self._stream.abort()
             self._close_upstream(orderly=orderly)
 
     async def _pump(self, source: socket.socket, sink: socket.socket, held: bytes) -> None:
