@@ -63,7 +63,6 @@ USER_TIMEOUT = 120
 RECEIVE_BUFFER = 6 * 1024 * 1024
 """Bytes that a connection may have in a receive buffer while it stalls: what Linux gives at most by default (net.ipv4.tcp_rmem)."""
 
-_SO_RCVBUFFORCE = 33  # asm-generic/socket.h
 _SO_ATTACH_FILTER, _SO_ATTACH_REUSEPORT_CBPF = 26, 51  # asm-generic/socket.h
 _SO_ORIGINAL_DST = (
     80  # linux/netfilter_ipv4.h; IP6T_SO_ORIGINAL_DST of linux/netfilter_ipv6/ip6_tables.h is the same number
@@ -268,12 +267,12 @@ def bound_receive_buffer(sock: socket.SocketType) -> None:
     its first milliseconds: 12 MiB were seen with net.ipv4.tcp_rmem up to 32 MiB, all of which such a sender would fill.
     """
     if sock.family != socket.AF_UNIX and sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) > RECEIVE_BUFFER:
-        with contextlib.suppress(PermissionError):  # without CAP_NET_ADMIN the system's own bound has to do
-            # The kernel doubles what is asked for.
-            sock.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, RECEIVE_BUFFER // 2)
-            # What was under way for the larger one is dropped, and a reset behind it is beyond the window: Linux discards that without a
-            # word (seen once in thirty such resets). So it is asked every second whether such a sender is still there.
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 1)
+        # The kernel doubles what is asked for, and gives no more than twice net.core.rmem_max: 8 MiB where tcp_rmem has 32 (seen on 6.18), and 416 KiB
+        # where it has 6, and only who has raised that comes here. To force it takes CAP_NET_ADMIN, which no relay process is to have.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER // 2)
+        # What was under way for the larger one is dropped, and a reset behind it is beyond the window: Linux discards that without a
+        # word (seen once in thirty such resets). So it is asked every second whether such a sender is still there.
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 1)
 
 
 def wait_for_reader(sock: socket.SocketType, seconds: float) -> bool:
