@@ -80,9 +80,9 @@ _PORT_RANGE = struct.Struct("=I")  # the last port in the upper half
 
 
 def open_listener(
-    address: str, port: int, *, backlog: int, shared: bool = False, transparent: bool = True
+    address: str, port: int, *, backlog: int | None, shared: bool = False, transparent: bool = True
 ) -> socket.socket:
-    """A listening, non-blocking TCP socket on one address, by default a transparent one. The caller closes it.
+    """A listening, non-blocking TCP socket on one address, by default a transparent one; without a backlog it is only bound. The caller closes it.
 
     The address should be a loopback one: the tproxy statement finds the listener there, and the network cannot. NAT's `redirect` finds only
     one on every address, which need not be transparent. `shared` lets others like it listen on the same address, and the kernel spreads connections over them (SO_REUSEPORT); all of them must be.
@@ -108,7 +108,8 @@ def open_listener(
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
         watch_peer(sock)
         sock.bind((address, port))
-        sock.listen(backlog)
+        if backlog is not None:
+            sock.listen(backlog)
     except BaseException:
         sock.close()
         raise
