@@ -92,7 +92,11 @@ def keep_capabilities(names: Collection[str], *, pass_on: bool) -> None:
 
     For a process with one thread, in its beginning. Raises KernelError.
     """
-    assert len(os.listdir("/proc/self/task")) == 1, "another thread would keep all that it has"
+    if len(os.listdir("/proc/self/task")) != 1:
+        raise KernelError(
+            "cannot give up the capabilities that are not needed: another thread runs already, and would keep them; does a debugger, or a "
+            "sitecustomize module of this Python, start one?"
+        )
     _, permitted, _ = _get()
     kept = _bits(names) & permitted
     _prctl(_SET_NO_NEW_PRIVS, 1)
