@@ -300,6 +300,32 @@ async def test_a_program_that_embeds_it_keeps_its_own(sidecar_lab: Lab) -> None:
     await sidecar_lab["host"].run(*TPROXYD, "revert")
 
 
+# Wants to capture in a namespace that it may not enter.
+AGENT = """
+import sys, trio
+from tproxyd import CapabilityError, open_interceptor
+
+async def main():
+    async with open_interceptor({"capture": {"ports": ["8080"]}}) as interceptor:
+        try:
+            await interceptor.add_workload("pod", netns=sys.argv[1])
+        except CapabilityError as error:
+            print(error, interceptor.workloads)
+
+trio.run(main)
+"""
+
+
+async def test_fault_55_a_workload_that_may_not_be_entered(gateway_lab: Lab) -> None:
+    without = ("setpriv", "--bounding-set=-sys_admin", "--inh-caps=-sys_admin")
+    path = f"/proc/{os.getpid()}/fd/{gateway_lab['server'].netns}"
+    done = await gateway_lab["gateway"].run(*without, sys.executable, "-c", AGENT, path)
+    assert done.stdout == (
+        "cannot enter a network namespace: operation not permitted; it needs CAP_SYS_ADMIN: run it as root, or in a systemd unit add "
+        "AmbientCapabilities=CAP_SYS_ADMIN ()\n"
+    )
+
+
 # What docs/privileges.md says: a call that fails without, and the capabilities of which each is enough for it.
 
 
