@@ -193,8 +193,8 @@ async def test_a_client_that_connects_past_us_from_its_port_of_a_connection_in_i
     indirect=["way"],
 )
 async def test_a_client_port_below_1024(way: Way, app: None, target: str, bind_service: bool) -> None:
-    """Kept with CAP_NET_BIND_SERVICE; another port without it."""
-    config = f'{CONFIG}[upstream]\ntarget = "{target}"\nsource = "client"\n'
+    """Kept with CAP_NET_BIND_SERVICE; another port without it, with which "client" does not start."""
+    config = f'{CONFIG}[upstream]\ntarget = "{target}"\nsource = "{"client" if bind_service else "auto"}"\n'
     wrapper = (
         () if bind_service else ("setpriv", "--bounding-set", "-net_bind_service", "--inh-caps", "-net_bind_service")
     )

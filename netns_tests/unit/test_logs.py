@@ -143,3 +143,40 @@ def test_a_message_is_one_line_whatever_is_in_it(pipe: tuple[int, int]) -> None:
     assert second == "tproxyd: error: failed"
     assert trace[0].startswith("Traceback")
     assert trace[-1] == r"ValueError: \x1b[2J"
+
+
+def test_in_the_journal_each_line_has_its_priority(pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A traceback's, too, because each is an entry of its own."""
+    status = os.fstat(pipe[1])
+    monkeypatch.setenv("JOURNAL_STREAM", f"{status.st_dev}:{status.st_ino}")
+    root = logging.getLogger()
+    before = (root.handlers[:], root.level)
+    writer = LineWriter(pipe[1])
+    try:
+        set_up_logging(Config(), writer)
+        logging.getLogger("tproxyd").warning("%d things", 3)
+        logging.getLogger("tproxyd").info("<1>forged\n<1>forged")
+        try:
+            raise ValueError("x")
+        except ValueError:
+            logging.getLogger("tproxyd").exception("failed")
+    finally:
+        writer.close()
+        root.handlers[:], root.level = before
+    first, second, third, *trace = read_all(pipe[0]).decode().splitlines()
+    assert first == "<4>tproxyd: warning: 3 things"
+    assert second == r"<6>tproxyd: info: <1>forged\n<1>forged"
+    assert third == "<3>tproxyd: error: failed"
+    assert len(trace) > 2
+    assert all(line.startswith("<3>") for line in trace)
+
+
+@pytest.mark.parametrize("stream", ["", "0:0", "nothing"])
+def test_output_that_goes_elsewhere_has_no_priorities(
+    pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch, stream: str
+) -> None:
+    """A service that redirects its stderr hands $JOURNAL_STREAM down all the same."""
+    monkeypatch.setenv("JOURNAL_STREAM", stream)
+    writer = LineWriter(pipe[1])
+    writer.close()
+    assert not writer.is_journal

@@ -58,7 +58,7 @@ def main(arguments: Sequence[str]) -> int:
         return os.EX_OK
     except OSError as error:
         _forget_output()
-        print(f"tproxyd: {error.strerror or error}; is there room for the output, and for a process?", file=sys.stderr)
+        _print(f"tproxyd: {error.strerror or error}; is there room for the output, and for a process?", logging.ERROR)
         return os.EX_IOERR
     except Exception as error:  # a mistake of tproxyd's; a traceback is for who looks for it
         _complain(f"this is a bug, please report it: {type(error).__name__}: {error}")
@@ -71,7 +71,13 @@ def _complain(sentence: str) -> None:
     """On one line: there may be names in it that others have chosen."""
     from tproxyd.config.wording import printable  # late: it brings msgspec
 
-    print(f"tproxyd: {printable(sentence)}", file=sys.stderr)
+    _print(f"tproxyd: {printable(sentence)}", logging.ERROR)
+
+
+def _print(text: str, level: int) -> None:
+    from tproxyd.daemon.journal import is_journal, with_priority
+
+    print(with_priority(text, level) if is_journal(sys.stderr.fileno()) else text, file=sys.stderr)
 
 
 def _forget_output() -> None:
@@ -100,10 +106,10 @@ def _warn_of_forwarding(config: Config) -> None:
     from tproxyd.kernel import is_forwarding
 
     if config.captures and not config.capture.destinations and is_forwarding():
-        print(
+        _print(
             "tproxyd: warning: forwarding is on in this network namespace and capture.destinations is empty: what its containers or "
             'virtual machines connect to is captured, too; destinations = ["local"] limits capture to this host\'s own addresses',
-            file=sys.stderr,
+            logging.WARNING,
         )
 
 

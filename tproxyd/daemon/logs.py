@@ -19,6 +19,7 @@ import msgspec
 
 from tproxyd.config import Config
 from tproxyd.config.wording import printable
+from tproxyd.daemon.journal import is_journal, with_priority
 from tproxyd.datapath import Record
 
 __all__ = ["LineWriter", "access_format", "encode_line", "set_up_logging"]
@@ -37,6 +38,7 @@ class LineWriter:
 
     def __init__(self, fd: int, convert: Callable[[bytes], bytes] | None = None) -> None:
         self._fd = fd
+        self.is_journal = is_journal(fd)
         # Into a pipe, into which others may write, too, no more at a time than it takes in one piece.
         self._batch = _PIPE_BATCH if stat.S_ISFIFO(os.fstat(fd).st_mode) else _BATCH
         self._convert = convert
@@ -119,7 +121,7 @@ def access_format(config: Config, fd: int) -> Callable[[bytes], bytes] | None:
 
 
 def set_up_logging(config: Config, stderr: LineWriter) -> None:
-    """Sends the daemon's own messages to stderr, as `tproxyd: level: message`."""
+    """Sends the daemon's own messages to stderr, as `tproxyd: level: message`; where that is the journal, with their priority."""
     for level in (logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR, logging.CRITICAL):
         logging.addLevelName(level, logging.getLevelName(level).lower())
     handler = _Handler(stderr)
@@ -144,7 +146,10 @@ class _Handler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            self._stderr.write(encode_line(self.format(record)))
+            text = self.format(record)
+            if self._stderr.is_journal:
+                text = with_priority(text, record.levelno)
+            self._stderr.write(encode_line(text))
         except Exception:  # as every handler of the standard library: a wrong argument is told, and hurts nobody
             self.handleError(record)
 

@@ -30,7 +30,7 @@ from tproxyd.net.sockets import format_address
 if TYPE_CHECKING:
     from prometheus_client import Metric
 
-__all__ = ["open_metrics_listener", "serve_metrics"]
+__all__ = ["open_metrics_listener", "open_metrics_socket", "serve_metrics"]
 
 _log = logging.getLogger(__name__)
 
@@ -49,13 +49,18 @@ Waiting = Callable[[], AbstractContextManager[None]]
 
 def open_metrics_listener(where: Endpoint) -> trio.SocketListener:
     """A listener for `serve_metrics`, which closes it. KernelError if the address cannot be had."""
+    return trio.SocketListener(trio.socket.from_stdlib_socket(open_metrics_socket(where)))
+
+
+def open_metrics_socket(where: Endpoint) -> socket.socket:
+    """The same for who is not in trio. The caller closes it."""
     sock = socket.socket(socket.AF_INET6 if ":" in where.host else socket.AF_INET, socket.SOCK_STREAM)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind((where.host, where.port))
         sock.listen(_CLIENTS)
         sock.setblocking(False)
-        return trio.SocketListener(trio.socket.from_stdlib_socket(sock))
+        return sock
     except OSError as error:
         holder = port_holder(where.port, family=sock.family) if error.errno == errno.EADDRINUSE else None
         sock.close()

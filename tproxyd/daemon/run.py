@@ -8,7 +8,7 @@ import resource
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 from functools import partial
 
@@ -16,14 +16,13 @@ import trio
 
 from tproxyd import __version__
 from tproxyd.config import Config
-from tproxyd.daemon.comparison import session_ports
 from tproxyd.daemon.lock import Orders, namespace_lock, reverted, serve_orders
 from tproxyd.daemon.logs import LineWriter, access_format, encode_line, set_up_logging
+from tproxyd.daemon.privileges import give_up_privileges
 from tproxyd.daemon.service import Service, Stop
 from tproxyd.daemon.status import tell_serving
 from tproxyd.errors import TproxydError
 from tproxyd.interceptor import open_interceptor
-from tproxyd.net.capabilities import require_capabilities
 from tproxyd.net.sockets import format_address
 
 __all__ = ["run"]
@@ -35,16 +34,17 @@ _STOP = (signal.SIGTERM, signal.SIGINT)
 
 def run(config: Config) -> int:
     """Serves until SIGTERM or SIGINT and drains; a second one ends it at once. 0 after a clean stop. Raises TproxydError."""
-    # Before the lock, which needs one of them.
-    require_capabilities("capturing connections", ("CAP_NET_ADMIN", "CAP_NET_RAW"))
+    _allow_all_files()
+    seen = give_up_privileges(config)  # before there is another thread
     stderr = LineWriter(sys.stderr.fileno())
     set_up_logging(config, stderr)
-    _allow_all_files()
+    for warning in seen.warnings:
+        _log.warning("%s", warning)
     stdout = sys.stdout.fileno()
     access_log = LineWriter(stdout, access_format(config, stdout)) if config.log.access else None
     try:
         with namespace_lock("start") as held:
-            trio.run(_serve, config, stderr, access_log, held)
+            trio.run(_serve, config, stderr, access_log, held, seen.ssh_ports)
     except BaseExceptionGroup as group:
         error = _only(group)
         if error is None:
@@ -61,7 +61,9 @@ def run(config: Config) -> int:
     return os.EX_OK
 
 
-async def _serve(config: Config, stderr: LineWriter, access_log: LineWriter | None, held: socket.socket) -> None:
+async def _serve(
+    config: Config, stderr: LineWriter, access_log: LineWriter | None, held: socket.socket, ssh_ports: Collection[int]
+) -> None:
     stop = Stop()
     with trio.open_signal_receiver(*_STOP, signal.SIGHUP) as signals:
         async with trio.open_nursery() as nursery, _metrics_listener(config) as metrics:
@@ -69,7 +71,7 @@ async def _serve(config: Config, stderr: LineWriter, access_log: LineWriter | No
             # A signal that comes while this starts is answered as soon as it has: that takes a fraction of a second.
             on_lines = access_log.write if access_log is not None else None
             async with open_interceptor(
-                config, on_lines=on_lines, own_namespace=True, ssh_ports=[*session_ports()], namespace_held=True
+                config, on_lines=on_lines, own_namespace=True, ssh_ports=[*ssh_ports], namespace_held=True
             ) as interceptor:
                 service = Service(config, interceptor, stop, access_log)
                 orders: Orders = {"revert": partial(_revert, service), "status": partial(_status, service)}

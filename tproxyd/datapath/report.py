@@ -71,13 +71,14 @@ CONNECT_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0,
 
 class Setup(msgspec.Struct, frozen=True, kw_only=True):
     """All that a loop has to know of itself: of `config` its own parts, [relay] and [limits]. `limit` and `pipes` are how many connections and
-    pipes this loop may have; `alone` that nothing else in the process starts programs; `asks` that an embedding program wants to see
-    every connection that is not refused."""
+    pipes this loop may have; `alone` that nothing else in the process starts programs, which keeps the capabilities `keeps`, as far as it has
+    them, and no other; `asks` that an embedding program wants to see every connection that is not refused."""
 
     config: Config
     limit: int
     pipes: int
     alone: bool
+    keeps: tuple[str, ...] = ()
     asks: bool = False
 
 

@@ -1,9 +1,9 @@
 """A relay process: one loop and nothing else. Started by its owner as a program, with the channel as an inherited descriptor:
 
-    python -I -S worker.py SYS_PATH CHANNEL
+    python -I -S worker.py SYS_PATH CHANNEL CAPABILITIES
 
-SYS_PATH is the owner's, separated by colons: without site-packages being searched a process starts in half the time. It ends with its owner:
-at once, on the end of the channel. Signals are for the owner, which says here what is to be done about them.
+SYS_PATH is the owner's, separated by colons: without site-packages being searched a process starts in half the time. Of what the owner may do, it
+keeps the CAPABILITIES, separated by commas, as far as they are there. It ends with its owner: at once, on the end of the channel. Signals are for the owner, which says here what is to be done about them.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ def main(arguments: list[str]) -> None:
     import socket
 
     from tproxyd.datapath.loop import serve_loop
+    from tproxyd.net.capabilities import keep_capabilities, to_read_code
+
+    keep_capabilities([*filter(None, arguments[2].split(",")), *to_read_code()], pass_on=False)
 
     # What has been loaded stays, and connections leave nothing to collect: they refer in no circle when they have ended. With Python's
     # own thresholds looking for it took 2 us a connection of 28 (nine interleaved rounds).

@@ -25,7 +25,7 @@ from tproxyd.net.namespaces import call_in_namespace
 from tproxyd.net.proc_net import Connections, closing_connections, half_open_connections, port_holder
 from tproxyd.net.sockets import format_address, open_listener, spread_by_source
 
-__all__ = ["Capture", "Listeners", "open_listeners"]
+__all__ = ["Capture", "Listeners", "open_listeners", "require_free_port"]
 
 _log = logging.getLogger(__name__)
 
@@ -164,7 +164,10 @@ def open_listeners(
 
         def open_all() -> Listeners:
             return [
-                [stack.enter_context(_listen(config, address, port, shared=loops > 1)) for address, port in listen]
+                [
+                    stack.enter_context(_listen(config, address, port, backlog=config.listen.backlog, shared=loops > 1))
+                    for address, port in listen
+                ]
                 for _ in range(loops)
             ]
 
@@ -176,11 +179,15 @@ def open_listeners(
         yield opened
 
 
-def _listen(config: Config, address: str, port: int, *, shared: bool) -> socket.socket:
+def require_free_port(config: Config, listen: Sequence[tuple[str, int]]) -> None:
+    """Raises what `open_listeners` would raise in the calling thread's namespace. Accepts nothing."""
+    for address, port in listen:
+        _listen(config, address, port, backlog=None).close()
+
+
+def _listen(config: Config, address: str, port: int, *, backlog: int | None, shared: bool = False) -> socket.socket:
     try:
-        return open_listener(
-            address, port, backlog=config.listen.backlog, shared=shared, transparent=not config.redirects
-        )
+        return open_listener(address, port, backlog=backlog, shared=shared, transparent=not config.redirects)
     except OSError as error:
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         holder = port_holder(port, family=family) if error.errno == errno.EADDRINUSE else None

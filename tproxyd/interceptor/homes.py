@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import trio
@@ -23,9 +24,10 @@ _STOP = 3.0  # seconds for a process to end when it has been told to; then it is
 
 
 class ProcessHome:
-    """A loop in a process of its own."""
+    """A loop in a process of its own, which keeps these capabilities of what this one has."""
 
-    def __init__(self) -> None:
+    def __init__(self, keeps: Sequence[str]) -> None:
+        self._keeps = keeps
         self._process: trio.Process | None = None
 
     async def start(self, channel: socket.socket) -> None:
@@ -33,7 +35,8 @@ class ProcessHome:
         # -I -S: no environment and no search for site-packages; it gets the path that this process has. Shielded, because a process
         # that is being started when this is cancelled would be nobody's.
         options = ["-I", "-S", *_bytecode_options()]
-        command = [sys.executable, *options, str(Path(worker.__file__)), ":".join(sys.path), str(fd)]
+        program = [sys.executable, *options, str(Path(worker.__file__))]
+        command = [*program, ":".join(sys.path), str(fd), ",".join(self._keeps)]
         try:
             with trio.CancelScope(shield=True):
                 self._process = await trio.lowlevel.open_process(

@@ -24,14 +24,14 @@ from tproxyd.datapath import Counters, Record, Setup, WorkloadSetup, splice_erro
 from tproxyd.errors import ConfigError, KernelError, MissingError
 from tproxyd.interceptor.capture import Capture, Listeners, open_listeners
 from tproxyd.interceptor.keeper import Keeper
+from tproxyd.interceptor.privileges import require_needs, tell_lacking
 from tproxyd.interceptor.relays import OnLines, Relays
 from tproxyd.interceptor.threads import in_thread
 from tproxyd.interceptor.workloads import Event, Workload, Workloads
-from tproxyd.net.capabilities import require_capabilities
 from tproxyd.net.namespaces import NamespaceLike, call_in_namespace, open_namespace
 from tproxyd.net.ownership import hold_namespace
 from tproxyd.net.proc_net import open_file_count
-from tproxyd.plan import DEFAULT_NAME, Family, Marks, Plan, Surroundings, ssh_remarks, table_names
+from tproxyd.plan import DEFAULT_NAME, Family, Marks, Plan, Surroundings, relay_capabilities, ssh_remarks, table_names
 from tproxyd.proxy import Policy
 
 __all__ = ["Interceptor", "open_interceptor"]
@@ -274,7 +274,8 @@ async def open_interceptor(
     table_names(name)  # raises ConfigError
     if own_namespace:
         config.require_captures()
-    require_capabilities("capturing connections", ("CAP_NET_ADMIN", "CAP_NET_RAW"))
+    require_needs(config)
+    tell_lacking(config)
     config = _with_engine(config)
     async with AsyncExitStack() as stack:
         keeper = None
@@ -431,6 +432,7 @@ def _make_setups(config: Config, *, asks: bool) -> list[Setup]:
             limit=most // loops + (index < most % loops),
             pipes=pipes,
             alone=workers > 0,
+            keeps=relay_capabilities(config),
             asks=asks,
         )
         for index in range(loops)

@@ -182,7 +182,7 @@ class Keeper:
         """No new connection is taken from here on. Raises TproxydError, with capture still on. Harmless when repeated."""
         async with self._lock:
             if self._capturing and not self._left:
-                await self._step(partial(kernel.stop_capture, self._wanted(self._surroundings)))
+                await self._step(self._stop_capture)
             self._capturing = False
 
     async def revert(self) -> list[kernel.Change]:
@@ -253,16 +253,19 @@ class Keeper:
         self._stays = kernel.is_applied(self._name)
         return self._book.apply(self._wanted(self._surroundings), nft)
 
+    def _stop_capture(self, nft: kernel.Nft) -> None:
+        kernel.stop_capture(self._wanted(self._surroundings), self._wanted(self._surroundings, capturing=False), nft)
+
     def _remove(self, nft: kernel.Nft) -> list[kernel.Change]:
         return kernel.revert(nft, self._name, checked=self._netns is not None)
 
-    def _wanted(self, surroundings: Surroundings) -> Plan:
+    def _wanted(self, surroundings: Surroundings, *, capturing: bool = True) -> Plan:
         return self._book.plan(
             self._config,
             surroundings,
             stays=self._stays,
             owned=self._owned,
-            capturing=self._capturing,
+            capturing=capturing and self._capturing,
             name=self._name,
         )
 

@@ -327,7 +327,7 @@ class _Relay:
     async def _live(self, handed: trio.Nursery, task_status: trio.TaskStatus[None]) -> str:
         """One loop's life; tells when the first one has answered. Gives why it ended; when this is cancelled, the loop is ended in order."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        home = ProcessHome() if self._setup.alone else ThreadHome()
+        home = ProcessHome(self._setup.keeps) if self._setup.alone else ThreadHome()
         channel = _Orders(ours)
         try:
             for end in (ours, theirs):

@@ -21,6 +21,7 @@ from tproxyd.errors import KernelError, TproxydError
 from tproxyd.kernel import routing
 from tproxyd.kernel.nft import Nft, Program, list_names, list_tables, spelled
 from tproxyd.kernel.routing import RouteKey, RuleKey
+from tproxyd.net.capabilities import missing_capabilities
 from tproxyd.plan import CAPTURE_CHAIN, DEFAULT_NAME, Plan, exchange_tables, is_owned, remove_tables, table_names
 
 __all__ = [
@@ -219,9 +220,13 @@ def revert(nft: Nft = _PROGRAM, name: str = DEFAULT_NAME, *, checked: bool = Fal
     return [step.change for step in steps]
 
 
-def stop_capture(plan: Plan, nft: Nft = _PROGRAM) -> None:
-    """No new connection is taken from here on; those that live go on. The guard, if there is one, refuses new ones."""
+def stop_capture(plan: Plan, stopped: Plan, nft: Nft = _PROGRAM) -> None:
+    """No new connection is taken from here on; those that live go on. The guard, if there is one, refuses new ones. `stopped` is what the kernel holds
+    then."""
     nft.run(plan.capture_off)
+    if missing_capabilities(["CAP_SYS_ADMIN"]):
+        # No way to ask how it is spelled (`_changed_tables`): unknown words would be put right, and told as somebody's doing.
+        _learn_spellings(stopped, observe(nft, plan.name), nft)
 
 
 def make_steps(plan: Plan, observed: Observed, nft: Nft = _PROGRAM, *, unsure: bool = True) -> list[Step]:

@@ -22,6 +22,7 @@ from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
 from tproxyd.errors import CapabilityError, KernelError, MissingError, TproxydError
+from tproxyd.net.capabilities import unit_line
 from tproxyd.net.processes import move_up
 
 __all__ = [
@@ -250,5 +251,8 @@ def _is_network_namespace(fd: int) -> bool:
 
 def _refused(step: str, number: int) -> TproxydError:
     if number == errno.EPERM:
-        return CapabilityError(f"cannot {step}: operation not permitted; it needs CAP_SYS_ADMIN, so run it as root")
+        return CapabilityError(
+            f"cannot {step}: operation not permitted; it needs CAP_SYS_ADMIN: run it as root, or in a systemd unit add "
+            f"{unit_line(['CAP_SYS_ADMIN'])}"
+        )
     return KernelError(f"cannot {step}: {os.strerror(number)}")

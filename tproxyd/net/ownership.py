@@ -85,7 +85,10 @@ def hold_namespace(purpose: str, *, answer: int = 0) -> socket.socket:
         for group in (_TRUSTED,) if answer else (_TRUSTED, _KEEPS):
             held.setsockopt(_SOL_NETLINK, _NETLINK_ADD_MEMBERSHIP, group)
         if answer:
-            held.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, answer)
+            try:
+                held.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, answer)
+            except PermissionError:  # root of a user namespace: it gets what net.core.wmem_max allows
+                held.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, answer)
         else:
             held.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 0)  # as little as there can be: nobody reads it
         _bind(held, _bits(_TRUSTED) if answer else _bits(_TRUSTED, _KEEPS))

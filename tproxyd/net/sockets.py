@@ -65,7 +65,6 @@ USER_TIMEOUT = 120
 RECEIVE_BUFFER = 6 * 1024 * 1024
 """Bytes that a connection may have in a receive buffer while it stalls: what Linux gives at most by default (net.ipv4.tcp_rmem)."""
 
-_SO_RCVBUFFORCE = 33  # asm-generic/socket.h
 _SO_ATTACH_FILTER, _SO_ATTACH_REUSEPORT_CBPF = 26, 51  # asm-generic/socket.h
 _SO_ORIGINAL_DST = (
     80  # linux/netfilter_ipv4.h; IP6T_SO_ORIGINAL_DST of linux/netfilter_ipv6/ip6_tables.h is the same number
@@ -83,9 +82,9 @@ _PORT_RANGE = struct.Struct("=I")  # the last port in the upper half
 
 
 def open_listener(
-    address: str, port: int, *, backlog: int, shared: bool = False, transparent: bool = True
+    address: str, port: int, *, backlog: int | None, shared: bool = False, transparent: bool = True
 ) -> socket.socket:
-    """A listening, non-blocking TCP socket on one address, by default a transparent one. The caller closes it.
+    """A listening, non-blocking TCP socket on one address, by default a transparent one; without a backlog it is only bound. The caller closes it.
 
     The address should be a loopback one: the tproxy statement finds the listener there, and the network cannot. NAT's `redirect` finds only
     one on every address, which need not be transparent. `shared` lets others like it listen on the same address, and the kernel spreads connections over them (SO_REUSEPORT); all of them must be.
@@ -111,7 +110,8 @@ def open_listener(
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
         watch_peer(sock)
         sock.bind((address, port))
-        sock.listen(backlog)
+        if backlog is not None:
+            sock.listen(backlog)
     except BaseException:
         sock.close()
         raise
@@ -289,12 +289,12 @@ def bound_receive_buffer(sock: socket.SocketType) -> None:
     its first milliseconds: 12 MiB were seen with net.ipv4.tcp_rmem up to 32 MiB, all of which such a sender would fill.
     """
     if sock.family != socket.AF_UNIX and sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) > RECEIVE_BUFFER:
-        with contextlib.suppress(PermissionError):  # without CAP_NET_ADMIN the system's own bound has to do
-            # The kernel doubles what is asked for.
-            sock.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, RECEIVE_BUFFER // 2)
-            # What was under way for the larger one is dropped, and a reset behind it is beyond the window: Linux discards that without a
-            # word (seen once in thirty such resets). So it is asked every second whether such a sender is still there.
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 1)
+        # The kernel doubles what is asked for, and gives no more than twice net.core.rmem_max: 8 MiB where tcp_rmem has 32 (seen on 6.18), and 416 KiB
+        # where it has 6, and only who has raised that comes here. To force it takes CAP_NET_ADMIN, which no relay process is to have.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER // 2)
+        # What was under way for the larger one is dropped, and a reset behind it is beyond the window: Linux discards that without a
+        # word (seen once in thirty such resets). So it is asked every second whether such a sender is still there.
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 1)
 
 
 def wait_for_reader(sock: socket.SocketType, seconds: float) -> bool:

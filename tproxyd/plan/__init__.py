@@ -9,6 +9,7 @@ The text that is shown is the text that is applied.
 from tproxyd.plan.diff import Sections, unified_diff
 from tproxyd.plan.model import Family, LocalRoute, Marks, Plan, Rule, Surroundings
 from tproxyd.plan.plan import PROTOCOL, SUPPORTED_MARKS, UNOWNED_BYPASS, make_marks, make_plan
+from tproxyd.plan.privileges import Need, needs_of, relay_capabilities
 from tproxyd.plan.render import FORMATS, render
 from tproxyd.plan.ruleset import (
     CAPTURE_CHAIN,
@@ -37,6 +38,7 @@ __all__ = [
     "Family",
     "LocalRoute",
     "Marks",
+    "Need",
     "Plan",
     "Rule",
     "Sections",
@@ -46,6 +48,8 @@ __all__ = [
     "make_marks",
     "make_plan",
     "match_mark",
+    "needs_of",
+    "relay_capabilities",
     "remove_tables",
     "render",
     "spared_in",

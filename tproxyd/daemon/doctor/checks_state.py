@@ -9,7 +9,7 @@ from tproxyd.daemon.doctor.model import Check, Evidence, Finding, of_tproxy_mode
 from tproxyd.kernel.routing import RuleKey, describe_rule, route_key, rule_key
 from tproxyd.net.sock_diag import TcpSocket
 from tproxyd.net.sockets import format_address
-from tproxyd.plan import GUARD, PROTOCOL, STEERING, Rule
+from tproxyd.plan import GUARD, PROTOCOL, STEERING, Rule, needs_of
 
 __all__ = ["CHECKS"]
 
@@ -118,17 +118,32 @@ def other_configuration(e: Evidence) -> Iterator[Finding]:
 
 
 def capability_missing(e: Evidence) -> Iterator[Finding]:
+    needs = [
+        need
+        for need in needs_of(
+            e.config, unprivileged_from=int(e.sysctls.get("net/ipv4/ip_unprivileged_port_start", 1024))
+        )
+        if not need.of_root
+    ]
     for process in (e.holder, *e.relays):
         if process is None or not e.serves:
             continue
-        missing = sorted({"CAP_NET_ADMIN", "CAP_NET_RAW", "CAP_NET_BIND_SERVICE"} - process.capabilities)
+        # A relay process has none that only the daemon needs; the daemon has all that it passes on.
+        missing = [
+            need
+            for need in needs
+            if need.capability not in process.capabilities and (process is e.holder or need.process == "relay")
+        ]
         if missing:
+            names = ", ".join(sorted({need.capability for need in missing}))
             yield Finding(
-                seen=f"pid {process.pid} of the daemon lacks {', '.join(missing)}",
-                why="without CAP_NET_ADMIN and CAP_NET_RAW it cannot keep its state and the clients' addresses, without "
-                "CAP_NET_BIND_SERVICE no client's port below 1024",
-                remedy=f"# as root, or by what gives it {', '.join(missing)}, too:\n{e.restart()}",
-                warning=missing == ["CAP_NET_BIND_SERVICE"],
+                seen=f"pid {process.pid} of the daemon lacks {names}",
+                why="; ".join(
+                    f"{need.purpose} needs {need.capability}{f', and without {need.instead}' * (not need.required)}"
+                    for need in missing
+                ),
+                remedy=f"# as root, or by what gives it {names}, too:\n{e.restart()}",
+                warning=not any(need.required for need in missing),
             )
             return  # the others have the same
 

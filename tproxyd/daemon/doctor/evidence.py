@@ -42,6 +42,7 @@ _NAMES = (
     "net/ipv4/ip_forward",
     "net/ipv4/ip_local_port_range",
     "net/ipv4/ip_local_reserved_ports",
+    "net/ipv4/ip_unprivileged_port_start",
     "net/ipv4/tcp_syncookies",
     "net/ipv4/tcp_max_tw_buckets",
     "net/ipv6/conf/all/forwarding",

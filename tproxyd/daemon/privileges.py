@@ -1,0 +1,63 @@
+"""The daemon gives up what it will not need, before it does anything else: docs/privileges.md.
+
+What it takes more for comes before that: whoever is in the way is named by a look at files of his process, and so is an SSH server found. Processes of
+uid 0 that hold more than this one are as little its to see afterwards as another user's.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from tproxyd import kernel
+from tproxyd.config import Config
+from tproxyd.daemon.comparison import ssh_ports_here
+from tproxyd.daemon.lock import find_holder
+from tproxyd.interceptor.capture import require_free_port
+from tproxyd.interceptor.privileges import needs_here, require_needs
+from tproxyd.net.capabilities import keep_capabilities, missing_capabilities, to_read_code
+from tproxyd.net.ownership import hold_namespace
+from tproxyd.plan import make_plan
+
+__all__ = ["Seen", "give_up_privileges"]
+
+_TO_SEE_FILES = ("CAP_SYS_PTRACE", "CAP_DAC_READ_SEARCH")
+
+
+class Seen(NamedTuple):
+    """What nobody sees later: at which ports this host's SSH is; and what to warn of."""
+
+    ssh_ports: frozenset[int]
+    warnings: tuple[str, ...]
+
+
+def give_up_privileges(config: Config) -> Seen:
+    """Keeps what the daemon needs for its config, for good. While there is one thread.
+
+    Raises CapabilityError where something is missing, and KernelError that names who has the namespace or a port.
+    """
+    require_needs(config)
+    _name_who_is_in_the_way(config)
+    seen = Seen(frozenset(ssh_ports_here()), tuple(_unseen(config)))
+    keep_capabilities([*(need.capability for need in needs_here(config)), *to_read_code()], pass_on=True)
+    return seen
+
+
+def _unseen(config: Config) -> Iterator[str]:
+    missing = missing_capabilities(_TO_SEE_FILES if os.geteuid() else _TO_SEE_FILES[:1])
+    if missing and any(ports.first < ports.last for ports in config.capture.ports):
+        yield (
+            f"an SSH server is looked for at port 22 alone, and captured at any other that a range of capture.ports has: to see more takes {' and '.join(missing)} "
+            "(at the start, and given up then); name such ports in capture.exclude_ports"
+        )
+
+
+def _name_who_is_in_the_way(config: Config) -> None:
+    if find_holder() is not None:
+        hold_namespace("start", answer=1).close()  # has its reasons, unless the other one has gone meanwhile
+    require_free_port(config, make_plan(config, surroundings=kernel.look_around()).listen)
+    if config.admin.metrics is not None:
+        from tproxyd.daemon.metrics import open_metrics_socket  # late: who has no metrics need not load it
+
+        open_metrics_socket(config.admin.metrics).close()
