@@ -23,7 +23,7 @@ need-root = $(if $(filter 0,$(shell id -u)),,$(error make $@ needs root: type `s
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help venv demo nstest nstest-long bench bench-quick test check format lock clean
+.PHONY: help venv demo nstest nstest-long bench bench-quick test check format docs lock clean
 
 help:  ## what can be typed here
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F'\t' '{ printf "make %-13s %s\n", $$1, $$2 }'
@@ -71,6 +71,10 @@ format:  ## rewrites the code as `make check` wants it
 	@$(PREPARE)
 	$(AS_OWNER) $(BIN)/ruff format
 	$(AS_OWNER) $(BIN)/ruff check --fix
+
+docs:  ## the references that are made from the config types: docs/configuration.md and its like
+	@$(PREPARE)
+	$(AS_OWNER) $(BIN)/python packaging/generate docs
 
 COMPILE := $(AS_OWNER) $(BIN)/uv pip compile -q --upgrade --universal --generate-hashes --no-emit-index-url --no-emit-find-links \
     --python-version 3.11 --custom-compile-command "make lock"
