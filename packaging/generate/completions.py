@@ -152,4 +152,4 @@ SHELLS: dict[str, tuple[str, Callable[[Command], str]]] = {
     "zsh": ("share/zsh/vendor-completions/_tproxyd", _zsh),
     "fish": ("share/fish/vendor_completions.d/tproxyd.fish", _fish),
 }
-"""Where each shell looks below a prefix, and what makes the file. zsh looks there on Debian; with another prefix in site-functions."""
+"""Where each shell looks below a prefix, and what makes the file. zsh looks there on Debian, below /usr alone."""
