@@ -9,6 +9,7 @@ import http.client
 import http.server
 import json
 import os
+import resource
 import signal
 import statistics
 import subprocess
@@ -121,14 +122,20 @@ def test_installation() -> None:
 
 def test_speed() -> None:
     for arguments in (["--help"], ["check", "--port", "8080"], ["plan", "--port", "8080"]):
-        times = []
+        times, costs = [], []
         for _ in range(11):
-            began = time.perf_counter()
+            began, used = time.perf_counter(), processor_time()
             run("tproxyd", *arguments)
             times.append(time.perf_counter() - began)
-        # Judged by the quickest: what else this machine does at the moment makes runs slower and never faster.
-        told = f"tproxyd {arguments[0]}: median of 11 {statistics.median(times) * 1000:.0f} ms, quickest {min(times) * 1000:.0f} ms"
-        expect(min(times) < LONGEST, told)
+            costs.append(processor_time() - used)
+        # Judged by the processor's time of the quickest: a machine that does other things meanwhile makes the rest of it longer.
+        told = f"median of 11 {statistics.median(times) * 1000:.0f} ms, quickest {min(times) * 1000:.0f} ms, of the processor {min(costs) * 1000:.0f} ms"
+        expect(min(costs) < LONGEST, f"tproxyd {arguments[0]}: {told}")
+
+
+def processor_time() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def test_capture() -> None:
