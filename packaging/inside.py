@@ -1,4 +1,5 @@
-"""What `packaging/deb-test` runs as the first process of a fresh Debian: the package's life from installation to purge.
+"""What `packaging/deb-test` runs as the first process of a fresh Debian: the package's life from installation to purge; and with `booted`
+as a service of that Debian, once systemd is its first process.
 
 Standard library only. Prints a line a step; the first thing that is not as it should be ends it, with what was seen.
 """
@@ -22,7 +23,19 @@ from pathlib import Path
 
 CONFIG = Path("/etc/tproxyd/tproxyd.toml")
 DROP_IN = Path("/etc/tproxyd/conf.d/mine.toml")
-CHANGING = ("/proc", "/sys", "/dev", "/run", "/tmp", "/packages", "/var/lib/dpkg", "/var/log", "/var/cache")  # noqa: S108
+CHANGING = (
+    "/proc",
+    "/sys",
+    "/dev",
+    "/run",
+    "/tmp",
+    "/packages",
+    "/var/lib/dpkg",
+    "/var/log",
+    "/var/cache",
+    "/var/tmp",
+    "/var/lib/systemd/timers",
+)  # noqa: S108
 LONGEST = 0.150  # seconds, of the commands that an editor or a script waits for
 CLIENT, HERE = "192.0.2.2", "192.0.2.1"
 
@@ -207,7 +220,42 @@ def test_make_install(before: set[str]) -> None:
     expect(not left, "no other file is left", left)
 
 
+def test_service() -> None:
+    run("ip", "link", "set", "lo", "up")
+    before, bare = files(), kernel_state()
+    run("dpkg", "-i", "/packages/first.deb")
+    expect("disabled" in run("systemctl", "is-enabled", "tproxyd", code=1), "installed: the service is disabled")
+    DROP_IN.write_text('[capture]\nports = ["8080"]\n', encoding="utf-8")
+    run("systemctl", "enable", "--now", "tproxyd")
+    first = serving()
+    expect(first, f"enabled and started: process {first} captures", run("systemctl", "status", "tproxyd", code=0))
+    run("dpkg", "-i", "/packages/next.deb")
+    second = serving()
+    expect(second not in ("0", first), f"upgraded: process {second} captures")
+    run("dpkg", "-r", "tproxyd")
+    expect(kernel_state() == bare, "removed: the service has stopped, the kernel holds nothing of it")
+    run("dpkg", "-P", "tproxyd")
+    expect(files() == before, "purged: no file, no user, no link to a unit", files() ^ before)
+
+
+def serving() -> str:
+    """The service's main process once the kernel holds what it has put there."""
+    deadline = time.monotonic() + 20
+    while "table inet tproxyd" not in run("nft", "list", "tables"):
+        expect_time(deadline)
+    return run("systemctl", "show", "-P", "MainPID", "tproxyd").strip()
+
+
+def expect_time(deadline: float) -> None:
+    if time.monotonic() > deadline:
+        sys.exit(f"NOT SO: captures\n{run('systemctl', 'status', 'tproxyd', code=3)}")
+    time.sleep(0.05)
+
+
 def main() -> None:
+    if sys.argv[1:] == ["booted"]:
+        test_service()
+        return
     before = files()
     print("-- installed")
     test_installation()
