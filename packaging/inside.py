@@ -35,7 +35,7 @@ CHANGING = (
     "/var/cache",
     "/var/tmp",
     "/var/lib/systemd/timers",
-)  # noqa: S108
+)
 LONGEST = 0.150  # seconds, of the commands that an editor or a script waits for
 CLIENT, HERE = "192.0.2.2", "192.0.2.1"
 
@@ -61,7 +61,7 @@ def files() -> set[str]:
     for folder, inner, names in os.walk("/"):
         inner[:] = [name for name in inner if os.path.join(folder, name) not in CHANGING]
         found |= {os.path.join(folder, name) for name in (*inner, *names)}
-    found |= {f"/run: {name}" for name in os.listdir("/run") if name != "lock"}
+    found |= {f"/run: {name}" for name in os.listdir("/run") if "tproxyd" in name}
     found |= {f"user: {line}" for line in Path("/etc/passwd").read_text(encoding="utf-8").splitlines()}
     # Old copies that the system's own tools keep of these files.
     return {path for path in found if path not in ("/etc/passwd-", "/etc/shadow-", "/etc/group-", "/etc/gshadow-")}
