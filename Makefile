@@ -15,6 +15,11 @@ RIVALS := nft ip gcc haproxy nginx
 # Some of the benchmark: sudo make bench ONLY="bulk small", and further options: BENCH="--rounds 9"
 ONLY ?=
 BENCH ?=
+# Where `make install` puts it; DESTDIR=/somewhere for the root of another system. A Python of your own: INSTALL_PYTHON=/usr/bin/python3.12
+export PREFIX ?= /usr/local
+export DESTDIR ?=
+export INSTALL_PYTHON ?=
+SYSTEM_PYTHON := $(or $(INSTALL_PYTHON),/usr/bin/python3)
 # As root in somebody's checkout nothing may be written that they cannot remove.
 export PYTHONDONTWRITEBYTECODE := 1
 
@@ -23,13 +28,22 @@ need-root = $(if $(filter 0,$(shell id -u)),,$(error make $@ needs root: type `s
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help venv demo nstest nstest-long bench bench-quick test check format lock clean
+.PHONY: help venv install uninstall demo nstest nstest-long bench bench-quick test check format docs lock dist deb deb-test clean
 
 help:  ## what can be typed here
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F'\t' '{ printf "make %-13s %s\n", $$1, $$2 }'
 
 venv:  ## .venv with tproxyd in it: .venv/bin/tproxyd
 	@$(PREPARE)
+
+install:  ## tproxyd for this machine, below PREFIX=/usr/local; it captures nothing until told to (root)
+	$(if $(DESTDIR),,$(need-root))
+	@PYTHON=$(SYSTEM_PYTHON) $(PREPARE) --programs nft
+	@packaging/install
+
+uninstall:  ## stops it, puts the kernel's state back, removes what `make install` brought but for /etc/tproxyd (root)
+	$(if $(DESTDIR),,$(need-root))
+	@packaging/install --remove
 
 demo:  ## the main job at work, in throwaway network namespaces (root)
 	$(need-root)
@@ -72,13 +86,31 @@ format:  ## rewrites the code as `make check` wants it
 	$(AS_OWNER) $(BIN)/ruff format
 	$(AS_OWNER) $(BIN)/ruff check --fix
 
+docs:  ## the references that are made from the config types: docs/configuration.md and its like
+	@$(PREPARE)
+	$(AS_OWNER) $(BIN)/python packaging/generate docs
+
 COMPILE := $(AS_OWNER) $(BIN)/uv pip compile -q --upgrade --universal --generate-hashes --no-emit-index-url --no-emit-find-links \
     --python-version 3.11 --custom-compile-command "make lock"
 
-lock:  ## requirements-dev.lock and requirements-bench.lock anew, from pyproject.toml
+lock:  ## requirements.lock, requirements-dev.lock and requirements-bench.lock anew, from pyproject.toml
 	@$(PREPARE)
 	$(COMPILE) --group dev -o requirements-dev.lock pyproject.toml
 	$(COMPILE) --group bench -o requirements-bench.lock
+	$(COMPILE) -c requirements-dev.lock -o requirements.lock pyproject.toml
+
+dist:  ## wheel and source archive, in dist
+	@$(PREPARE)
+	$(AS_OWNER) $(BIN)/hatchling build
+
+deb:  ## Debian package for this machine's release and architecture, in dist
+	@PYTHON=/usr/bin/python3 $(PREPARE) --programs strip
+	@$(AS_OWNER) packaging/deb
+
+deb-test: deb dist  ## installs, runs, upgrades, purges what `make deb` and `make dist` build, in a throwaway Debian (root, network)
+	$(need-root)
+	@$(PREPARE) --programs lintian mandoc groff zsh fish debootstrap
+	@packaging/deb-test
 
 clean:  ## removes what the other targets made
 	rm -rf .venv .venv-bench .mypy_cache .ruff_cache .hypothesis dist

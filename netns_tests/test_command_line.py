@@ -21,6 +21,7 @@ from tproxyd.testing import Finished, Lab, LabError, Node, serve_echo, serve_ide
 from tproxyd.testing.daemon import TPROXYD, open_daemon
 
 TWO_LINES = '[capture]\nports = ["8080", "9000-9099"]\n'
+INSTALLED = str(Path(__file__).parents[1] / "packaging/tproxyd.toml")
 FIVE_MISTAKES = """
 [capture]
 prots = ["8080"]
@@ -109,6 +110,7 @@ def test_check_and_plan_load_neither_trio_nor_pyroute2(tmp_path: Path, verb: str
         (("plan", "-c", "/dev/null"), 78, "/dev/null: is no regular file"),
         (("run", "-c", "EMPTY"), 78, "nothing to capture"),
         (("apply", "-c", "EMPTY"), 78, "nothing to capture"),
+        (("run", "-c", INSTALLED), 78, "nothing to capture"),
     ],
 )
 async def test_a_mistake_on_the_command_line_is_one_sentence(

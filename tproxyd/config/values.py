@@ -21,9 +21,11 @@ __all__ = [
     "InvalidError",
     "Mark",
     "Network",
+    "OrAuto",
     "PortRange",
     "Reader",
     "UnixPath",
+    "Whole",
     "brief_seconds",
     "choice",
     "destinations",
@@ -146,33 +148,50 @@ def flag(value: Any) -> bool:
     return value
 
 
-def integer(low: int, high: int, *, never: Sequence[int] = (), why: str = "") -> Reader:
-    """A whole number from `low` to `high`, both included, and none of `never`."""
+class Whole(msgspec.Struct, frozen=True):
+    """Reads a whole number from `low` to `high`, both included, and none of `never`. A type, so that the reference can tell the bounds."""
 
-    def read(value: Any) -> int:
+    low: int
+    high: int
+    never: Sequence[int] = ()
+    why: str = ""
+
+    def __call__(self, value: Any) -> int:
         if isinstance(value, bool) or not isinstance(value, int):
-            raise InvalidError(f"is {toml_kind(value)}; write a whole number from {low} to {high}, without quotes")
-        if not low <= value <= high:
-            raise InvalidError(f"is out of range{why and f' ({why})'}; write a whole number from {low} to {high}")
-        if value in never:
-            raise InvalidError(f"is taken: {why}; choose another number")
+            raise InvalidError(
+                f"is {toml_kind(value)}; write a whole number from {self.low} to {self.high}, without quotes"
+            )
+        if not self.low <= value <= self.high:
+            raise InvalidError(
+                f"is out of range{self.why and f' ({self.why})'}; write a whole number from {self.low} to {self.high}"
+            )
+        if value in self.never:
+            raise InvalidError(f"is taken: {self.why}; choose another number")
         return value
 
-    return read
+
+def integer(low: int, high: int, *, never: Sequence[int] = (), why: str = "") -> Whole:
+    """A whole number from `low` to `high`, both included, and none of `never`."""
+    return Whole(low, high, never, why)
 
 
-def or_auto(read: Reader) -> Reader:
-    """What `read` takes, or the word "auto"."""
+class OrAuto(msgspec.Struct, frozen=True):
+    """Reads what `read` takes, or the word "auto"."""
 
-    def read_either(value: Any) -> Any:
+    read: Reader
+
+    def __call__(self, value: Any) -> Any:
         if isinstance(value, str) and value == "auto":
             return value
         try:
-            return read(value)
+            return self.read(value)
         except InvalidError as invalid:
             raise InvalidError(f'{invalid.cause}, or "auto"') from None
 
-    return read_either
+
+def or_auto(read: Reader) -> OrAuto:
+    """What `read` takes, or the word "auto"."""
+    return OrAuto(read)
 
 
 def seconds(value: Any) -> float:
