@@ -3,8 +3,19 @@
 Accept, decide, dial, relay, record: `connection.Connection` is the life of one; `loop.RelayLoop` drives them.
 """
 
+from tproxyd.datapath.listing import LivingConnection
 from tproxyd.datapath.pipes import splice_error
 from tproxyd.datapath.record import Outcome, Record
 from tproxyd.datapath.report import CONNECT_SECONDS, Counters, LogLine, Setup, WorkloadSetup
 
-__all__ = ["CONNECT_SECONDS", "Counters", "LogLine", "Outcome", "Record", "Setup", "WorkloadSetup", "splice_error"]
+__all__ = [
+    "CONNECT_SECONDS",
+    "Counters",
+    "LivingConnection",
+    "LogLine",
+    "Outcome",
+    "Record",
+    "Setup",
+    "WorkloadSetup",
+    "splice_error",
+]

@@ -3,8 +3,8 @@
 The first byte of a message tells its kind. A loop never waits for its owner: what does not fit is kept for later, and access-log
 lines beyond a bound are dropped and counted. The end of the socket is the end of the other side, however that came about.
 
-    owner ▶ loop    setup (pickled), a workload to serve, or to serve no more, idle?, counters?, stop; about a connection that was handed over: forward it, it has ended
-    loop ▶ owner    ready, added, removed, records, living connections, counters, log lines, idle; a connection that the program wants to decide about
+    owner ▶ loop    setup (pickled), a workload to serve, or to serve no more, idle?, counters?, living ones?, close one, stop; about a connection that was handed over: forward it, it has ended
+    loop ▶ owner    ready, added, removed, records, living connections, counters, pages, log lines, idle; a connection that the program wants to decide about
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ ENDED = b"D"
 ADD_PART = b"a"  # the setup of a workload, pickled, as much of it as fits
 ADD = b"A"  # the rest of it, with the descriptors of its namespace and its listeners
 REMOVE = b"R"
+LIST = b"L"  # a page of living connections
+CLOSE = b"X"  # a connection, by its identity
 # Loop to owner.
 READY = b"y"
 RECORDS = b"r"
@@ -43,6 +45,8 @@ IDLE = b"i"
 HAND_OVER = b"h"  # with a socket
 ADDED = b"A"  # name, and why not
 REMOVED = b"R"
+LISTED = b"L"
+CLOSED = b"X"
 
 FDS = 4
 """Descriptors that come with one message at most."""

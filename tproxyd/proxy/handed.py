@@ -27,6 +27,7 @@ _SAY_EVERY = 5.0  # seconds between two log lines of one kind
 class Loop(Protocol):
     """What is told to the loop that the connection came from, in whose books it stays."""
 
+    def handles(self, connection: Connection, stream: ConnectionStream) -> None: ...
     async def forward(self, connection: Connection, sock: socket.socket, target: tuple[str, int] | None) -> None: ...
     async def end(self, connection: Connection, outcome: Outcome, received: int, sent: int) -> None: ...
 
@@ -83,6 +84,7 @@ async def serve_handed(
             outcome = "refused_by_policy"
         elif isinstance(verdict, Handle):
             stream = ConnectionStream(sock, connection, already)
+            loop.handles(connection, stream)
             try:
                 outcome = await _handle(verdict.handler, stream, complaints)
             finally:
