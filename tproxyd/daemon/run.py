@@ -117,6 +117,7 @@ async def _serve_metrics(listener: trio.SocketListener, service: Service) -> Non
         dropped=lambda: service.dropped,
         repairs=lambda: service.interceptor.repairs,
         unready=lambda: service.unready,
+        reloaded=lambda: service.last_reload_ok,
         version=__version__,
     )
 

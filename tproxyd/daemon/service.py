@@ -42,6 +42,8 @@ class Service:
         self.obstacles = Obstacles(config, interceptor)
         self._stop = stop
         self._access_log = access_log
+        self.last_reload_ok = True
+        """Whether the configuration that was read last is the one that is served."""
         self._began = time.monotonic()
 
     @property
