@@ -153,7 +153,9 @@ class Drain(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Admin(msgspec.Struct, frozen=True, kw_only=True):
-    """Where the daemon tells about itself; None: nowhere."""
+    """Where the daemon is asked, and tells about itself; None: nowhere. `socket` is a path, or "auto": one of the namespace's (daemon/admin_socket.py)."""
+
+    socket: Annotated[str | None, read.socket_file] = "auto"
 
     metrics: Annotated[Endpoint | None, read.listen_endpoint] = None
 
@@ -229,7 +231,6 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
 
 LATER: dict[str, tuple[str, ...] | None] = {
     "policy.rule": ("interfaces", "workloads", "sni", "alpn", "http_host"),
-    "admin": ("socket",),
     "workload": None,
     "outbound": None,
 }
