@@ -86,6 +86,7 @@ FILTERS = [
     (Filter(source=read_end("192.0.2.0/24", "")), {1, 2, 5}),
     (Filter(source=read_end("fe80::1", "")), {4}),
     (Filter(source=read_end("fe80::/10", "")), {4}),
+    (Filter(source=read_end("[fe80::1]", "")), {4}),
     (Filter(source=read_end("192.0.2.1:40001", "")), set()),
     (Filter(destination=read_end(":443", "")), {3}),
     (Filter(destination=read_end("[2001:db8::7]:443", "")), {3}),

@@ -84,7 +84,9 @@ class _Api:
         method = "GET" if request.method == "HEAD" else request.method
         if method not in methods:
             allowed = ", ".join(["HEAD", *methods] if "GET" in methods else methods)
-            return _error(405, f"{name} takes {allowed}, not {request.method}", headers=[("Allow", allowed)])
+            return _error(
+                405, f"{request.method} is nothing that {name} can do; use {allowed}", headers=[("Allow", allowed)]
+            )
         if not _may(access, method):
             return _error(403, f"members of group {GROUP} may look; to {method} {name} is root's; use sudo")
         if method != "GET":

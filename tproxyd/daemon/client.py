@@ -6,6 +6,7 @@ import http.client
 import os
 import shutil
 import socket
+import struct
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -157,13 +158,18 @@ def _socket_path(file: Path | None) -> str:
 
 class _Connection(http.client.HTTPConnection):
     def __init__(self, path: str, patience: float) -> None:
-        super().__init__("localhost", timeout=patience)
-        self._path = path
+        super().__init__("localhost")
+        self._path, self._patience = path, patience
 
     def connect(self) -> None:
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.settimeout(self.timeout)
-        self.sock.connect(self._path)
+        # By the kernel's clock: with one of Python's a full queue is an error at once, and not waited for.
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", int(self._patience), 0))
+        try:
+            self.sock.connect(self._path)
+        except BlockingIOError:
+            raise TimeoutError from None
+        self.sock.settimeout(self._patience)
 
 
 def _row(one: LivingConnection) -> tuple[str, ...]:

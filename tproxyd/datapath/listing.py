@@ -148,8 +148,8 @@ class Listing:
 def read_end(text: str, what: str) -> End:
     """An address, a network, either with a port, or a port: "192.0.2.7", "192.0.2.0/24", "192.0.2.7:80", "[2001:db8::7]:80", ":80". Raises UsageError, in
     which `what` is what the text stands for."""
-    match = re.fullmatch(r"(?:\[([^\[\]]+)\]|([^:\[\]]*)):([0-9]{1,5})", text)
-    host, port = (text, 0) if match is None else (match[1] or match[2], int(match[3]))
+    match = re.fullmatch(r"\[([^\[\]]+)\](?::([0-9]{1,5}))?|([^:\[\]]*):([0-9]{1,5})", text)
+    host, port = (text, 0) if match is None else (match[1] or match[3], int(match[2] or match[4] or 0))
     try:
         if port > 65535 or not (host or port):
             raise ValueError

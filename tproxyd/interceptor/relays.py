@@ -385,7 +385,7 @@ class _Relay:
                 await answered.wait()
         except trio.TooSlowError:
             raise KernelError(
-                f"a relay loop does not answer within {_COUNT:g} s: is it stopped (SIGSTOP), or this machine overloaded?"
+                f"a relay loop has not answered within {_COUNT:g} s: it is stopped (SIGSTOP), or this machine is overloaded; try again"
             ) from None
         finally:
             del self._questions[number]
