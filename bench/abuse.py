@@ -2,9 +2,9 @@
 
     python -m bench.abuse SOCKET PORT [flood] [slow] [huge] [storm]
 
-Says `up` when 1,000 connections have been made (or what else there is has begun), goes on until stdin ends, and then tells as a line of JSON what it has done: connections made,
-answers got. It runs only when no other program wants the CPU (SCHED_IDLE): a stand-in for programs of other machines and of other cores, which take none of
-what is measured. What they cost the daemon is the daemon's own time.
+Says `up` when 1,000 connections have been made (or what else there is has begun), goes on until stdin ends, and then tells as a line of JSON what it has
+done: connections made, answers got. Who starts it sees to it that it takes no CPU from what is measured (chrt, nice): it stands in for programs on
+other cores, and what it costs the daemon is the daemon's own time.
 """
 
 from __future__ import annotations
@@ -108,7 +108,6 @@ async def _connect(path: str) -> trio.SocketStream:
 
 async def main(path: str, port: int, kinds: list[str]) -> None:
     """Until stdin ends."""
-    os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     places: list[Connect] = [partial(_connect, path), partial(trio.open_tcp_stream, "127.0.0.1", port)]
     abuse = _Abuse(places)
     async with trio.open_nursery() as nursery:

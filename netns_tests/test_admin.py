@@ -660,7 +660,7 @@ async def serving(way: Way, nursery: trio.Nursery) -> AsyncIterator[tuple[LabDae
 async def abused(node: Node, kind: str) -> AsyncIterator[dict[str, int]]:
     """Another program asks badly for the length of the block; what it has done is told at its end."""
     done: dict[str, int] = {}
-    words = (sys.executable, "-m", "bench.abuse", auto(node), "9101", kind)
+    words = ("nice", "-n", "10", sys.executable, "-m", "bench.abuse", auto(node), "9101", kind)
     async with node.process(*words, stdin=PIPE, collect=True, cwd=str(CHECKOUT)) as abuse:
         await abuse.wait_for_output("up", timeout=60)
         yield done
