@@ -34,7 +34,7 @@ class _Listed(msgspec.Struct):
 
 
 class _Problem(msgspec.Struct):
-    error: str
+    problems: list[str]
 
 
 class _Changed(msgspec.Struct):
@@ -99,8 +99,8 @@ def drain(config: Path | None) -> int:
 
 
 def _ask(file: Path | None, method: str, target: str, purpose: str, *, patience: float = _PATIENCE) -> bytes:
-    """The body of a good answer. Raises MissingError if nobody is there, CapabilityError if this is not for us, and KernelError with exit code 1 and
-    the daemon's reason if it refuses."""
+    """The body of a good answer. Raises MissingError if nobody is there, CapabilityError if this is not for us, and an error with exit
+    code 1 and the daemon's reasons if it refuses."""
     path = _socket_path(file)
     connection = _Connection(path, patience)
     try:
@@ -130,12 +130,12 @@ def _ask(file: Path | None, method: str, target: str, purpose: str, *, patience:
     if answer.status < 300:
         return content
     try:
-        reason = msgspec.json.decode(content, type=_Problem).error
+        problems = msgspec.json.decode(content, type=_Problem).problems
     except msgspec.MsgspecError:
-        reason = f"HTTP status {answer.status}"
+        problems = [content.decode(errors="replace").strip() or f"HTTP status {answer.status}"]
     if answer.status == 403:
-        raise CapabilityError(f"cannot {purpose}: {reason}")
-    refused = KernelError(f"cannot {purpose}: {reason}")
+        raise CapabilityError(f"cannot {purpose}: {problems[0]}")
+    refused = ConfigError(*(f"cannot {purpose}: {problem}" for problem in problems))
     refused.exit_code = 1
     raise refused
 
