@@ -6,18 +6,28 @@ seconds later.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+import json
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
-from bench.rig import Cell, Visit, as_row
+import trio
 
-__all__ = ["Lengths", "Turn", "bulk", "handler", "idle", "push", "small", "workers"]
+from bench.peers import METRICS_PORT
+from bench.rig import Cell, UnprovenError, Visit, as_row
+from tproxyd.daemon.admin_socket import admin_path
+
+__all__ = ["Lengths", "Turn", "admin", "bulk", "handler", "idle", "push", "small", "workers"]
 
 Turn = Callable[[Visit], Awaitable[tuple[dict[str, float], dict[str, object]]]]
 """Figures, and raw numbers by cell."""
 
 _STALL = 1.0  # seconds without a byte accepted: the push has stalled
+_ABUSERS = 1000
 _PUSH_LIMIT = 512  # MiB; who takes this much has no limit
 
 
@@ -100,6 +110,53 @@ async def idle(lengths: Lengths, visit: Visit) -> tuple[dict[str, float], dict[s
         "idle_kib": used / count,
     }
     return figures, {**_raw(cells), "idle": count, "pss_kib": used}
+
+
+async def admin(lengths: Lengths, visit: Visit) -> tuple[dict[str, float], dict[str, object]]:
+    """The same requests alone and beside programs that ask the daemon badly, at its socket and at its metrics' port: slow clients, huge headers, 1,000
+    connections, a storm of scrapes. Alone, beside, beside, alone: what drifts meanwhile hurts both alike."""
+    cells: dict[str, Cell] = {}
+    abused: dict[str, int] = {}
+    for number, beside in enumerate((False, True, True, False)):
+        async with _abuse(visit, abused) if beside else nullcontext():
+            for name, connections in (("ka1", 1), ("ka64", 64)):
+                what = f"{name} {'beside' if beside else 'alone'} {number}"
+                cells[what] = await visit.measure("requests", connections, lengths.requests)
+    figures = {}
+    for name in ("ka1", "ka64"):
+        p99 = {
+            how: sum(cell.client["p99_us"] for what, cell in cells.items() if what.startswith(f"{name} {how}"))
+            for how in ("alone", "beside")
+        }
+        figures[f"abuse_{name}_p99"] = p99["beside"] / p99["alone"]
+    return figures, {**_raw(cells), "abuse": abused}
+
+
+@asynccontextmanager
+async def _abuse(visit: Visit, done: dict[str, int]) -> AsyncIterator[None]:
+    """All kinds of it; adds to `done` what there was. Raises UnprovenError if that is less than there should be."""
+    node, rig = visit.rig.gateway, visit.rig
+    path = node.call(admin_path, "auto")
+    assert path is not None
+    # Only when no other program wants the CPU.
+    words = ("chrt", "--idle", "0", sys.executable, "-m", "bench.abuse", path, str(METRICS_PORT))
+    checkout = str(Path(__file__).parent.parent)
+    async with node.process(*words, stdin=subprocess.PIPE, collect=True, cwd=checkout) as abuse:
+        await abuse.wait_for_output("up", timeout=60)
+        rig.helpers.append(abuse.pid)
+        try:
+            yield
+        finally:
+            rig.helpers.remove(abuse.pid)
+        assert abuse.stdin is not None
+        await abuse.stdin.aclose()
+        with trio.fail_after(10):
+            await abuse.wait()
+        told = json.loads(abuse.stdout_text.splitlines()[-1])
+    if told["connections"] < _ABUSERS or not told.get("answers"):
+        raise UnprovenError(f"{visit.peer.name}: it was hardly asked: {told}")
+    for name, number in told.items():
+        done[name] = done.get(name, 0) + number
 
 
 async def push(visit: Visit) -> tuple[dict[str, float], dict[str, object]]:

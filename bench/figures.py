@@ -53,6 +53,12 @@ FIGURES: Mapping[str, Figure] = {
     "conntrack": Figure("conntrack entries after the connections", "", 0, more_is_better=False),
     "bypass_conn32": Figure("bypassed new connections, of that without ruleset", "x", 2),
     "bypass_bulk8": Figure("bypassed download, of that without ruleset", "x", 2),
+    "abuse_ka1_p99": Figure(
+        "kept alive, 1 connection, p99 beside abuse, of that without", "x", 2, more_is_better=False
+    ),
+    "abuse_ka64_p99": Figure(
+        "kept alive, 64 connections, p99 beside abuse, of that without", "x", 2, more_is_better=False
+    ),
     "start": Figure("start to ready", "ms", 0, more_is_better=False),
 }
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from bench.figures import Results
+from bench.peers import ABUSED
 
 __all__ = ["GOALS", "Goal", "verdict"]
 
@@ -54,6 +55,20 @@ GOALS = (
     Goal("MiB pushed at a server that never reads", _plain("push"), 16, 4, digits=1, less_is_better=True),
     Goal("2 workers vs 1: connections per CPU second", _ratio("conn_per_cpu", "tproxyd", TWO_WORKERS), 0.9, 1.0),
     Goal("2 workers: share of the lesser one, %", _plain("least_share", TWO_WORKERS), 45, 50, digits=0),
+    Goal(
+        "kept-alive, 1 connection, p99 beside abuse of admin",
+        _plain("abuse_ka1_p99", ABUSED),
+        1.1,
+        1.0,
+        less_is_better=True,
+    ),
+    Goal(
+        "kept-alive, 64 connections, p99 beside abuse of admin",
+        _plain("abuse_ka64_p99", ABUSED),
+        1.1,
+        1.0,
+        less_is_better=True,
+    ),
     Goal("conntrack entries after 10,000 connections", _plain("conntrack"), 0, 0, digits=0, less_is_better=True),
     Goal("bypassed connections vs no ruleset, 10,000 CIDRs", _plain("bypass_conn32", "direct"), 0.9, 0.97),
     Goal("bypassed download vs no ruleset, 10,000 CIDRs", _plain("bypass_bulk8", "direct"), 0.9, 0.97),

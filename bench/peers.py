@@ -31,9 +31,22 @@ import trio
 from tproxyd.net.sockets import open_listener
 from tproxyd.testing import LabProcess, Node, open_daemon
 
-__all__ = ["CAPTURE", "HANDLER", "HANDLER_LOOP", "LISTEN_PORT", "Peer", "Place", "all_peers", "tproxyd"]
+__all__ = [
+    "ABUSED",
+    "CAPTURE",
+    "HANDLER",
+    "HANDLER_LOOP",
+    "LISTEN_PORT",
+    "METRICS_PORT",
+    "Peer",
+    "Place",
+    "all_peers",
+    "tproxyd",
+]
 
 HANDLER, HANDLER_LOOP = "tproxyd handler", "tproxyd handler loop"
+ABUSED = "tproxyd with metrics"
+METRICS_PORT = 15020
 LISTEN_PORT = 15006
 CAPTURE = (
     f'[capture]\nports = ["8001-8009"]\nexclude_ports = []\nwhen_down = "bypass"\n[listen]\nport = {LISTEN_PORT}\n'
@@ -94,6 +107,11 @@ def all_peers() -> list[Peer]:
         Peer("envoy", _envoy, "Envoy, tcp_proxy; keeps the address, not the port", keeps_port=False, needs="envoy"),
         Peer("splice", _splice, "C, epoll and splice: the limit of user space", needs="splice_relay"),
         tproxyd("tproxyd"),
+        tproxyd(
+            ABUSED,
+            f'[admin]\nmetrics = "127.0.0.1:{METRICS_PORT}"\n',
+            "with its administrator's socket and its metrics",
+        ),
         Peer(HANDLER, partial(_handler, "relay"), "a program that handles each connection: connects, and relay_to"),
         Peer(HANDLER_LOOP, partial(_handler, "loop"), "the same, with a loop of receive_some and send_all each way"),
     ]

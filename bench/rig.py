@@ -91,6 +91,8 @@ class Rig:
         self.client, self.gateway = lab["client"], lab["gateway"]
         self.others: list[float] = []
         """By cell."""
+        self.helpers: list[int] = []
+        """Other processes that belong to what is measured at the moment: what they use is not others'."""
         self._unread = b""
         self._addresses = zip(itertools.cycle(_DESTINATIONS), itertools.cycle(_SOURCES[::_BLOCK]), strict=False)
 
@@ -213,7 +215,7 @@ class Visit:
 
     def _ours(self) -> float:
         """CPU time of everything that runs because of the benchmark, as far as it can be told while it runs."""
-        return own_seconds() + sum(cpu_seconds([self.rig.server.pid, *self.pids()]).values())
+        return own_seconds() + sum(cpu_seconds([self.rig.server.pid, *self.rig.helpers, *self.pids()]).values())
 
     async def _proven(self, numbers: dict[str, float], before: _Before) -> Cell:
         now, ours = cpu_seconds(self.pids()), self._ours() - before.ours

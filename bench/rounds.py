@@ -16,7 +16,7 @@ from bench import cells
 from bench.cells import Lengths, Turn
 from bench.figures import FIGURES, QUIET, REFERENCE, Results
 from bench.goals import BUSY, TWO_WORKERS
-from bench.peers import CAPTURE, HANDLER, HANDLER_LOOP, Peer, all_peers
+from bench.peers import ABUSED, CAPTURE, HANDLER, HANDLER_LOOP, Peer, all_peers
 from bench.rig import Rig, UnprovenError, Visit, apply_config, open_rig
 from bench.scaling import CLIENT_NETWORK, capture_excluding, networks, run_scaling
 from tproxyd.testing import LabError, activate_conntrack, conntrack_count
@@ -24,7 +24,7 @@ from tproxyd.testing.daemon import TPROXYD
 
 __all__ = ["GROUPS", "Plan", "run"]
 
-GROUPS = ("bulk", "small", "handler", "idle", "push", "workers", "bypass", "conntrack", "scaling")
+GROUPS = ("bulk", "small", "handler", "idle", "push", "workers", "admin", "bypass", "conntrack", "scaling")
 
 _HANDLERS = (REFERENCE, HANDLER, HANDLER_LOOP)
 _NO_RIVALS_AT_IDLE = ("direct", "haproxy+splice", "haproxy tuned", BUSY)
@@ -50,7 +50,7 @@ class Plan:
 async def run(plan: Plan, results: Results, say: Callable[[str], None]) -> None:
     """All groups. What is measured is in `results` at once, so an interrupted run has what it has."""
     peers, handlers = (
-        _without(plan.peers, HANDLER, HANDLER_LOOP),
+        _without(plan.peers, HANDLER, HANDLER_LOOP, ABUSED),
         [peer for peer in plan.peers if peer.name in _HANDLERS],
     )
     turns: dict[str, tuple[Turn, Sequence[Peer]]] = {
@@ -60,6 +60,7 @@ async def run(plan: Plan, results: Results, say: Callable[[str], None]) -> None:
         "idle": (partial(cells.idle, plan.lengths), _without(peers, *_NO_RIVALS_AT_IDLE, TWO_WORKERS)),
         "push": (cells.push, _without(peers, BUSY, TWO_WORKERS)),
         "workers": (partial(cells.workers, plan.lengths), _workers(peers)),
+        "admin": (partial(cells.admin, plan.lengths), [peer for peer in plan.peers if peer.name == ABUSED]),
     }
     async with open_rig(plan.programs, plan.directory) as rig:
         results.others = rig.others  # grows with every cell

@@ -94,8 +94,10 @@ def readable(text: str) -> Iterator[Path]:
 
 @asynccontextmanager
 async def open_daemon_as(node: Node, config: str, capabilities: Sequence[str] | None) -> AsyncIterator[LabDaemon]:
-    """`tproxyd run` as root (AS_ROOT), or as a user with these capabilities."""
-    with readable(config) as file:
+    """`tproxyd run` as root (AS_ROOT), or as a user with these capabilities, who has no directory for a socket of the administrator's."""
+    with readable(
+        f'{config}[admin]\nsocket = ""\n' if capabilities is not None and "[admin]" not in config else config
+    ) as file:
         arguments = ("run", "-c", str(file))
         command = (*TPROXYD, *arguments) if capabilities is None else elsewhere(as_user(capabilities), *arguments)
         async with node.process(*command, collect=True) as process:

@@ -97,6 +97,11 @@ def test_check_and_plan_load_neither_trio_nor_pyroute2(tmp_path: Path, verb: str
         (("frobnicate",), 64, "invalid choice: 'frobnicate'"),
         (("top",), 64, "`tproxyd top` is not in this version"),
         (("plan", "--diff", "--format", "json"), 64, "leave --format out"),
+        (("connections", "--close", "0", "--json"), 64, "leave --json out"),
+        (("connections", "--limit", "0"), 64, "'0' is not a number of connections"),
+        (("connections", "--source", "here"), 64, "--source 'here' is no address, network or port"),
+        (("connections",), 69, "is one running in this network namespace?"),
+        (("drain", "-c", "/no/such/file"), 78, "/no/such/file: there is no such file"),
         (("plan", "-c", "EMPTY", "--against", "/no/such/file"), 78, "/no/such/file: there is no such file"),
         (("apply", "--confirm", "0"), 64, "'0' is not a whole number of seconds from 1 to 86400"),
         (("apply", "--confirm=1e3"), 64, "'1e3' is not a whole number"),
@@ -127,7 +132,7 @@ async def test_a_mistake_on_the_command_line_is_one_sentence(
 
 async def test_help_shows_what_is_built_and_nothing_else(sidecar_lab: Lab) -> None:
     done = await sidecar_lab["host"].run(*TPROXYD, "--help")
-    assert re.findall(r"^    ([a-z]+) ", done.stdout, re.MULTILINE) == [
+    assert re.findall(r"^    ([a-z]+)(?: |$)", done.stdout, re.MULTILINE) == [
         "run",
         "check",
         "plan",
@@ -137,6 +142,9 @@ async def test_help_shows_what_is_built_and_nothing_else(sidecar_lab: Lab) -> No
         "revert",
         "explain",
         "doctor",
+        "connections",
+        "reload",
+        "drain",
     ]
     version = (await sidecar_lab["host"].run(*TPROXYD, "--version")).stdout
     assert re.fullmatch(

@@ -8,6 +8,7 @@ The public names, imported when they are first used: reading a config needs neit
     Workload, Event                     a network namespace that is captured, and what happens to it
     Connection; Forward, Refuse, Handle, HandOff    what its policy is asked, and may answer
     receive_connections                 what is handed off, in another process
+    LivingConnection                    what there is to know of one while it lives
     Record, Outcome, Counters           what a connection leaves behind, and all of them together
     TproxydError and its branches       what is raised on purpose
 """
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tproxyd.config import Config, config_from_mapping, load_config
-    from tproxyd.datapath import Counters, Outcome, Record
+    from tproxyd.datapath import Counters, LivingConnection, Outcome, Record
     from tproxyd.errors import CapabilityError, ConfigError, KernelError, MissingError, TproxydError, UsageError
     from tproxyd.interceptor import Event, Interceptor, Workload, open_interceptor
     from tproxyd.plan import Plan, make_plan, render
@@ -38,6 +39,7 @@ __all__ = [
     "Handle",
     "Interceptor",
     "KernelError",
+    "LivingConnection",
     "MissingError",
     "Outcome",
     "Plan",
@@ -60,7 +62,7 @@ __version__ = "0.1.0"
 _HOME = {
     "tproxyd.config": ("Config", "config_from_mapping", "load_config"),
     "tproxyd.errors": ("CapabilityError", "ConfigError", "KernelError", "MissingError", "TproxydError", "UsageError"),
-    "tproxyd.datapath": ("Counters", "Outcome", "Record"),
+    "tproxyd.datapath": ("Counters", "LivingConnection", "Outcome", "Record"),
     "tproxyd.interceptor": ("Event", "Interceptor", "Workload", "open_interceptor"),
     "tproxyd.plan": ("Plan", "make_plan", "render"),
     "tproxyd.proxy": (

@@ -75,6 +75,7 @@ sniff_timeout = "300ms"
 [drain]
 timeout = "30s"
 [admin]
+socket = "auto"
 metrics = ""
 [log]
 level = "info"
@@ -229,6 +230,8 @@ GOOD = [
     ("metrics for everybody", 'admin.metrics = "[::]:1"', Endpoint("::", 1)),
     ("metrics over IPv6, not as usually spelt", 'admin.metrics = "[2001:DB8:0::1]:080"', Endpoint("2001:db8::1", 80)),
     ("no metrics", 'admin.metrics = ""', None),
+    ("socket", 'admin.socket = "/run/x.sock"', "/run/x.sock"),
+    ("no socket", 'admin.socket = ""', None),
     ("warning", 'log.level = "warning"', "warning"),
     ("json", 'log.format = "json"', "json"),
     ("no access log", "log.access = false", False),
@@ -591,6 +594,10 @@ BAD = [
         'admin.metrics = "[fe80::1%eth0]:80"',
         "has a scope, which cannot be given here; write an addr",
     ),
+    ("a socket without its directory", 'admin.socket = "admin.sock"', '"admin.sock" has no absolute path of a socket;'),
+    ("a directory as socket", 'admin.socket = "/run/"', '"/run/" has no absolute path of a socket;'),
+    ("a long socket", f'admin.socket = "/{"x" * 107}"', "has a path of 108 bytes,"),
+    ("no path", "admin.socket = false", 'false is a boolean; write "auto", a path such as'),
     ("mapped", 'admin.metrics = "[::ffff:127.0.0.1]:80"', 'is IPv4 mapped into IPv6; write "127.0.0.1:80"'),
     (
         "metrics at port 0",
@@ -709,7 +716,6 @@ def test_unknown_key_or_table(text: str, expected: str) -> None:
 
 LATER = [
     'capture.protocols = ["udp"]',
-    'admin.socket = "auto"',
     '[[workload]]\nname = "web"\n[workload.capture]\nmode = "redirect"',
     'outbound.ports = "all"',
     "outbound.dns_port = 0",
@@ -905,7 +911,7 @@ def test_two_values_of_one_mask_and_disjoint_masks_are_marks() -> None:
 AT_ONCE = [
     (
         "over tables and lists",
-        'prots = 1\ncapture.ports = ["0", "80", "x"]\nlisten.port = 0\nlog.level = 1\nadmin.socket = ""',
+        'prots = 1\ncapture.ports = ["0", "80", "x"]\nlisten.port = 0\nlog.level = 1\nadmin.socket = "x"',
         ["`prots`", "`capture.ports[0]`", "`capture.ports[2]`", "`listen.port`", "`log.level`", "`admin.socket`"],
     ),
     ("a bad name and lo", 'capture.interfaces = ["lo", "a/b"]', ["`capture.interfaces[0]`", "`capture.interfaces[1]`"]),

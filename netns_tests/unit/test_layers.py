@@ -116,6 +116,7 @@ def test_an_early_room_gets_by_on_little(room: str) -> None:
         ("tproxyd.config", ["trio", "pyroute2", "tomllib"]),  # its types, as a relay process needs them
         ("tproxyd.policy", ["trio", "pyroute2", "msgspec"]),
         ("tproxyd.plan", ["trio", "pyroute2"]),
+        ("tproxyd.daemon.client", ["trio", "pyroute2", "h11"]),  # what asks a daemon is typed by people
         ("tproxyd.kernel", ["trio", "pyroute2"]),
         (
             "tproxyd.daemon.run",

@@ -78,6 +78,9 @@ _READERS: dict[Any, _Spelling] = {
     values.listen_endpoint: _Spelling(
         '"ADDR:PORT", or "" for none', ({"type": "string", "pattern": _ENDPOINT}, {"const": ""})
     ),
+    values.socket_file: _Spelling(
+        '"auto", a path, or "" for none', ({"type": "string", "pattern": "^/.*[^/]$"}, {"enum": ["auto", ""]})
+    ),
     values.interfaces: _INTERFACES,
     values.excluded_interfaces: _INTERFACES,
     rules.rule_name: _Spelling("a name", ({"type": "string", "pattern": "^[^\"'`]{1,64}$"},)),

@@ -280,10 +280,17 @@ class Drain(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Admin(msgspec.Struct, frozen=True, kw_only=True):
-    """Where the daemon tells about itself.
+    """Where the daemon is asked, and tells about itself.
 
-    None: nowhere.
+    None: nowhere. `socket` is a path, or "auto": one of the namespace's (daemon/admin_socket.py).
     """
+
+    socket: Annotated[
+        str | None,
+        read.socket_file,
+        'The Unix socket at which `tproxyd connections`, `reload`, `drain` and `top` ask. "auto": /run/tproxyd/admin.sock in the initial '
+        "network namespace, else /run/tproxyd/netns-INODE.sock; a path; empty: none.",
+    ] = "auto"
 
     metrics: Annotated[
         Endpoint | None,
@@ -369,7 +376,6 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
 
 LATER: dict[str, tuple[str, ...] | None] = {
     "policy.rule": ("interfaces", "workloads", "sni", "alpn", "http_host"),
-    "admin": ("socket",),
     "workload": None,
     "outbound": None,
 }

@@ -5,11 +5,10 @@ Readers like those in values.py. That a source does not go with a target, or a t
 
 from __future__ import annotations
 
-import os
 from ipaddress import ip_address
 from typing import Any
 
-from tproxyd.config.values import Endpoint, InvalidError, UnixPath, host_endpoint, list_of
+from tproxyd.config.values import Endpoint, InvalidError, UnixPath, host_endpoint, list_of, unix_path
 from tproxyd.config.wording import toml_kind
 
 __all__ = ["MOST_SOURCES", "source", "target"]
@@ -17,7 +16,6 @@ __all__ = ["MOST_SOURCES", "source", "target"]
 MOST_SOURCES = 64
 """Each is as many connections more to one server as there are local ports: 28,000, if nobody has changed that."""
 
-_LONGEST_PATH = 107  # bytes; sun_path has 108, the last of which is a NUL
 _TARGETS = '"original", "loopback", an address and a port, such as "127.0.0.1:8080", or "unix:/run/app.sock"'
 _WORDS = ("client", "auto", "proxy")
 _SOURCES = '"client", "auto", "proxy", or addresses of this host, such as "127.0.0.6"'
@@ -31,27 +29,10 @@ def target(value: Any) -> str | Endpoint | UnixPath:
     if value in ("original", "loopback"):
         return value
     if value.startswith("unix:"):
-        return UnixPath(_path(value.removeprefix("unix:")))
+        return UnixPath(unix_path(value.removeprefix("unix:"), "unix:/run/app.sock"))
     if ":" in value or value[:1].isdigit():  # also an address without a port, or a port without an address
         return host_endpoint(value, 'an address and a port, such as "127.0.0.1:8080" or "[::1]:8080"')
     raise InvalidError(f"is none of its values; use {_TARGETS}")
-
-
-def _path(path: str) -> str:
-    if not path.startswith("/") or path.endswith("/"):
-        raise InvalidError('has no absolute path of a socket; write all of it, such as "unix:/run/app.sock"')
-    if "\0" in path:
-        raise InvalidError("has a NUL character, which no path can have; remove it")
-    try:
-        length = len(os.fsencode(path))
-    except UnicodeEncodeError:  # a lone surrogate, from a program that embeds us
-        raise InvalidError("has a character that no path can have; remove it") from None
-    if length > _LONGEST_PATH:
-        raise InvalidError(
-            f"has a path of {length} bytes, and a socket's address has room for {_LONGEST_PATH}; choose a shorter one, if need be "
-            "through a symbolic link"
-        )
-    return path
 
 
 def source(value: Any) -> str | tuple[str, ...]:

@@ -6,6 +6,7 @@ stands. Later spellings of the contract that this version does not have are told
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
@@ -45,8 +46,10 @@ __all__ = [
     "ports",
     "protocols",
     "seconds",
+    "socket_file",
     "some_seconds",
     "special_networks",
+    "unix_path",
     "wildcard_over",
 ]
 
@@ -55,6 +58,7 @@ Reader = Callable[[Any], Any]
 Network = IPv4Network | IPv6Network
 
 _LATER = "is not in this version of tproxyd"
+_LONGEST_PATH = 107  # bytes; sun_path has 108, the last of which is a NUL
 _LONGEST = 30 * 86400  # seconds; a longer time-out is a slip of the unit
 _UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 _MAPPED = IPv6Network("::ffff:0:0/96")
@@ -316,6 +320,30 @@ def listen_endpoint(value: Any) -> Endpoint | None:
     if isinstance(value, str) and not value:
         return None
     return endpoint(value, 'an address and a port, such as "127.0.0.1:15020", or "" for none')
+
+
+def socket_file(value: Any) -> str | None:
+    """Where to listen, "auto" or a path; nowhere: ""."""
+    text = _string(value, '"auto", a path such as "/run/tproxyd/admin.sock", or "" for none')
+    return unix_path(text, "/run/tproxyd/admin.sock") if text not in ("", "auto") else text or None
+
+
+def unix_path(path: str, example: str) -> str:
+    """An absolute path that has room in the address of a Unix socket; `example` is one as it may be written."""
+    if not path.startswith("/") or path.endswith("/"):
+        raise InvalidError(f'has no absolute path of a socket; write all of it, such as "{example}"')
+    if "\0" in path:
+        raise InvalidError("has a NUL character, which no path can have; remove it")
+    try:
+        length = len(os.fsencode(path))
+    except UnicodeEncodeError:  # a lone surrogate, from a program that embeds us
+        raise InvalidError("has a character that no path can have; remove it") from None
+    if length > _LONGEST_PATH:
+        raise InvalidError(
+            f"has a path of {length} bytes, and a socket's address has room for {_LONGEST_PATH}; choose a shorter one, if need be "
+            "through a symbolic link"
+        )
+    return path
 
 
 def network(value: Any) -> Network:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["entry", "main"]
 
 # Promised for later versions: refused by name, not mistaken for a typing error.
-_LATER_VERBS = ("connections", "drain", "handover", "reload", "top")
+_LATER_VERBS = ("handover", "top")
 _LATER_OPTIONS = ("--after-exit",)
 _DAY = 24 * 3600
 
@@ -122,7 +122,7 @@ def _make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action=_Version, nargs=0, help="versions of tproxyd, kernel, nft and Python")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
 
-    def add(name: str, what: str, *, config: bool = True) -> argparse.ArgumentParser:
+    def add(name: str, what: str, *, config: bool = True, ports: bool = True) -> argparse.ArgumentParser:
         verb = verbs.add_parser(name, help=what, description=what[0].upper() + what[1:] + ".", allow_abbrev=False)
         if config:
             verb.add_argument(
@@ -132,6 +132,7 @@ def _make_parser() -> argparse.ArgumentParser:
                 metavar="FILE",
                 help="this file alone (default: /etc/tproxyd/tproxyd.toml, then conf.d/*.toml beside it)",
             )
+        if config and ports:
             verb.add_argument(
                 "--port",
                 action="append",
@@ -183,7 +184,26 @@ def _make_parser() -> argparse.ArgumentParser:
     doctor = add("doctor", "look for every known cause of silent failure, and name its remedy")
     doctor.add_argument("--no-probe", action="store_true", help="no live connection from a throwaway namespace")
     doctor.add_argument("--json", action="store_true", help="for programs")
+    connections = add("connections", "list living connections of the running daemon, or end one", ports=False)
+    connections.add_argument("--workload", metavar="NAME", help="those of this workload")
+    connections.add_argument(
+        "--source", metavar="ADDR", help="those of clients there: an address, a network, either with :PORT"
+    )
+    connections.add_argument(
+        "--destination", metavar="ADDR", help="those to there, as they were dialled; :80 is a port"
+    )
+    connections.add_argument("--limit", type=_count, metavar="N", help="so many at most")
+    connections.add_argument("--close", metavar="ID", help="reset the connection of this id, on both sides")
+    connections.add_argument("--json", action="store_true", help="for programs")
+    add("reload", "have the running daemon read its configuration again", ports=False)
+    add("drain", "have the running daemon take no new connections, and end with the last one", ports=False)
     return parser
+
+
+def _count(text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,9}", text) or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of connections from 1 on")
+    return int(text)
 
 
 def _seconds(text: str) -> int:
@@ -200,6 +220,12 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     if later is not None:
         raise UsageError(f"the option {later.split('=')[0]} is not in this version of tproxyd; see `tproxyd --help`")
     options = _make_parser().parse_args(arguments)
+    if options.verb == "connections" and options.close is not None:
+        filters = [
+            name for name in ("workload", "source", "destination", "limit") if getattr(options, name) is not None
+        ]
+        if filters or options.json:
+            raise UsageError(f"--close ends one connection and prints no list; leave --{(filters or ['json'])[0]} out")
     if options.verb == "plan" and options.format and (options.diff or options.against):
         raise UsageError("--diff and --against print text that no --format changes; leave --format out")
     return options
@@ -214,6 +240,9 @@ def _dispatch(options: argparse.Namespace) -> int:
         from tproxyd.daemon import apply_revert
 
         return apply_revert.revert() if options.name is None else apply_revert.revert(options.name)
+
+    if options.verb in ("connections", "reload", "drain"):
+        return _ask_daemon(options)
 
     from tproxyd.config import load_config
 
@@ -263,3 +292,23 @@ def _dispatch(options: argparse.Namespace) -> int:
 
             return run.run(config)
     return os.EX_OK
+
+
+def _ask_daemon(options: argparse.Namespace) -> int:
+    from tproxyd.daemon import client
+
+    match options.verb:
+        case "reload":
+            return client.reload(options.config)
+        case "drain":
+            return client.drain(options.config)
+    if options.close is not None:
+        return client.close_connection(options.config, options.close)
+    return client.list_connections(
+        options.config,
+        workload=options.workload,
+        source=options.source,
+        destination=options.destination,
+        limit=options.limit,
+        as_json=options.json,
+    )

@@ -1,28 +1,24 @@
 """`[admin] metrics`: Prometheus metrics, /healthz and /readyz, over HTTP.
 
-Served by the daemon's own loop, with a deadline for each request and a bound on how many there are. It asks the relay loops for their
-counters when it is asked itself; they answer between two events, so a scrape costs a connection nothing. No label ever bears an
-address of a client.
+It asks the relay loops for their counters when it is asked itself; they answer between two events, and however many scrapes there are, no more
+often than `http.Shared` lets them. No label ever bears an address of a client.
 """
 
 from __future__ import annotations
 
 import errno
-import logging
 import platform
 import socket
 from collections.abc import Awaitable, Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, get_args
 
-import h11
 import trio
 
 from tproxyd.config import Endpoint
-from tproxyd.config.wording import printable
+from tproxyd.daemon.http import Answer, Request, Shared, say, serve_http, tell_health
 from tproxyd.datapath import CONNECT_SECONDS, Counters, Outcome
-from tproxyd.errors import KernelError
+from tproxyd.errors import KernelError, TproxydError
 from tproxyd.interceptor import KINDS
 from tproxyd.net.proc_net import port_holder
 from tproxyd.net.sockets import format_address
@@ -32,19 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["open_metrics_listener", "open_metrics_socket", "serve_metrics"]
 
-_log = logging.getLogger(__name__)
-
-_CLIENTS = 64  # at once; one more takes the place of one that does not get on
-_PATIENCE = 10.0  # seconds for a request to come, and for its answer to be taken
-_LONGEST = 60.0  # seconds for all requests of one connection: nobody holds a place for good
-_LOOK = 0.1  # seconds, where all are served and none can be sent away, until one of them may be
-_READ = 8192
-
-Page = Callable[[], Awaitable[tuple[int, str, bytes]]]
-"""Gives a status, a content type and a body."""
-
-Waiting = Callable[[], AbstractContextManager[None]]
-"""Makes the block around all that waits for one client: for a whole request, or for taking an answer."""
+_BACKLOG = 64
 
 
 def open_metrics_listener(where: Endpoint) -> trio.SocketListener:
@@ -58,7 +42,7 @@ def open_metrics_socket(where: Endpoint) -> socket.socket:
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind((where.host, where.port))
-        sock.listen(_CLIENTS)
+        sock.listen(_BACKLOG)
         sock.setblocking(False)
         return sock
     except OSError as error:
@@ -77,176 +61,61 @@ async def serve_metrics(
     dropped: Callable[[], int],
     repairs: Callable[[], Mapping[str, int]],
     unready: Callable[[], str],
+    reloaded: Callable[[], bool],
+    packets: Callable[[], Awaitable[Mapping[tuple[str, str, str], int]]],
     version: str,
 ) -> None:
     """Answers until cancelled, and closes the listener then.
 
     `count` gives the counters of all relay loops, `dropped` how many lines of the access log were not written, `repairs` how
-    often the kernel's state was put right, by kind, `unready` why it is not ready, empty if it is.
+    often the kernel's state was put right, by kind, `unready` why it is not ready, empty if it is, `reloaded` whether the configuration that was read
+    last is the one that is served, `packets` what the rules that count have counted, by table, chain and comment.
     """
-    pages: dict[bytes, Page] = {
-        b"/metrics": partial(_metrics, count, dropped, repairs, version),
-        b"/healthz": partial(_word, str),
-        b"/readyz": partial(_word, unready),
-    }
-    places = _Places()
-    async with listener, trio.open_nursery() as nursery:
-        while True:
-            await trio.lowlevel.wait_readable(listener.socket)
-            token = await places.take()
-            try:
-                stream = await listener.accept()
-            except OSError:  # no file left: connections that are relayed come first
-                places.leave(token)
-                await trio.sleep(0.1)
-                continue
-            nursery.start_soon(_serve_client, stream, pages, places, token)
 
+    async def make() -> bytes:
+        # Late: it takes some hundredths of a second to load, and READY does not wait for it.
+        from prometheus_client import CollectorRegistry, generate_latest
 
-class _Places:
-    """Room for so many clients. When it is full, who comes takes the place of the one that has let us wait longest, for a whole
-    request or for taking its answer: nobody keeps others out by saying nothing."""
-
-    def __init__(self) -> None:
-        self._room = trio.CapacityLimiter(_CLIENTS)
-        self._waited_for: dict[trio.CancelScope, None] = {}  # in the order in which that began
-
-    async def take(self) -> object:
-        """Gives what `leave` is to be called with."""
-        token = object()
-        while True:
-            if not self._room.available_tokens and self._waited_for:
-                slowest = next(iter(self._waited_for))
-                del self._waited_for[slowest]
-                slowest.cancel()
-            with trio.move_on_after(_LOOK):
-                await self._room.acquire_on_behalf_of(token)
-                return token
-
-    def leave(self, token: object) -> None:
-        self._room.release_on_behalf_of(token)
-
-    @contextmanager
-    def waiting_for(self, client: trio.CancelScope) -> Iterator[None]:
-        """The block waits for this client alone, and is cancelled when another one needs its place."""
-        self._waited_for[client] = None
+        counters = await count()
         try:
-            yield
-        finally:
-            self._waited_for.pop(client, None)
+            counted = await packets()
+        except (OSError, TproxydError):  # taken away, or not to be seen at the moment
+            counted = {}
+
+        class Collector:
+            def collect(self) -> Iterator[Metric]:
+                return _families(counters, dropped(), repairs(), reloaded(), counted, version)
+
+        registry = CollectorRegistry(auto_describe=False)
+        registry.register(Collector())
+        return generate_latest(registry)
+
+    await serve_http(listener, partial(_answer, Shared(make), unready), what="the metrics port")
 
 
-async def _serve_client(stream: trio.SocketStream, pages: dict[bytes, Page], places: _Places, token: object) -> None:
-    try:
-        async with stream:
-            with trio.move_on_after(_LONGEST) as client:
-                await _converse(stream, pages, partial(places.waiting_for, client))
-    except (trio.BrokenResourceError, trio.TooSlowError, h11.LocalProtocolError):
-        pass  # gone, or too slow to be waited for
-    except Exception:  # a surprise costs this client only, never the daemon
-        _log.exception("an answer on the metrics port failed; this is a bug")
-    finally:
-        places.leave(token)
+async def _answer(page: Shared[bytes], unready: Callable[[], str], request: Request) -> Answer:
+    if request.method not in ("GET", "HEAD"):
+        return say(405, "only GET", ("Allow", "GET, HEAD"))
+    match request.path:
+        case "/metrics":
+            from prometheus_client import CONTENT_TYPE_LATEST
+
+            return Answer(200, CONTENT_TYPE_LATEST, await page())
+        case "/healthz":
+            return tell_health("")
+        case "/readyz":
+            return tell_health(unready())
+    return say(404, "/metrics, /healthz, /readyz")
 
 
-async def _converse(stream: trio.SocketStream, pages: dict[bytes, Page], waiting: Waiting) -> None:
-    connection = h11.Connection(h11.SERVER)
-    try:
-        while True:
-            with trio.fail_after(_PATIENCE):
-                if not await _answer(stream, connection, pages, waiting):
-                    return
-                connection.start_next_cycle()
-    except h11.RemoteProtocolError as error:
-        with trio.fail_after(_PATIENCE), waiting():
-            await _send(stream, connection, error.error_status_hint, "text/plain", b"bad request\n", close=True)
-
-
-async def _answer(
-    stream: trio.SocketStream, connection: h11.Connection, pages: dict[bytes, Page], waiting: Waiting
-) -> bool:
-    """One request and its answer; whether another one may follow."""
-    with waiting():
-        request = await _receive(stream, connection)
-    if request is None:
-        return False
-    page = pages.get(request.target.partition(b"?")[0])
-    if request.method not in (b"GET", b"HEAD"):
-        status, kind, body = 405, "text/plain", b"only GET\n"
-    elif page is None:
-        status, kind, body = 404, "text/plain", b"/metrics, /healthz, /readyz\n"
-    else:
-        status, kind, body = await page()
-    with waiting():
-        await _send(stream, connection, status, kind, body, close=False, head=request.method == b"HEAD")
-    return connection.our_state is h11.DONE and connection.their_state is h11.DONE
-
-
-async def _receive(stream: trio.SocketStream, connection: h11.Connection) -> h11.Request | None:
-    """A whole request; None if there comes no further one."""
-    request: h11.Request | None = None
-    while True:
-        event = connection.next_event()
-        if event is h11.NEED_DATA:
-            connection.receive_data(await stream.receive_some(_READ))
-        elif isinstance(event, h11.Request):
-            request = event
-        elif isinstance(event, h11.ConnectionClosed) or event is h11.PAUSED:
-            return None
-        elif isinstance(event, h11.EndOfMessage):
-            return request
-
-
-async def _send(
-    stream: trio.SocketStream,
-    connection: h11.Connection,
-    status: int,
-    kind: str,
-    body: bytes,
-    *,
-    close: bool,
-    head: bool = False,
-) -> None:
-    headers = [("Content-Type", kind), ("Content-Length", str(len(body)))]
-    if close:
-        headers.append(("Connection", "close"))
-    data = connection.send(h11.Response(status_code=status, headers=headers)) or b""
-    if not head:
-        data += connection.send(h11.Data(data=body)) or b""
-    data += connection.send(h11.EndOfMessage()) or b""
-    await stream.send_all(data)
-
-
-async def _word(reason: Callable[[], str]) -> tuple[int, str, bytes]:
-    why = reason()
-    return (
-        (503, "text/plain; charset=utf-8", f"not ready: {printable(why)}\n".encode())
-        if why
-        else (200, "text/plain", b"ok\n")
-    )
-
-
-async def _metrics(
-    count: Callable[[], Awaitable[Counters]],
-    dropped: Callable[[], int],
-    repairs: Callable[[], Mapping[str, int]],
+def _families(
+    counters: Counters,
+    dropped: int,
+    repairs: Mapping[str, int],
+    reloaded: bool,
+    packets: Mapping[tuple[str, str, str], int],
     version: str,
-) -> tuple[int, str, bytes]:
-    # Late: it takes some hundredths of a second to load, and READY does not wait for it.
-    from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
-
-    counters = await count()
-
-    class Collector:
-        def collect(self) -> Iterator[Metric]:
-            return _families(counters, dropped(), repairs(), version)
-
-    registry = CollectorRegistry(auto_describe=False)
-    registry.register(Collector())
-    return 200, CONTENT_TYPE_LATEST, generate_latest(registry)
-
-
-def _families(counters: Counters, dropped: int, repairs: Mapping[str, int], version: str) -> Iterator[Metric]:
+) -> Iterator[Metric]:
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 
     workload = "host"
@@ -280,6 +149,19 @@ def _families(counters: Counters, dropped: int, repairs: Mapping[str, int], vers
     for kind in KINDS:
         repaired.add_metric([kind], repairs.get(kind, 0))
     yield repaired
+    seen = CounterMetricFamily(
+        "tproxyd_kernel_packets",
+        "Packets that the ruleset has counted since its tables were loaded, by the rule's comment.",
+        labels=["table", "chain", "rule"],
+    )
+    for labels, number in sorted(packets.items()):
+        seen.add_metric(labels, number)
+    yield seen
+    yield GaugeMetricFamily(
+        "tproxyd_config_last_reload_success",
+        "1 if the configuration that was read last is the one that is served, else 0.",
+        value=reloaded,
+    )
     build = GaugeMetricFamily("tproxyd_build_info", "1, with what runs here.", labels=["version", "python", "kernel"])
     build.add_metric([version, platform.python_version(), platform.release()], 1)
     yield build

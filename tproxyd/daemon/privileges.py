@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import NamedTuple
 
 from tproxyd import kernel
 from tproxyd.config import Config
+from tproxyd.daemon.admin_socket import readers_gid
 from tproxyd.daemon.comparison import ssh_ports_here
 from tproxyd.daemon.lock import find_holder
 from tproxyd.interceptor.capture import require_free_port
@@ -40,8 +42,17 @@ def give_up_privileges(config: Config) -> Seen:
     require_needs(config)
     _name_who_is_in_the_way(config)
     seen = Seen(frozenset(ssh_ports_here()), tuple(_unseen(config)))
+    _join_readers()
     keep_capabilities([*(need.capability for need in needs_here(config)), *to_read_code()], pass_on=True)
     return seen
+
+
+def _join_readers() -> None:
+    """Whose the administrator's socket is to be: to give a file of one's own to a group of one's own takes no capability."""
+    gid = readers_gid()
+    if gid is not None and gid not in (os.getegid(), *os.getgroups()):
+        with suppress(OSError):  # a user's daemon is in it, or its socket is nobody else's
+            os.setgroups([*os.getgroups(), gid])
 
 
 def _unseen(config: Config) -> Iterator[str]:

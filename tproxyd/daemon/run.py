@@ -16,6 +16,7 @@ import trio
 
 from tproxyd import __version__
 from tproxyd.config import Config
+from tproxyd.daemon.admin_socket import AdminSocket, open_admin_socket
 from tproxyd.daemon.lock import Orders, namespace_lock, reverted, serve_orders
 from tproxyd.daemon.logs import LineWriter, access_format, encode_line, set_up_logging
 from tproxyd.daemon.privileges import give_up_privileges
@@ -23,6 +24,8 @@ from tproxyd.daemon.service import Service, Stop
 from tproxyd.daemon.status import tell_serving
 from tproxyd.errors import TproxydError
 from tproxyd.interceptor import open_interceptor
+from tproxyd.interceptor.threads import in_thread
+from tproxyd.kernel import packet_counts
 from tproxyd.net.sockets import format_address
 
 __all__ = ["run"]
@@ -65,7 +68,10 @@ async def _serve(
     config: Config, stderr: LineWriter, access_log: LineWriter | None, held: socket.socket, ssh_ports: Collection[int]
 ) -> None:
     stop = Stop()
-    with trio.open_signal_receiver(*_STOP, signal.SIGHUP) as signals:
+    with (
+        trio.open_signal_receiver(*_STOP, signal.SIGHUP) as signals,
+        open_admin_socket(config.admin.socket) as admin,
+    ):
         async with trio.open_nursery() as nursery, _metrics_listener(config) as metrics:
             nursery.start_soon(_listen_to_signals, signals, stop)
             # A signal that comes while this starts is answered as soon as it has: that takes a fraction of a second.
@@ -73,11 +79,14 @@ async def _serve(
             async with open_interceptor(
                 config, on_lines=on_lines, own_namespace=True, ssh_ports=[*ssh_ports], namespace_held=True
             ) as interceptor:
-                service = Service(config, interceptor, stop, access_log)
+                path = admin.path if admin is not None else None
+                service = Service(config, interceptor, stop, access_log, admin_socket=path)
                 orders: Orders = {"revert": partial(_revert, service), "status": partial(_status, service)}
                 nursery.start_soon(serve_orders, held, orders)
                 if metrics is not None:
                     nursery.start_soon(_serve_metrics, metrics, service)
+                if admin is not None:
+                    nursery.start_soon(_serve_admin, admin, service)
                 nursery.start_soon(service.obstacles.watch)
                 # At any log level, and on one line: others wait for it.
                 listen = ",".join(format_address(address) for address in interceptor.listen)
@@ -119,8 +128,18 @@ async def _serve_metrics(listener: trio.SocketListener, service: Service) -> Non
         dropped=lambda: service.dropped,
         repairs=lambda: service.interceptor.repairs,
         unready=lambda: service.unready,
+        reloaded=lambda: service.last_reload_ok,
+        packets=lambda: in_thread(packet_counts),
         version=__version__,
     )
+
+
+async def _serve_admin(admin: AdminSocket, service: Service) -> None:
+    async with trio.SocketListener(trio.socket.from_stdlib_socket(admin.sock)) as listener:
+        await trio.lowlevel.wait_readable(admin.sock)  # as long as nobody asks, HTTP is not loaded
+        from tproxyd.daemon.admin import serve_admin
+
+        await serve_admin(listener, service)
 
 
 async def _listen_to_signals(signals: AsyncIterator[int], stop: Stop) -> None:

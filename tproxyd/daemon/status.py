@@ -41,7 +41,8 @@ class Counted(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Serving(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="daemon"):
-    """What a daemon tells about itself. `trouble`: why it is not ready, empty if it is; `differences`: between its own plan and the kernel."""
+    """What a daemon tells about itself. `trouble`: why it is not ready, empty if it is; `differences`: between its own plan and the kernel;
+    `admin_socket` is where the administrator asks it."""
 
     pid: int
     version: str
@@ -54,6 +55,7 @@ class Serving(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="
     repairs: dict[str, int]
     trouble: str
     differences: list[Change]
+    admin_socket: str | None = None
 
 
 class Waiting(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="apply"):
@@ -86,7 +88,9 @@ class _Report(msgspec.Struct, frozen=True, kw_only=True):
     differences: list[Change] | None
 
 
-async def make_serving(interceptor: Interceptor, trouble: str, *, began: float) -> Serving:
+async def make_serving(
+    interceptor: Interceptor, trouble: str, *, began: float, admin_socket: str | None = None
+) -> Serving:
     """What a daemon tells of itself; `began` is when it was ready, on time.monotonic()."""
     counters = await interceptor.counters()
     marks = interceptor.marks
@@ -107,6 +111,7 @@ async def make_serving(interceptor: Interceptor, trouble: str, *, began: float) 
         repairs=dict(interceptor.repairs),
         trouble=trouble,
         differences=await interceptor.differences(),
+        admin_socket=admin_socket,
     )
 
 
@@ -194,6 +199,7 @@ def _rows(report: _Report) -> Iterator[tuple[str, str]]:
         yield "daemon", f"pid {daemon.pid}, version {daemon.version}, ready for {_duration(daemon.uptime_s)}"
         yield "capture", "on" if daemon.capturing else "off"
         yield "listen", ", ".join(daemon.listen)
+        yield "admin", daemon.admin_socket or "no socket"
         yield "marks", ", ".join(f"{name} {mark}" for name, mark in daemon.marks.items())
         counters = daemon.counters
         yield "connections", f"{daemon.connections} living, {counters.accepted} accepted since the start"

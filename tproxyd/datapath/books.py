@@ -50,7 +50,7 @@ class Books:
     def __init__(self, clock: Clock, channel: socket.socket, *, per_source: int) -> None:
         self._clock = clock
         self.outbox = Outbox(channel)
-        self.connections: set[Connection] = set()
+        self.connections: dict[int, Connection] = {}  # by identity, in the order in which they began
         self.due = math.inf
         self._new: list[Connection] = []  # not told to the owner yet
         self._changed: set[Workload] = set()  # their counters
@@ -80,7 +80,7 @@ class Books:
         workload.counters.active += 1
         workload.connections.add(connection)
         self._changed.add(workload)
-        self.connections.add(connection)
+        self.connections[connection.identity] = connection
         self._new.append(connection)
         if self.due == math.inf:
             self.due = self._clock.now + _REPORT
@@ -111,7 +111,7 @@ class Books:
     def leave(self, connection: Connection, outcome: Outcome) -> None:
         """One connection less, and its record."""
         workload = connection.workload
-        self.connections.discard(connection)
+        self.connections.pop(connection.identity, None)
         workload.connections.discard(connection)
         if connection.counted:
             source = workload.name, connection.client[0]
@@ -184,7 +184,7 @@ class Books:
         self.due = math.inf
         if self._new:
             # Those that ended meanwhile are in the records. Should this process die, the owner knows who died with it.
-            living = [self._record(one, "worker_lost") for one in self._new if one in self.connections]
+            living = [self._record(one, "worker_lost") for one in self._new if one.identity in self.connections]
             self._new = []
             self._put_lines(report.LIVING, living)
         if self._records:

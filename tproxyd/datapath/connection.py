@@ -46,6 +46,7 @@ from tproxyd.net.sockets import (
 
 if TYPE_CHECKING:
     from tproxyd.datapath.client_hello import ClientHello
+    from tproxyd.datapath.listing import State
     from tproxyd.datapath.loop import RelayLoop
     from tproxyd.datapath.report import RelayOrder
     from tproxyd.datapath.workload import Workload
@@ -75,6 +76,7 @@ _NO_UNIX_SOCKET = {
 }
 
 _READING, _DIALLING, _SNIFFING, _RELAYING, _FLUSHING, _HANDED, _CLOSED = range(7)
+_STAGES: tuple[State, ...] = ("reading", "dialling", "sniffing", "relaying", "flushing", "handed")
 
 
 class Connection(Timed):
@@ -142,6 +144,11 @@ class Connection(Timed):
         self.settled = False
         self.downstream = Leg(loop, self, sock, accepted=True)
         self.upstream: Leg | None = None
+
+    @property
+    def stage(self) -> State:
+        """What is done with it, in a word; it lives."""
+        return _STAGES[self.state]
 
     def begin(self) -> None:
         """From accept, or from a part of a PROXY header, to the dial: is it meant for us, does it come from us, do limits and policy

@@ -16,12 +16,14 @@ import select
 import socket
 import time
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import msgspec
 
 from tproxyd.datapath import report
 from tproxyd.datapath.books import Books
 from tproxyd.datapath.connection import Connection
+from tproxyd.datapath.listing import Answer, CloseOrder, Listing, ListOrder
 from tproxyd.datapath.opening import HEADER_SECONDS
 from tproxyd.datapath.pipes import PipePool
 from tproxyd.datapath.record import Outcome
@@ -91,6 +93,7 @@ class RelayLoop:
         channel.setblocking(False)
         self._channel = channel
         self._books = Books(self, channel, per_source=config.limits.max_connections_per_source)
+        self._listing = Listing(self._books.connections)
         self.enter, self.renew, self.complain, self.remark, self.count_connect = (
             self._books.enter,
             self._books.renew,
@@ -194,7 +197,7 @@ class RelayLoop:
         self._accepting = False  # nothing is accepted any more, however much room there is
         for workload in self._workloads.values():
             workload.close_listeners()
-        for connection in list(self._books.connections):
+        for connection in list(self._books.connections.values()):
             connection.end(outcome)
         with contextlib.suppress(OSError):  # the last words, if there is anybody to hear them
             self._channel.settimeout(1.0)
@@ -592,10 +595,26 @@ class RelayLoop:
                 self._books.tell(
                     report.COUNTED, msgspec.msgpack.encode(self._books.count_now(self._workloads.values()))
                 )
+            case report.LIST:
+                page = self._listing.page(msgspec.msgpack.decode(content, type=ListOrder), self.now)
+                self._books.tell(report.LISTED, msgspec.msgpack.encode(page))
+            case report.CLOSE:
+                close = msgspec.msgpack.decode(content, type=CloseOrder)
+                self._books.tell(report.CLOSED, msgspec.msgpack.encode(Answer(close.number, self._close(close.id))))
             case report.STOP:
                 self._stopping = True
             case _:
                 self._stopping = True  # the owner is gone
+
+    def _close(self, identity: str) -> Literal["closed", "none", "handed"]:
+        """Resets a connection of that identity on both sides; one that is with the owner is the owner's to end."""
+        if identity in self._handed:
+            return "handed"
+        connection = self._books.connections.get(int(identity, 16))
+        if connection is None:
+            return "none"
+        connection.end("drained")
+        return "closed"
 
     def _add_as_ordered(self, data: bytes, fds: list[int]) -> None:
         """The setup of a workload, and with it the descriptors of its namespace and its listeners."""

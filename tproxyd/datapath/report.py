@@ -3,9 +3,9 @@
 The first byte of a message tells its kind. A loop never waits for its owner: what does not fit is kept for later, and access-log
 lines beyond a bound are dropped and counted. The end of the socket is the end of the other side, however that came about.
 
-    owner ▶ loop    setup (pickled), a workload to serve, or to serve no more, idle?, counters?, stop; about a connection that was handed over: forward it, relay it to
-                    this upstream, reset what is relayed so, it has ended
-    loop ▶ owner    ready, added, removed, records, living connections, counters, log lines, idle; a connection that the program wants to decide about;
+    owner ▶ loop    setup (pickled), a workload to serve, or to serve no more, idle?, counters?, living ones?, close one, stop; about a connection that was
+                    handed over: forward it, relay it to this upstream, reset what is relayed so, it has ended
+    loop ▶ owner    ready, added, removed, records, living connections, counters, pages, log lines, idle; a connection that the program wants to decide about;
                     those that were relayed for it and have ended
 """
 
@@ -41,11 +41,13 @@ TELL_COUNTERS = b"C"
 STOP = b"S"
 FORWARD = b"F"  # with the socket that was handed over
 ENDED = b"D"
-RELAY = b"L"  # with the socket that was handed over, and that of the upstream
-RESET = b"X"  # an id: what is relayed so is reset; how it has ended is still to be said
+RELAY = b"V"  # with the socket that was handed over, and that of the upstream
+RESET = b"Z"  # an id: what is relayed so is reset; how it has ended is still to be said
 ADD_PART = b"a"  # the setup of a workload, pickled, as much of it as fits
 ADD = b"A"  # the rest of it, with the descriptors of its namespace and its listeners
 REMOVE = b"R"
+LIST = b"L"  # a page of living connections
+CLOSE = b"X"  # a connection, by its identity
 # Loop to owner.
 READY = b"y"
 RECORDS = b"r"
@@ -58,6 +60,8 @@ HAND_OVER = b"h"  # with a socket
 RELAYED = b"e"  # as ENDED, of some that were to be relayed
 ADDED = b"A"  # name, and why not
 REMOVED = b"R"
+LISTED = b"L"
+CLOSED = b"X"
 
 FDS = 4
 """Descriptors that come with one message at most."""

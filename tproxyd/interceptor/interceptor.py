@@ -9,8 +9,8 @@ import logging
 import os
 import resource
 import socket
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +20,8 @@ import trio
 
 from tproxyd import kernel
 from tproxyd.config import Config, config_from_mapping, load_config
-from tproxyd.datapath import Counters, Record, Setup, WorkloadSetup, splice_error
+from tproxyd.datapath import Counters, LivingConnection, Record, Setup, WorkloadSetup, splice_error
+from tproxyd.datapath.listing import Filter, read_end
 from tproxyd.errors import ConfigError, KernelError, MissingError
 from tproxyd.interceptor.capture import Capture, Listeners, open_listeners
 from tproxyd.interceptor.keeper import Keeper
@@ -149,6 +150,34 @@ class Interceptor:
     def connections(self) -> int:
         """How many live, as told some hundredths of a second ago."""
         return self._relays.active
+
+    async def list_connections(
+        self,
+        *,
+        workload: str | None = None,
+        source: str | None = None,
+        destination: str | None = None,
+    ) -> AsyncGenerator[LivingConnection, None]:
+        """Those that live: `async for connection in interceptor.list_connections(source="192.0.2.0/24"): ...`. Those of a workload, of a client, to an
+        original destination: an address, a network, either with a port, or a port (":80").
+
+        They come a page at a time, between which the relay loops serve connections for nine tenths of the time: what ends meanwhile may be among
+        them, and what begins may not. Raises UsageError for what is no address, and KernelError when a loop does not answer.
+        """
+        which = Filter(
+            workload,
+            read_end(source, "the source") if source is not None else None,
+            read_end(destination, "the destination") if destination is not None else None,
+        )
+        async with aclosing(self._relays.pages(which)) as pages:
+            async for page in pages:
+                for connection in page:
+                    yield connection
+
+    async def close_connection(self, identity: str) -> bool:
+        """Resets a connection on both sides, outcome `drained`; whether there was one of this `id`. One that the program has is cancelled there. Raises
+        KernelError when a relay loop does not answer."""
+        return await self._relays.close(identity)
 
     @property
     def records_dropped(self) -> int:

@@ -7,24 +7,37 @@ socket (datapath/report.py). What a loop tells costs this side a wake-up every 5
 from __future__ import annotations
 
 import logging
+import math
 import pickle
+import re
 import socket
 import struct
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import aclosing, suppress
 from functools import partial
 from typing import NamedTuple, TypeVar
 
 import msgspec
 import trio
 
-from tproxyd.datapath import Counters, EndedOrder, LogLine, Outcome, Record, Setup, WorkloadSetup, report
+from tproxyd.datapath import (
+    Counters,
+    EndedOrder,
+    LivingConnection,
+    LogLine,
+    Outcome,
+    Record,
+    Setup,
+    WorkloadSetup,
+    report,
+)
+from tproxyd.datapath.listing import Answer, CloseOrder, Filter, ListOrder, Page
 from tproxyd.errors import KernelError
 from tproxyd.interceptor.homes import ProcessHome, ThreadHome
 from tproxyd.net.sockets import abort, format_address
-from tproxyd.proxy import Complaints, Connection, Policy, Receivers, Sides, serve_handed
+from tproxyd.proxy import Complaints, Connection, ConnectionStream, Policy, Receivers, Sides, serve_handed
 
 __all__ = ["Relays", "first_of", "merge_counters"]
 
@@ -33,9 +46,11 @@ _log = logging.getLogger(__name__)
 _START = 10.0  # seconds for a loop to answer; it takes some hundredths
 _STOP = 3.0  # seconds for a loop to say its last words
 _HANDLERS_STOP = 0.5  # seconds for handlers to end when they are cancelled, before the sockets are taken away from them
-_COUNT = 1.0  # seconds for a loop to tell its counters
+_COUNT = 1.0  # seconds for a loop to tell its counters, or what lives
+_LOOKS = 3  # for a connection that is handed over, or back, at that moment
 _YOUNG = 5.0  # seconds; a loop that dies younger than that has something against it ...
 _TRIES = 5  # ... and after so many of them in a row the interception ends: better no daemon than one that steers clients nowhere
+_REST = 9  # of a loop from pages of living connections, in units of the time that the last one took
 _MESSAGES = 32  # of a loop that are taken before other tasks have their turn
 _ONE_DESCRIPTOR = socket.CMSG_SPACE(4)
 _CHANNEL_BYTES = 1 << 20  # of messages that wait; the kernel gives what net.core.wmem_max allows
@@ -130,6 +145,20 @@ class Relays:
             name: merge_counters([relay.total[name] for relay in self._relays if name in relay.total]) for name in names
         }
 
+    async def pages(self, which: Filter) -> AsyncGenerator[list[LivingConnection], None]:
+        """Living connections, page by page, those of one loop after the other's. Raises KernelError when a loop does not answer."""
+        for relay in self._relays:
+            async with aclosing(relay.pages(which)) as pages:
+                async for page in pages:
+                    yield page
+
+    async def close(self, identity: str) -> bool:
+        """Resets a connection on both sides, outcome `drained`; whether there was one of this identity. Raises KernelError as above."""
+        for relay in self._relays:
+            if await relay.close(identity):
+                return True
+        return False
+
     @property
     def records_dropped(self) -> int:
         """Lines of the access log for which nobody had room."""
@@ -162,11 +191,18 @@ def first_of(error: BaseException, kind: type[E]) -> E | None:
 
 
 class Handed(NamedTuple):
-    """A connection that is with the embedding program: whose it is, its socket, and what ends whoever has it there."""
+    """A connection that is with the embedding program: its socket, since when, and what ends whoever has it there. `stream` is its handler's."""
 
-    workload: str
+    connection: Connection
     sock: socket.socket
     scope: trio.CancelScope
+    since: float
+    stream: ConnectionStream | None = None
+
+    @property
+    def workload(self) -> str:
+        """Whose it is."""
+        return self.connection.workload
 
 
 class Served(NamedTuple):
@@ -224,6 +260,10 @@ class _Relay:
         self._started = False
         self._idle: dict[str, trio.Event] = {}
         self._counted: trio.Event | None = None
+        self._paging = trio.Lock()  # one page at a time, and a rest behind it: connections come first
+        self._paged = -math.inf  # until when that rest lasts
+        self._questions: dict[int, tuple[trio.Event, list[Page | Answer]]] = {}
+        self._asked = 0
 
     @property
     def total(self) -> dict[str, Counters]:
@@ -317,6 +357,64 @@ class _Relay:
             await counted.wait()
         if scope.cancelled_caught and self._counted is counted:
             self._counted = None  # who asks next asks anew
+
+    async def pages(self, which: Filter) -> AsyncGenerator[list[LivingConnection], None]:
+        after = ""
+        while True:
+            async with self._paging:
+                await trio.sleep_until(self._paged)
+                page = await self._ask(report.LIST, lambda number: ListOrder(number, which, after))  # noqa: B023  # called at once
+                if not isinstance(page, Page):
+                    break  # it has died, and its connections with it
+                self._paged = trio.current_time() + _REST * page.seconds
+            for one in page.connections:
+                handed = self.handed.get(one.id)
+                if handed is not None and handed.stream is not None:
+                    one.bytes_from_client, one.bytes_from_upstream = handed.stream.received, handed.stream.sent
+            yield page.connections
+            after = page.after
+            if not after:
+                break
+        matches = which.compile()
+        orphans = [self.handed[identity] for identity in sorted(self._orphans & self.handed.keys())]
+        yield [
+            _orphan(orphan)
+            for orphan in orphans
+            if matches(orphan.workload, orphan.connection.source, orphan.connection.original_destination)
+        ]
+
+    async def close(self, identity: str) -> bool:
+        if not re.fullmatch("[0-9a-f]{16}", identity):
+            return False
+        # It may be on its way to the program, or back, at the moment when it is looked for.
+        for _ in range(_LOOKS):
+            if (handed := self.handed.get(identity)) is not None:
+                handed.scope.cancel()
+                await self._take_away(identity=identity)
+                return True
+            answer = await self._ask(report.CLOSE, lambda number: CloseOrder(number, identity))
+            if not isinstance(answer, Answer) or answer.result != "handed":
+                return isinstance(answer, Answer) and answer.result == "closed"
+        return False
+
+    async def _ask(self, kind: bytes, question: Callable[[int], msgspec.Struct]) -> Page | Answer | None:
+        """The loop's answer; None if it dies instead, or has just been started. Raises KernelError if it has none in time."""
+        if self._channel is None or not self._ready.is_set():
+            return None
+        self._asked += 1
+        number, answered, answers = self._asked, trio.Event(), list[Page | Answer]()
+        self._questions[number] = answered, answers
+        try:
+            with trio.fail_after(_COUNT):
+                await self._tell(kind + msgspec.msgpack.encode(question(number)))
+                await answered.wait()
+        except trio.TooSlowError:
+            raise KernelError(
+                f"a relay loop has not answered within {_COUNT:g} s: it is stopped (SIGSTOP), or this machine is overloaded; try again"
+            ) from None
+        finally:
+            del self._questions[number]
+        return answers[0] if answers else None
 
     async def _tell(self, order: bytes, fds: Sequence[int] = ()) -> None:
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"{len(fds)}i", *fds))] if fds else []
@@ -437,6 +535,10 @@ class _Relay:
                         self.recorded.add(ended.id)
                     if (relaying := self.relaying.pop(ended.id, None)) is not None:
                         relaying.end(ended)
+            case report.LISTED:
+                self._take_answer(msgspec.msgpack.decode(content, type=Page))
+            case report.CLOSED:
+                self._take_answer(msgspec.msgpack.decode(content, type=Answer))
             case report.READY:
                 self._ready.set()
             case report.HAND_OVER:  # without its socket: the kernel had no descriptor for it here
@@ -445,6 +547,12 @@ class _Relay:
                 order = report.ENDED + msgspec.msgpack.encode(report.EndedOrder(untold.id, "error", 0, 0))
                 with suppress(OSError):
                     self._ours.send(order)
+
+    def _take_answer(self, answer: Page | Answer) -> None:
+        if (asked := self._questions.get(answer.number)) is not None:  # else nobody waits for it any more
+            answered, answers = asked
+            answers.append(answer)
+            answered.set()
 
     def _count(self, name: str, counters: Counters) -> None:
         before = self.counters.get(name, Counters())
@@ -460,7 +568,6 @@ class _Relay:
         family = socket.AF_INET6 if ":" in told.source[0] else socket.AF_INET
         sock = socket.socket(family, socket.SOCK_STREAM, 0, fd)  # told all that, it does not ask the kernel
         scope = trio.CancelScope()
-        self.handed[told.id] = Handed(told.workload, sock, scope)
         connection = Connection(
             id=told.id,
             workload=told.workload,
@@ -469,6 +576,7 @@ class _Relay:
             target=told.target,
             rule=told.rule,
         )
+        self.handed[told.id] = Handed(connection, sock, scope, trio.current_time())
         books = _Books(self, channel)
         serve = partial(
             serve_handed,
@@ -493,9 +601,13 @@ class _Relay:
             relaying.end(None)  # some other task of the program's waits for it
         self._given_up.unpark_all()
 
-    async def _until_given_up(self, name: str | None = None) -> None:
-        """Returns when the program has no connection of this workload any more, or none at all."""
-        while any(name in (None, one.workload) for key, one in self.handed.items() if key not in self.abandoned):
+    async def _until_given_up(self, name: str | None = None, identity: str | None = None) -> None:
+        """Returns when the program has no connection of this workload any more, none of this identity, or none at all."""
+        while any(
+            name in (None, one.workload) and identity in (None, key)
+            for key, one in self.handed.items()
+            if key not in self.abandoned
+        ):
             await self._given_up.park()
 
     async def _end_handlers(self) -> None:
@@ -512,18 +624,20 @@ class _Relay:
                 handed.scope.cancel()
         await self._take_away(name)
 
-    async def _take_away(self, name: str | None = None) -> None:
+    async def _take_away(self, name: str | None = None, *, identity: str | None = None) -> None:
+        """Of a workload's connections, of the one of an identity, or of all."""
         with trio.CancelScope(shield=True), trio.move_on_after(_HANDLERS_STOP):
-            await self._until_given_up(name)
-        for identity, (workload, sock, _) in self.handed.items():
-            if name not in (None, workload) or identity in self.abandoned:
+            await self._until_given_up(name, identity)
+        for key, handed in self.handed.items():
+            if name not in (None, handed.workload) or identity not in (None, key) or key in self.abandoned:
                 continue
-            _log.error("the handler of connection %s goes on although it was cancelled; its client is reset", identity)
+            sock = handed.sock
+            _log.error("the handler of connection %s goes on although it was cancelled; its client is reset", key)
             if sock.fileno() >= 0:
                 trio.lowlevel.notify_closing(sock)
                 abort(sock)
-            if identity not in self._orphans:
-                self.abandoned.add(identity)
+            if key not in self._orphans:
+                self.abandoned.add(key)
 
     def count_orphan(self, workload: str, outcome: Outcome) -> None:
         """A connection has ended whose loop had died before."""
@@ -559,6 +673,8 @@ class _Relay:
         if self._counted is not None:
             self._counted.set()  # nobody is left to answer
             self._counted = None
+        for answered, _ in self._questions.values():
+            answered.set()
         self._before, self.counters = self.total, {}
         for name in living.keys() & self._served.keys():
             self._before.setdefault(name, Counters())
@@ -591,6 +707,12 @@ class _Books:
         self._relay = relay
         self._channel = channel
         self._began = trio.current_time()
+
+    def handles(self, connection: Connection, stream: ConnectionStream) -> None:
+        """A handler of the program has it."""
+        handed = self._relay.handed.get(connection.id)
+        if handed is not None:
+            self._relay.handed[connection.id] = handed._replace(stream=stream)
 
     async def forward(self, connection: Connection, sock: socket.socket, target: tuple[str, int] | None) -> None:
         """Gives the connection back to the loop, which relays it; the caller closes its own copy of the socket."""
@@ -681,6 +803,22 @@ class _Relaying:
         if self._how is None:
             raise trio.ClosedResourceError("this stream is closed: its handler has ended")
         return self._how
+
+
+def _orphan(handed: Handed) -> LivingConnection:
+    """What is known of a connection with the program whose loop has died."""
+    one, stream = handed.connection, handed.stream
+    return LivingConnection(
+        id=one.id,
+        workload=one.workload,
+        state="handed",
+        age_s=round(trio.current_time() - handed.since, 3),
+        source=format_address(one.source),
+        original_destination=format_address(one.original_destination),
+        rule=one.rule,
+        bytes_from_client=stream.received if stream is not None else 0,
+        bytes_from_upstream=stream.sent if stream is not None else 0,
+    )
 
 
 def _wall_clock(now: float) -> str:

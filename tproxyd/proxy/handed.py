@@ -30,6 +30,7 @@ _KINDS = 64  # more are looked through for those that are long ago: a path that 
 class Loop(Protocol):
     """What is told to the loop that the connection came from, in whose books it stays."""
 
+    def handles(self, connection: Connection, stream: ConnectionStream) -> None: ...
     async def forward(self, connection: Connection, sock: socket.socket, target: tuple[str, int] | None) -> None: ...
     async def relay(self, connection: Connection, sides: Sides) -> Relaying | None: ...
     async def end(self, connection: Connection, outcome: Outcome, received: int, sent: int) -> None: ...
@@ -89,6 +90,7 @@ async def serve_handed(
             outcome = "refused_by_policy"
         elif isinstance(verdict, Handle):
             stream = ConnectionStream(sock, connection, already, relay=partial(loop.relay, connection))
+            loop.handles(connection, stream)
             try:
                 outcome = await _handle(verdict.handler, stream, complaints)
             finally:
