@@ -3,8 +3,9 @@
 The first byte of a message tells its kind. A loop never waits for its owner: what does not fit is kept for later, and access-log
 lines beyond a bound are dropped and counted. The end of the socket is the end of the other side, however that came about.
 
-    owner ▶ loop    setup (pickled), a workload to serve, or to serve no more, idle?, counters?, stop; about a connection that was handed over: forward it, it has ended
-    loop ▶ owner    ready, added, removed, records, living connections, counters, log lines, idle; a connection that the program wants to decide about
+    owner ▶ loop    setup (pickled), a workload to serve, or to serve no more or take no more for, idle?, have those that live now
+                    ended?, counters?, stop; about a connection that was handed over: forward it, it has ended
+    loop ▶ owner    ready, added, removed, records, living connections, counters, log lines, idle, those have ended; a connection that the program wants to decide about
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ SETUP_END = b"E"
 TELL_IDLE = b"I"
 TELL_COUNTERS = b"C"
 STOP = b"S"
+TELL_OLD = b"O"
+PAUSE = b"H"
 FORWARD = b"F"  # with the socket that was handed over
 ENDED = b"D"
 ADD_PART = b"a"  # the setup of a workload, pickled, as much of it as fits
@@ -40,6 +43,7 @@ COUNTERS = b"c"
 COUNTED = b"C"
 LOG = b"l"
 IDLE = b"i"
+OLD_ENDED = b"e"
 HAND_OVER = b"h"  # with a socket
 ADDED = b"A"  # name, and why not
 REMOVED = b"R"

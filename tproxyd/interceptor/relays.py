@@ -120,6 +120,23 @@ class Relays:
             for relay in self._relays:
                 nursery.start_soon(relay.wait_idle, name)
 
+    async def wait_old(self, name: str) -> None:
+        """Returns when the connections of this workload that live now have ended; others are accepted meanwhile."""
+        async with trio.open_nursery() as nursery:
+            for relay in self._relays:
+                nursery.start_soon(relay.wait_old, name)
+
+    async def pause(self, name: str) -> None:
+        """Accepts no more for this workload, for good: clients wait in the listeners' queues."""
+        for relay in self._relays:
+            await relay.pause(name)
+
+    async def answer(self) -> None:
+        """Returns when every loop has answered a question that is asked now. For as long as one does not, or is not there, it waits."""
+        async with trio.open_nursery() as nursery:
+            for relay in self._relays:
+                nursery.start_soon(relay.answer)
+
     async def count(self) -> dict[str, Counters]:
         """By workload, the counters of all loops together, with what living connections have moved so far."""
         async with trio.open_nursery() as nursery:
@@ -218,7 +235,10 @@ class _Relay:
         self._ready = trio.Event()
         self._started = False
         self._idle: dict[str, trio.Event] = {}
+        self._old: dict[str, trio.Event] = {}
+        self._paused: set[str] = set()
         self._counted: trio.Event | None = None
+        self._answers = 0
 
     @property
     def total(self) -> dict[str, Counters]:
@@ -242,6 +262,9 @@ class _Relay:
         if self._served.pop(name, None) is None:
             return
         self._adding.pop(name, None)
+        self._paused.discard(name)
+        if (ended := self._old.pop(name, None)) is not None:
+            ended.set()
         await self._end_handlers_of(name)
         if self._channel is not None:
             removed = self._removing.setdefault(name, trio.Event())
@@ -293,6 +316,25 @@ class _Relay:
         await idle.wait()
         await self._until_given_up(name)  # what has outlived its loop
 
+    async def wait_old(self, name: str) -> None:
+        if name not in self._served:
+            return
+        if self._channel is None:
+            return  # what lived has gone with its loop
+        ended = self._old.setdefault(name, trio.Event())
+        await self._tell(report.TELL_OLD + name.encode())
+        await ended.wait()
+
+    async def pause(self, name: str) -> None:
+        if name in self._served:
+            self._paused.add(name)
+            await self._tell(report.PAUSE + name.encode())
+
+    async def answer(self) -> None:
+        before = self._answers
+        while self._answers == before:
+            await self.count()
+
     async def count(self) -> None:
         counted = self._counted
         if counted is None:
@@ -329,6 +371,8 @@ class _Relay:
                         await self._tell(part)
                     for served in list(self._served.values()):
                         await self._tell_served(served)
+                    for name in list(self._paused):
+                        await self._tell(report.PAUSE + name.encode())
                     for name in list(self._idle):
                         await self._tell(report.TELL_IDLE + name.encode())
                     if self._counted is not None:
@@ -389,9 +433,11 @@ class _Relay:
                 for name, counters in told.counters.items():
                     if name in self._served:
                         self._count(name, counters)
-                if kind == report.COUNTED and self._counted is not None:
-                    self._counted.set()
-                    self._counted = None
+                if kind == report.COUNTED:
+                    self._answers += 1
+                    if self._counted is not None:
+                        self._counted.set()
+                        self._counted = None
             case report.LOG:
                 said = msgspec.msgpack.decode(content, type=LogLine)
                 _log.log(getattr(logging, said.level.upper()), "%s", said.text)
@@ -400,6 +446,9 @@ class _Relay:
             case report.IDLE:
                 if (idle := self._idle.pop(content.decode(), None)) is not None:
                     idle.set()
+            case report.OLD_ENDED:
+                if (ended := self._old.pop(content.decode(), None)) is not None:
+                    ended.set()
             case report.ADDED:
                 name, why = msgspec.msgpack.decode(content, type=tuple[str, str])
                 if (added := self._adding.pop(name, None)) is not None:
@@ -536,9 +585,9 @@ class _Relay:
             if lost.get(name):
                 counters.outcomes["worker_lost"] = counters.outcomes.get("worker_lost", 0) + lost[name]
         self._orphans |= self.handed.keys()
-        for event in self._removing.values():
+        for event in (*self._removing.values(), *self._old.values()):
             event.set()
-        self._removing = {}
+        self._removing, self._old = {}, {}
 
 
 async def _within(scope: trio.CancelScope, function: Callable[[], Awaitable[None]]) -> None:
