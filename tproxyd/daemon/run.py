@@ -11,16 +11,19 @@ import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
+from itertools import chain
 
 import trio
 
 from tproxyd import __version__
 from tproxyd.config import Config
+from tproxyd.daemon import successor
 from tproxyd.daemon.comparison import session_ports
 from tproxyd.daemon.lock import Orders, namespace_lock, reverted, serve_orders
 from tproxyd.daemon.logs import LineWriter, access_format, encode_line, set_up_logging
 from tproxyd.daemon.service import Service, Stop
 from tproxyd.daemon.status import tell_serving
+from tproxyd.daemon.systemd import Manager, find_manager
 from tproxyd.errors import TproxydError
 from tproxyd.interceptor import open_interceptor
 from tproxyd.net.capabilities import require_capabilities
@@ -31,10 +34,16 @@ __all__ = ["run"]
 _log = logging.getLogger(__name__)
 
 _STOP = (signal.SIGTERM, signal.SIGINT)
+_RESTART = signal.SIGUSR1
+"""RestartKillSignal= of the unit: SIGTERM in a restart, so whoever gets it knows that a successor comes. Without systemd it is SIGTERM."""
+
+_LAST_STEPS = 20.0  # seconds that a stop may take besides the drain; it takes some tenths
 
 
 def run(config: Config) -> int:
-    """Serves until SIGTERM or SIGINT and drains; a second one ends it at once. 0 after a clean stop. Raises TproxydError."""
+    """Serves until SIGTERM or SIGINT and drains; a second one ends it at once. SIGUSR1 says, under systemd, that a successor comes. 0 after a clean
+    stop. Raises TproxydError."""
+    manager = find_manager()  # before any other program is started, which would inherit what it takes
     # Before the lock, which needs one of them.
     require_capabilities("capturing connections", ("CAP_NET_ADMIN", "CAP_NET_RAW"))
     stderr = LineWriter(sys.stderr.fileno())
@@ -44,7 +53,7 @@ def run(config: Config) -> int:
     access_log = LineWriter(stdout, access_format(config, stdout)) if config.log.access else None
     try:
         with namespace_lock("start") as held:
-            trio.run(_serve, config, stderr, access_log, held)
+            trio.run(_serve, config, stderr, access_log, held, manager)
     except BaseExceptionGroup as group:
         error = _only(group)
         if error is None:
@@ -61,15 +70,24 @@ def run(config: Config) -> int:
     return os.EX_OK
 
 
-async def _serve(config: Config, stderr: LineWriter, access_log: LineWriter | None, held: socket.socket) -> None:
+async def _serve(
+    config: Config, stderr: LineWriter, access_log: LineWriter | None, held: socket.socket, manager: Manager
+) -> None:
     stop = Stop()
-    with trio.open_signal_receiver(*_STOP, signal.SIGHUP) as signals:
+    manager.empty_store()
+    with trio.open_signal_receiver(*_STOP, _RESTART, signal.SIGHUP) as signals:
         async with trio.open_nursery() as nursery, _metrics_listener(config) as metrics:
-            nursery.start_soon(_listen_to_signals, signals, stop)
+            can_restart = manager.listens and successor.can_be_announced()
+            nursery.start_soon(partial(_listen_to_signals, signals, stop, can_restart=can_restart))
             # A signal that comes while this starts is answered as soon as it has: that takes a fraction of a second.
             on_lines = access_log.write if access_log is not None else None
             async with open_interceptor(
-                config, on_lines=on_lines, own_namespace=True, ssh_ports=[*session_ports()], namespace_held=True
+                config,
+                on_lines=on_lines,
+                own_namespace=True,
+                ssh_ports=[*session_ports()],
+                namespace_held=True,
+                inherited=manager.passed,
             ) as interceptor:
                 service = Service(config, interceptor, stop, access_log)
                 orders: Orders = {"revert": partial(_revert, service), "status": partial(_status, service)}
@@ -80,8 +98,21 @@ async def _serve(config: Config, stderr: LineWriter, access_log: LineWriter | No
                 # At any log level, and on one line: others wait for it.
                 listen = ",".join(format_address(address) for address in interceptor.listen)
                 stderr.write(encode_line(f"tproxyd: ready pid={os.getpid()} listen={listen}"))
+                manager.notify(READY=1, STATUS=service.line)
+                nursery.start_soon(manager.feed_watchdog, interceptor.until_answered)
+                nursery.start_soon(manager.tell_status, lambda: service.line)
                 await stop.drain.wait()
-                await service.drain()
+                seconds = config.drain.timeout
+                manager.notify(STOPPING=1, EXTEND_TIMEOUT_USEC=int((seconds + _LAST_STEPS) * 1e6))
+                if stop.restarts:
+                    await service.hand_on()
+                    interceptor.leave_to_successor(lambda groups: manager.store(chain.from_iterable(groups)))
+                else:
+                    await service.drain()
+            if interceptor.left:
+                successor.announce()
+            elif stop.restarts:
+                manager.empty_store()
             nursery.cancel_scope.cancel()
 
 
@@ -121,12 +152,12 @@ async def _serve_metrics(listener: trio.SocketListener, service: Service) -> Non
     )
 
 
-async def _listen_to_signals(signals: AsyncIterator[int], stop: Stop) -> None:
+async def _listen_to_signals(signals: AsyncIterator[int], stop: Stop, *, can_restart: bool) -> None:
     async for number in signals:
         if number == signal.SIGHUP:
             _log.warning("SIGHUP: reload is not in this version of tproxyd; restart it to read the configuration again")
         else:
-            stop.ask()
+            stop.ask(restart=number == _RESTART and can_restart)
 
 
 def _allow_all_files() -> None:
