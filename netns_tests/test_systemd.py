@@ -281,6 +281,46 @@ async def test_60_a_restart_under_load_refuses_nobody(
 
 
 @BOTH_LAYOUTS
+async def test_60_who_has_waited_for_a_restart_gets_the_answer_of_an_app_that_takes_its_time(
+    way: Way, nursery: trio.Nursery, tmp_path: Path, code: Path
+) -> None:
+    """If they were taken before the new daemon's table is there, it would not know the answers of a local app for theirs."""
+
+    async def answer_late(stream: trio.SocketStream) -> None:
+        with suppress(trio.BrokenResourceError):
+            await trio.sleep(1.5)
+            await stream.send_all(b"late")
+
+    nursery.start_soon(trio.serve_listeners, answer_late, [way.app.listen(way.bind, 8080)])
+    async with open_service(way, code, tmp_path, OPEN + '[drain]\ntimeout = "0s"\n') as system:
+        outcomes: list[str] = []
+
+        async def dial() -> None:
+            try:
+                async with await way.client.connect(way.address, 8080, timeout=10) as stream:
+                    with trio.fail_after(8):
+                        outcomes.append((await stream.receive_some()).decode())
+            except (trio.BrokenResourceError, ConnectionResetError):
+                outcomes.append("reset")  # of before
+            except trio.TooSlowError:
+                outcomes.append("silence")
+
+        async with trio.open_nursery() as clients:
+            restarted = trio.Event()
+
+            async def keep_dialling() -> None:
+                while not restarted.is_set():
+                    clients.start_soon(dial)
+                    await trio.sleep(0.01)
+
+            clients.start_soon(keep_dialling)
+            await system.ctl("restart", "tproxyd")
+            restarted.set()
+        assert "silence" not in outcomes
+        assert outcomes.count("late") > 5
+
+
+@BOTH_LAYOUTS
 async def test_60_connections_of_before_a_restart_drain_and_new_ones_are_served_meanwhile(
     way: Way, nursery: trio.Nursery, tmp_path: Path, code: Path
 ) -> None:
@@ -476,6 +516,15 @@ async def test_revert_after_exit_by_itself(way: Way) -> None:
         assert "`tproxyd apply` has put it there" in await after_exit(result)
     assert await way.proxy.dump() == applied
     await way.proxy.run(*TPROXYD, "revert")
+
+
+@SIDECAR_V4
+async def test_without_systemd_the_signal_of_a_restart_is_that_of_a_stop(way: Way) -> None:
+    before = await way.proxy.dump()
+    async with open_daemon(way.proxy, CLOSED) as daemon:
+        daemon.process.send_signal(signal.SIGUSR1)
+        assert await daemon.process.wait() == 0
+    assert await way.proxy.dump() == before
 
 
 @SIDECAR_V4

@@ -110,7 +110,12 @@ async def _serve(
                 else:
                     await service.drain()
             if interceptor.left:
-                successor.announce()
+                try:
+                    successor.announce()
+                except (
+                    OSError
+                ) as error:  # then all is removed before it comes, which harms it as little as a first start
+                    _log.error("cannot announce a successor: %s", error)
             elif stop.restarts:
                 manager.empty_store()
             nursery.cancel_scope.cancel()

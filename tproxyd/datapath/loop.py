@@ -487,11 +487,17 @@ class RelayLoop:
             self._epoll.unregister(listener.fileno())
 
     def _pause(self, workload: Workload) -> None:
-        """Takes nobody any more for it; its clients wait in the queue, for whoever has the listeners next."""
+        """Takes nobody for it any more, or until `_resume`: its clients wait in the queue."""
         if self._accepting and workload not in self._sated:
             self._turn_away(workload)
         self._sated.discard(workload)
         workload.paused = True
+
+    def _resume(self, workload: Workload) -> None:
+        if workload.paused:
+            workload.paused = False
+            if self._accepting:
+                self._listen_to(workload)
 
     def _resume_accepting(self) -> None:
         self._accepting = True
@@ -605,6 +611,10 @@ class RelayLoop:
                 workload = self._workloads.get(content.decode())
                 if workload is not None:
                     self._pause(workload)
+            case report.RESUME:
+                workload = self._workloads.get(content.decode())
+                if workload is not None:
+                    self._resume(workload)
             case report.TELL_COUNTERS:
                 self._books.tell(
                     report.COUNTED, msgspec.msgpack.encode(self._books.count_now(self._workloads.values()))

@@ -3,7 +3,7 @@
 The first byte of a message tells its kind. A loop never waits for its owner: what does not fit is kept for later, and access-log
 lines beyond a bound are dropped and counted. The end of the socket is the end of the other side, however that came about.
 
-    owner ▶ loop    setup (pickled), a workload to serve, or to serve no more or take no more for, idle?, have those that live now
+    owner ▶ loop    setup (pickled), a workload to serve, or to serve no more, or whose clients are to wait, idle?, have those that live now
                     ended?, counters?, stop; about a connection that was handed over: forward it, it has ended
     loop ▶ owner    ready, added, removed, records, living connections, counters, log lines, idle, those have ended; a connection that the program wants to decide about
 """
@@ -30,6 +30,7 @@ TELL_COUNTERS = b"C"
 STOP = b"S"
 TELL_OLD = b"O"
 PAUSE = b"H"
+RESUME = b"U"
 FORWARD = b"F"  # with the socket that was handed over
 ENDED = b"D"
 ADD_PART = b"a"  # the setup of a workload, pickled, as much of it as fits
@@ -72,12 +73,14 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True):
 
 class WorkloadSetup(msgspec.Struct, frozen=True, kw_only=True):
     """What a loop has to know of a workload, besides its sockets. `listen` are the addresses of all its listeners; `dial` is where its
-    upstream sockets are made: in its namespace, or in that of the program."""
+    upstream sockets are made: in its namespace, or in that of the program. `paused`: clients are to wait in the listeners' queues until it is told
+    otherwise."""
 
     name: str
     config: Config
     listen: tuple[tuple[str, int], ...]
     dial: Literal["workload", "agent"] = "workload"
+    paused: bool = False
 
 
 class HandedOver(msgspec.Struct):

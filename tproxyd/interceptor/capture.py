@@ -67,9 +67,12 @@ class Capture:
         listen = self.keeper.plan().listen
         setup = WorkloadSetup(name=self.name, config=self.config, listen=listen, dial=self._dial)
         try:
-            await self._relays.add(setup, listeners, self._netns)
+            # A state that steers may be there, of `tproxyd apply` or of a predecessor, and clients that wait. They go on waiting until ours has taken
+            # its place: what that one remembers of connections is not in ours, and to local apps they would hang.
+            await self._relays.add(setup, listeners, self._netns, paused=True)
             # What fails here has taken itself back, and a guard from before, that refuses, goes on doing so.
             await self.keeper.put()
+            await self._relays.resume(self.name)
             async with trio.open_nursery() as watching:
                 try:
                     await watching.start(self.keeper.watch)
@@ -111,8 +114,7 @@ class Capture:
         await self._relays.wait_idle(self.name)
 
     def leave_to_successor(self, keep: Callable[[Sequence[Sequence[socket.socket]]], bool]) -> None:
-        """At the end of `open`, the kernel's state stays as a start finds it after one of `tproxyd apply`, if `keep` has put the listeners where they outlive this
-        process, and says so."""
+        """At the end of `open`, clients go on being steered to the listeners, if `keep`, which is given them, says that they outlive this process."""
         self._keep = keep
 
     async def _hand_on(self, listeners: Listeners) -> bool:

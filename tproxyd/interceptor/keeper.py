@@ -208,7 +208,8 @@ class Keeper:
             self._left = True
 
     async def leave_to_successor(self) -> None:
-        """The end in place of `leave`: what steers stays, and is nobody's, until a successor takes it over. Raises TproxydError, with all of it as it was."""
+        """The end in place of `leave`: what steers stays, and is nobody's, until a successor takes it over. Raises
+        TproxydError; then `leave` has everything to remove."""
         async with self._lock:
             await self._step(self._disown)
             self._left = True

@@ -71,13 +71,15 @@ class Relays:
         """Connections that live, as far as has been told: some hundredths of a second ago."""
         return sum(counters.active for relay in self._relays for counters in relay.counters.values())
 
-    async def add(self, setup: WorkloadSetup, listeners: Sequence[Sequence[socket.socket]], netns: int) -> None:
+    async def add(
+        self, setup: WorkloadSetup, listeners: Sequence[Sequence[socket.socket]], netns: int, *, paused: bool = False
+    ) -> None:
         """Lets each loop serve one more workload, on as many listeners each; `netns` is a descriptor of its namespace. All of them stay the caller's,
-        who closes them after `remove`. Raises KernelError when a loop cannot serve it; then none does."""
+        who closes them after `remove`. `paused`: clients wait in the queues until `resume`. Raises KernelError when a loop cannot serve it; then none does."""
         try:
             async with trio.open_nursery() as nursery:
                 for relay, own in zip(self._relays, listeners, strict=True):
-                    nursery.start_soon(relay.add, Served(setup, tuple(own), netns))
+                    nursery.start_soon(relay.add, Served(setup, tuple(own), netns), paused)
         except BaseException as error:
             with trio.CancelScope(shield=True):
                 await self.remove(setup.name)
@@ -127,9 +129,14 @@ class Relays:
                 nursery.start_soon(relay.wait_old, name)
 
     async def pause(self, name: str) -> None:
-        """Accepts no more for this workload, for good: clients wait in the listeners' queues."""
+        """Accepts no more for this workload: clients wait in the listeners' queues."""
         for relay in self._relays:
             await relay.pause(name)
+
+    async def resume(self, name: str) -> None:
+        """Accepts those who wait, and all others from now on."""
+        for relay in self._relays:
+            await relay.resume(name)
 
     async def answer(self) -> None:
         """Returns when every loop has answered a question that is asked now. For as long as one does not, or is not there, it waits."""
@@ -248,9 +255,11 @@ class _Relay:
             for name in dict.fromkeys([*self._before, *self.counters])
         }
 
-    async def add(self, served: Served) -> None:
+    async def add(self, served: Served, paused: bool) -> None:
         name = served.setup.name
         self._served[name] = served
+        if paused:
+            self._paused.add(name)
         added = self._adding[name] = trio.Event()
         self._failed.pop(name, None)
         await self._tell_served(served)
@@ -278,7 +287,7 @@ class _Relay:
         self._before.pop(name, None)
 
     async def _tell_served(self, served: Served) -> None:
-        data = pickle.dumps(served.setup)
+        data = pickle.dumps(msgspec.structs.replace(served.setup, paused=served.setup.name in self._paused))
         size = report.MESSAGE - 1
         fds = [served.netns, *(listener.fileno() for listener in served.listeners)]
         async with self._adds:  # parts of two must not mix
@@ -330,6 +339,11 @@ class _Relay:
             self._paused.add(name)
             await self._tell(report.PAUSE + name.encode())
 
+    async def resume(self, name: str) -> None:
+        if name in self._served:
+            self._paused.discard(name)
+            await self._tell(report.RESUME + name.encode())
+
     async def answer(self) -> None:
         before = self._answers
         while self._answers == before:
@@ -371,8 +385,6 @@ class _Relay:
                         await self._tell(part)
                     for served in list(self._served.values()):
                         await self._tell_served(served)
-                    for name in list(self._paused):
-                        await self._tell(report.PAUSE + name.encode())
                     for name in list(self._idle):
                         await self._tell(report.TELL_IDLE + name.encode())
                     if self._counted is not None:
