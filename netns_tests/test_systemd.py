@@ -449,18 +449,23 @@ async def test_06_sigkill_at_moments_of_a_restart_whose_start_fails(
 
 
 @SIDECAR_V4
-async def test_60_a_restart_with_more_relay_processes_takes_the_listener_over(
+async def test_60_a_restart_with_other_relay_processes_or_another_port_serves_as_well(
     way: Way, nursery: trio.Nursery, tmp_path: Path, code: Path
 ) -> None:
     await nursery.start(serve_identity, way.app, 8080)
     async with open_service(way, code, tmp_path, OPEN) as system:
-        for workers, refused in ((2, 0), (3, 0), (1, 0)):
+        # A listener that is alone is shared. Of several, each belongs to a process; of a stop nothing is left.
+        for verb, workers, refused in (
+            *(("restart", 2, 0), ("restart", 1, 0)),
+            *(("stop", 0, 0), ("start", 2, 0), ("restart", 2, 0), ("restart", 3, 4), ("restart", 1, 4 + 6)),
+        ):
             system.configure(OPEN + f"[relay]\nworkers = {workers}\n")
-            await system.ctl("restart", "tproxyd")
-            assert len(await system.workers()) == workers
+            await system.ctl(verb, "tproxyd")
             assert system.log().count("a socket that systemd has passed") == refused
-            for _ in range(5):
-                await expect_captured(way, system)
+            if verb != "stop":
+                assert len(await system.workers()) == workers
+                for _ in range(10):
+                    await expect_captured(way, system)
         system.configure(OPEN + "[listen]\nport = 15010\n")
         await system.ctl("restart", "tproxyd")
         assert "listens on 127.0.0.1:15006, and is closed" in system.log()

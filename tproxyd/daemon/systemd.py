@@ -46,6 +46,7 @@ class Manager:
         self._watchdog = watchdog
         self.passed = [sock for _, sock in passed]
         self._given = {_inode(sock) for name, sock in passed if name != _STORED}
+        self._was_stored = any(name == _STORED for name, _ in passed)
 
     def notify(self, *, fds: Sequence[int] = (), **fields: object) -> bool:
         """Says all of it in one datagram: `notify(READY=1, STATUS="serves")`. Whether it was taken; if not, that is logged. Never waits for more than a second."""
@@ -75,9 +76,12 @@ class Manager:
         return self._address is not None
 
     def empty_store(self) -> None:
-        """Takes out of the store what is there: what a daemon has been given stays there, too, until it says so."""
+        """Takes out of the store what is there: what a daemon has been given stays there, too, until it says so. Returns when that is done, or a listener that is
+        opened anew would share its clients with a copy that nobody serves."""
         if self._address is not None:
             self.notify(FDSTOREREMOVE=1, FDNAME=_STORED)
+            if self._was_stored and not self._wait_until_read():
+                _log.warning("systemd does not say whether it has forgotten the listeners of the last run")
 
     def store(self, listeners: Iterable[socket.socket]) -> bool:
         """Leaves listeners for the next start, but for those that a socket unit keeps anyway. Whether all are there; if not, none is."""

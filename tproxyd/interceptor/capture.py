@@ -184,7 +184,7 @@ def open_listeners(
             for listener in opened[0]:
                 if not listener.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT):
                     _log.warning(
-                        "relay processes share the listener of the socket unit: each counts max_connections_per_source for itself"
+                        "relay processes share a listener that systemd has passed: each counts max_connections_per_source for itself"
                     )
                     continue
                 # What one client has is counted where all of it arrives.
