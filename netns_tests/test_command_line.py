@@ -105,7 +105,7 @@ def test_check_and_plan_load_neither_trio_nor_pyroute2(tmp_path: Path, verb: str
         (("plan", "-c", "EMPTY", "--against", "/no/such/file"), 78, "/no/such/file: there is no such file"),
         (("apply", "--confirm", "0"), 64, "'0' is not a whole number of seconds from 1 to 86400"),
         (("apply", "--confirm=1e3"), 64, "'1e3' is not a whole number"),
-        (("revert", "--after-exit"), 64, "the option --after-exit is not in this version"),
+        (("revert", "--after-exit", "--name", "x"), 64, "leave --name out"),
         (("plan", "--format", "yaml"), 64, "invalid choice: 'yaml'"),
         (("run", "--port", "70000"), 64, "--port 70000 is out of range"),
         (("run", "--port", "9-8"), 64, '--port 9-8 is an inverted range; write "8-9"'),

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from tproxyd import kernel
 from tproxyd.config import Config
@@ -16,9 +16,9 @@ from tproxyd.daemon.comparison import ssh_ports_here
 from tproxyd.daemon.lock import ServedError, StrangerError, find_holder, namespace_lock, send_order
 from tproxyd.errors import KernelError
 from tproxyd.net.capabilities import require_capabilities
-from tproxyd.plan import DEFAULT_NAME, UNOWNED_BYPASS, Surroundings, make_plan, ssh_remarks, table_names
+from tproxyd.plan import DEFAULT_NAME, GUARD, UNOWNED_BYPASS, Surroundings, make_plan, ssh_remarks, table_names
 
-__all__ = ["apply", "revert"]
+__all__ = ["apply", "revert", "revert_after_exit"]
 
 
 def apply(config: Config, *, seconds: int | None = None) -> int:
@@ -78,6 +78,29 @@ def revert(name: str = DEFAULT_NAME) -> int:
     _tell(removed, nothing="nothing to remove")
     if remark:
         print(f"tproxyd: warning: {printable(remark)}", file=sys.stderr)
+    return os.EX_OK
+
+
+def revert_after_exit(*, clean: bool) -> int:
+    """What ExecStopPost= calls. After a `clean` end of a daemon it removes everything, after any other one steering, and what refuses in its place stays
+    (when_down = "refuse"). Nothing is changed where a successor serves already, nor what `tproxyd apply` has put there. Says what was removed. Raises
+    TproxydError."""
+    require_capabilities("removing rules and tables", ("CAP_NET_ADMIN",))
+    with ExitStack() as stack:
+        try:
+            # Held, so that nobody begins meanwhile whose state would be taken for the old one's.
+            stack.enter_context(namespace_lock("revert"))
+        except ServedError:
+            holder = find_holder()
+            if holder is None or holder.trusted:
+                print(f"nothing removed: {holder or 'another process'} serves this network namespace, or is about to")
+                return os.EX_OK
+            print(f"tproxyd: warning: {printable(holder.stranger)}", file=sys.stderr)
+        stack.enter_context(_uninterrupted())
+        if kernel.is_applied():
+            print("nothing removed: `tproxyd apply` has put it there")
+        else:
+            _tell(kernel.revert(but=() if clean else (GUARD,)), nothing="nothing to remove")
     return os.EX_OK
 
 

@@ -24,7 +24,6 @@ __all__ = ["entry", "main"]
 
 # Promised for later versions: refused by name, not mistaken for a typing error.
 _LATER_VERBS = ("handover", "top")
-_LATER_OPTIONS = ("--after-exit",)
 _DAY = 24 * 3600
 
 
@@ -173,6 +172,11 @@ def _make_parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="of an embedding program that gave its tables this name and has died (default: tproxyd)",
     )
+    revert.add_argument(
+        "--after-exit",
+        action="store_true",
+        help='for ExecStopPost=: after a crash keep what refuses (when_down = "refuse"); nothing where a successor starts',
+    )
     explain = add("explain", "say which rules decide about a connection, and what happens")
     explain.add_argument("source", metavar="SRC[:PORT]", help="the client; IPv6 with a port: [2001:db8::1]:40000")
     explain.add_argument("destination", metavar="DST:PORT", help="where it wants to go; IPv6: [2001:db8::7]:80")
@@ -216,9 +220,6 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     verb = next((word for word in arguments if not word.startswith("-")), None)
     if verb in _LATER_VERBS:
         raise UsageError(f"`tproxyd {verb}` is not in this version of tproxyd; see `tproxyd --help` for what is")
-    later = next((word for word in arguments if word.split("=")[0] in _LATER_OPTIONS), None)
-    if later is not None:
-        raise UsageError(f"the option {later.split('=')[0]} is not in this version of tproxyd; see `tproxyd --help`")
     options = _make_parser().parse_args(arguments)
     if options.verb == "connections" and options.close is not None:
         filters = [
@@ -228,6 +229,8 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
             raise UsageError(f"--close ends one connection and prints no list; leave --{(filters or ['json'])[0]} out")
     if options.verb == "plan" and options.format and (options.diff or options.against):
         raise UsageError("--diff and --against print text that no --format changes; leave --format out")
+    if options.verb == "revert" and options.after_exit and options.name is not None:
+        raise UsageError("--after-exit is about a daemon's state, which has no name of its own; leave --name out")
     return options
 
 
@@ -237,8 +240,16 @@ def _dispatch(options: argparse.Namespace) -> int:
 
         return confirm.confirm()
     if options.verb == "revert":
+        if options.after_exit:
+            from tproxyd.daemon import successor
+
+            if successor.is_expected():
+                print("nothing removed: a successor takes it over")
+                return os.EX_OK
         from tproxyd.daemon import apply_revert
 
+        if options.after_exit:
+            return apply_revert.revert_after_exit(clean=successor.ended_well())
         return apply_revert.revert() if options.name is None else apply_revert.revert(options.name)
 
     if options.verb in ("connections", "reload", "drain"):

@@ -7,7 +7,8 @@ uid 0 that hold more than this one are as little its to see afterwards as anothe
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import socket
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ from tproxyd.interceptor.capture import require_free_port
 from tproxyd.interceptor.privileges import needs_here, require_needs
 from tproxyd.net.capabilities import keep_capabilities, missing_capabilities, to_read_code
 from tproxyd.net.ownership import hold_namespace
+from tproxyd.net.sockets import listening_address
 from tproxyd.plan import make_plan
 
 __all__ = ["Seen", "give_up_privileges"]
@@ -34,13 +36,13 @@ class Seen(NamedTuple):
     warnings: tuple[str, ...]
 
 
-def give_up_privileges(config: Config) -> Seen:
-    """Keeps what the daemon needs for its config, for good. While there is one thread.
+def give_up_privileges(config: Config, inherited: Sequence[socket.socket] = ()) -> Seen:
+    """Keeps what the daemon needs for its config, for good. While there is one thread. `inherited`: listeners that it has been given.
 
     Raises CapabilityError where something is missing, and KernelError that names who has the namespace or a port.
     """
     require_needs(config)
-    _name_who_is_in_the_way(config)
+    _name_who_is_in_the_way(config, inherited)
     seen = Seen(frozenset(ssh_ports_here()), tuple(_unseen(config)))
     _join_readers()
     keep_capabilities([*(need.capability for need in needs_here(config)), *to_read_code()], pass_on=True)
@@ -64,10 +66,12 @@ def _unseen(config: Config) -> Iterator[str]:
         )
 
 
-def _name_who_is_in_the_way(config: Config) -> None:
+def _name_who_is_in_the_way(config: Config, inherited: Sequence[socket.socket]) -> None:
     if find_holder() is not None:
         hold_namespace("start", answer=1).close()  # has its reasons, unless the other one has gone meanwhile
-    require_free_port(config, make_plan(config, surroundings=kernel.look_around()).listen)
+    listen = make_plan(config, surroundings=kernel.look_around()).listen
+    ours = {address[:2] for sock in inherited if (address := listening_address(sock)) is not None}
+    require_free_port(config, [address for address in listen if address not in ours])
     if config.admin.metrics is not None:
         from tproxyd.daemon.metrics import open_metrics_socket  # late: who has no metrics need not load it
 

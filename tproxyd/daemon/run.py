@@ -11,17 +11,20 @@ import sys
 from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 from functools import partial
+from itertools import chain
 
 import trio
 
 from tproxyd import __version__
 from tproxyd.config import Config
+from tproxyd.daemon import successor
 from tproxyd.daemon.admin_socket import AdminSocket, open_admin_socket
 from tproxyd.daemon.lock import Orders, namespace_lock, reverted, serve_orders
 from tproxyd.daemon.logs import LineWriter, access_format, encode_line, set_up_logging
 from tproxyd.daemon.privileges import give_up_privileges
 from tproxyd.daemon.service import Service, Stop
 from tproxyd.daemon.status import tell_serving
+from tproxyd.daemon.systemd import Manager, find_manager
 from tproxyd.errors import TproxydError
 from tproxyd.interceptor import open_interceptor
 from tproxyd.interceptor.threads import in_thread
@@ -33,12 +36,18 @@ __all__ = ["run"]
 _log = logging.getLogger(__name__)
 
 _STOP = (signal.SIGTERM, signal.SIGINT)
+_RESTART = signal.SIGUSR1
+"""RestartKillSignal= of the unit: SIGTERM in a restart, so whoever gets it knows that a successor comes. Without systemd it is SIGTERM."""
+
+_LAST_STEPS = 20.0  # seconds that a stop may take besides the drain; it takes some tenths
 
 
 def run(config: Config) -> int:
-    """Serves until SIGTERM or SIGINT and drains; a second one ends it at once. 0 after a clean stop. Raises TproxydError."""
+    """Serves until SIGTERM or SIGINT and drains; a second one ends it at once. SIGUSR1 says, under systemd, that a successor comes. 0 after a clean
+    stop. Raises TproxydError."""
+    manager = find_manager()  # before any other program is started, which would inherit what it takes
     _allow_all_files()
-    seen = give_up_privileges(config)  # before there is another thread
+    seen = give_up_privileges(config, manager.passed)  # before there is another thread
     stderr = LineWriter(sys.stderr.fileno())
     set_up_logging(config, stderr)
     for warning in seen.warnings:
@@ -47,7 +56,7 @@ def run(config: Config) -> int:
     access_log = LineWriter(stdout, access_format(config, stdout)) if config.log.access else None
     try:
         with namespace_lock("start") as held:
-            trio.run(_serve, config, stderr, access_log, held, seen.ssh_ports)
+            trio.run(_serve, config, stderr, access_log, held, seen.ssh_ports, manager)
     except BaseExceptionGroup as group:
         error = _only(group)
         if error is None:
@@ -65,19 +74,31 @@ def run(config: Config) -> int:
 
 
 async def _serve(
-    config: Config, stderr: LineWriter, access_log: LineWriter | None, held: socket.socket, ssh_ports: Collection[int]
+    config: Config,
+    stderr: LineWriter,
+    access_log: LineWriter | None,
+    held: socket.socket,
+    ssh_ports: Collection[int],
+    manager: Manager,
 ) -> None:
     stop = Stop()
+    manager.empty_store()
     with (
-        trio.open_signal_receiver(*_STOP, signal.SIGHUP) as signals,
+        trio.open_signal_receiver(*_STOP, _RESTART, signal.SIGHUP) as signals,
         open_admin_socket(config.admin.socket) as admin,
     ):
         async with trio.open_nursery() as nursery, _metrics_listener(config) as metrics:
-            nursery.start_soon(_listen_to_signals, signals, stop)
+            can_restart = manager.listens and successor.can_be_announced()
+            nursery.start_soon(partial(_listen_to_signals, signals, stop, can_restart=can_restart))
             # A signal that comes while this starts is answered as soon as it has: that takes a fraction of a second.
             on_lines = access_log.write if access_log is not None else None
             async with open_interceptor(
-                config, on_lines=on_lines, own_namespace=True, ssh_ports=[*ssh_ports], namespace_held=True
+                config,
+                on_lines=on_lines,
+                own_namespace=True,
+                ssh_ports=[*ssh_ports],
+                namespace_held=True,
+                inherited=manager.passed,
             ) as interceptor:
                 path = admin.path if admin is not None else None
                 service = Service(config, interceptor, stop, access_log, admin_socket=path)
@@ -91,8 +112,26 @@ async def _serve(
                 # At any log level, and on one line: others wait for it.
                 listen = ",".join(format_address(address) for address in interceptor.listen)
                 stderr.write(encode_line(f"tproxyd: ready pid={os.getpid()} listen={listen}"))
+                manager.notify(READY=1, STATUS=service.line)
+                nursery.start_soon(manager.feed_watchdog, interceptor.until_answered)
+                nursery.start_soon(manager.tell_status, lambda: service.line)
                 await stop.drain.wait()
-                await service.drain()
+                seconds = config.drain.timeout
+                manager.notify(STOPPING=1, EXTEND_TIMEOUT_USEC=int((seconds + _LAST_STEPS) * 1e6))
+                if stop.restarts:
+                    await service.hand_on()
+                    interceptor.leave_to_successor(lambda groups: manager.store(chain.from_iterable(groups)))
+                else:
+                    await service.drain()
+            if interceptor.left:
+                try:
+                    successor.announce()
+                except (
+                    OSError
+                ) as error:  # then all is removed before it comes, which harms it as little as a first start
+                    _log.error("cannot announce a successor: %s", error)
+            elif stop.restarts:
+                manager.empty_store()
             nursery.cancel_scope.cancel()
 
 
@@ -142,12 +181,12 @@ async def _serve_admin(admin: AdminSocket, service: Service) -> None:
         await serve_admin(listener, service)
 
 
-async def _listen_to_signals(signals: AsyncIterator[int], stop: Stop) -> None:
+async def _listen_to_signals(signals: AsyncIterator[int], stop: Stop, *, can_restart: bool) -> None:
     async for number in signals:
         if number == signal.SIGHUP:
             _log.warning("SIGHUP: reload is not in this version of tproxyd; restart it to read the configuration again")
         else:
-            stop.ask()
+            stop.ask(restart=number == _RESTART and can_restart)
 
 
 def _allow_all_files() -> None:

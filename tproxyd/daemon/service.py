@@ -6,11 +6,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 import trio
 
 from tproxyd.config import Config
+from tproxyd.config.wording import few
 from tproxyd.daemon.logs import LineWriter
 from tproxyd.daemon.obstacles import Obstacles
 from tproxyd.daemon.status import Serving, make_serving
@@ -24,16 +25,24 @@ _log = logging.getLogger(__name__)
 _LAST_WORDS = 0.5  # seconds for those who wait for the end of the drain to be told
 
 
+_LAST = 2.0  # seconds, at a restart, for connections that have come during the drain; meanwhile new clients wait
+
+
 class Stop:
-    """What the signals ask for: the first one to drain, the second one to end now."""
+    """What the signals ask for: the first one to drain, the second one to end now. `restarts`: there will be a successor."""
 
     def __init__(self) -> None:
         self.drain = trio.Event()
         self.now = trio.Event()
+        self.restarts = False
 
-    def ask(self) -> None:
+    def ask(self, *, restart: bool = False) -> None:
         """To drain, and asked again, to end now."""
-        (self.now if self.drain.is_set() else self.drain).set()
+        if self.drain.is_set():
+            self.now.set()
+        else:
+            self.restarts = restart
+            self.drain.set()
 
 
 class Service:
@@ -77,6 +86,24 @@ class Service:
         """Lines of the access log that were not written."""
         return self.interceptor.records_dropped + (self._access_log.dropped if self._access_log is not None else 0)
 
+    @property
+    def line(self) -> str:
+        """How things stand, in one line."""
+        capture = self.config.capture
+        ports = few([str(port) for port in capture.ports], ", ")
+        what = f"captures TCP {ports}" if self.interceptor.capturing else "captures nothing"
+        if self._stop.drain.is_set():
+            what = "restarting" if self._stop.restarts else "stopping"
+        workloads = len(self.interceptor.workloads)
+        return "; ".join(
+            [
+                what,
+                f"{self.interceptor.connections} connections",
+                *([f"{workloads} workloads"] if workloads else []),
+                *([f"trouble: {self.trouble}"] if self.trouble else []),
+            ]
+        )
+
     async def status(self) -> Serving:
         """How things stand."""
         return await make_serving(self.interceptor, self.trouble, began=self._began, admin_socket=self._admin_socket)
@@ -111,6 +138,20 @@ class Service:
         """Takes no new connection, and returns when the last one has ended, `drain.timeout` has passed, or `stop.now` is asked for."""
         seconds = self.config.drain.timeout
         _log.info("stopping: up to %g s for connections to end; there are %d", seconds, self.interceptor.connections)
+        await self._wait(seconds, self.interceptor.drain)
+        await self._tell_rest()
+
+    async def hand_on(self) -> None:
+        """The same for a restart: takes new connections until those that live now have ended, or `drain.timeout` has passed. Then new clients wait in the queue, and
+        those that have come meanwhile have two seconds to end: as a rule milliseconds."""
+        seconds = self.config.drain.timeout
+        _log.info("restarting: up to %g s for connections to end; there are %d", seconds, self.interceptor.connections)
+        await self._wait(seconds, self.interceptor.wait_old)
+        await self._wait(min(seconds, _LAST), self.interceptor.pause)
+        await self._tell_rest()
+
+    async def _wait(self, seconds: float, step: Callable[[], Awaitable[None]]) -> None:
+        """For the end of a step, for so many seconds, but not if it is to be now."""
         with trio.move_on_after(seconds):
             async with trio.open_nursery() as nursery:
 
@@ -119,8 +160,10 @@ class Service:
                     nursery.cancel_scope.cancel()
 
                 nursery.start_soon(now)
-                await self.interceptor.drain()
+                await step()
                 nursery.cancel_scope.cancel()
+
+    async def _tell_rest(self) -> None:
         if self.interceptor.connections:
             _log.warning("connections that have not ended and are reset: %d", self.interceptor.connections)
         self._drained.set()

@@ -128,6 +128,7 @@ class RelayLoop:
         self._busy = config.relay.busy_poll
         self._idle_timeout = config.relay.idle_timeout
         self._asked: set[Workload] = set()  # to tell when they are idle
+        self._old: dict[Workload, set[Connection]] = {}  # to tell when these have ended
         self._parts = b""
         self._again: list[Leg] = []
         self.sends: list[Leg] = []  # what is held there is sent at the end of the batch
@@ -394,6 +395,11 @@ class RelayLoop:
                 workload.asked_idle = workload.tells_idle = False
                 books.tell(report.IDLE, workload.name.encode())
                 there = books.report()
+        for workload, old in list(self._old.items()):
+            if old.isdisjoint(workload.connections):
+                del self._old[workload]
+                books.tell(report.OLD_ENDED, workload.name.encode())
+                there = books.report()
         if not there:
             self._stopping = True  # the owner is gone
 
@@ -444,6 +450,7 @@ class RelayLoop:
         """Resets what lives of it, and forgets it."""
         del self._workloads[workload.name]
         self._asked.discard(workload)
+        self._old.pop(workload, None)
         self.knocking.discard(workload)
         if self._accepting and workload not in self._sated:
             self._turn_away(workload)
@@ -477,14 +484,31 @@ class RelayLoop:
         return lambda _: self._ready.__setitem__(listener, workload)
 
     def _listen_to(self, workload: Workload) -> None:
+        if workload.paused:
+            return
         for listener in workload.listeners:
             self._handlers[listener.fileno()] = self._on_listener(workload, listener)
             self._epoll.register(listener.fileno(), select.EPOLLIN)
 
     def _turn_away(self, workload: Workload) -> None:
+        if workload.paused:
+            return  # it has been
         for listener in workload.listeners:
             del self._handlers[listener.fileno()]
             self._epoll.unregister(listener.fileno())
+
+    def _pause(self, workload: Workload) -> None:
+        """Takes nobody for it any more, or until `_resume`: its clients wait in the queue."""
+        if self._accepting and workload not in self._sated:
+            self._turn_away(workload)
+        self._sated.discard(workload)
+        workload.paused = True
+
+    def _resume(self, workload: Workload) -> None:
+        if workload.paused:
+            workload.paused = False
+            if self._accepting:
+                self._listen_to(workload)
 
     def _resume_accepting(self) -> None:
         self._accepting = True
@@ -513,6 +537,8 @@ class RelayLoop:
 
     def _accept(self, workload: Workload, listener: socket.socket) -> int:
         """Takes what waits, as far as there is room; how many that were."""
+        if workload.paused:
+            return 0
         books = self._books
         family, accept = workload.accepts[listener]
         for count in range(_ACCEPTS):
@@ -591,6 +617,19 @@ class RelayLoop:
                 if workload is not None and not workload.asked_idle:
                     workload.asked_idle = True
                     self._asked.add(workload)
+            case report.TELL_OLD:
+                workload = self._workloads.get(content.decode())
+                if workload is not None:
+                    self._old[workload] = set(workload.connections)
+                    self._books.due = self.now
+            case report.PAUSE:
+                workload = self._workloads.get(content.decode())
+                if workload is not None:
+                    self._pause(workload)
+            case report.RESUME:
+                workload = self._workloads.get(content.decode())
+                if workload is not None:
+                    self._resume(workload)
             case report.TELL_COUNTERS:
                 self._books.tell(
                     report.COUNTED, msgspec.msgpack.encode(self._books.count_now(self._workloads.values()))

@@ -3,10 +3,11 @@
 The first byte of a message tells its kind. A loop never waits for its owner: what does not fit is kept for later, and access-log
 lines beyond a bound are dropped and counted. The end of the socket is the end of the other side, however that came about.
 
-    owner ▶ loop    setup (pickled), a workload to serve, or to serve no more, idle?, counters?, living ones?, close one, stop; about a connection that was
-                    handed over: forward it, relay it to this upstream, reset what is relayed so, it has ended
-    loop ▶ owner    ready, added, removed, records, living connections, counters, pages, log lines, idle; a connection that the program wants to decide about;
-                    those that were relayed for it and have ended
+    owner ▶ loop    setup (pickled), a workload to serve, or to serve no more, or whose clients are to wait, idle?, have those that live now
+                    ended?, counters?, living ones?, close one, stop; about a connection that was handed over: forward it, relay it to this upstream,
+                    reset what is relayed so, it has ended
+    loop ▶ owner    ready, added, removed, records, living connections, counters, pages, log lines, idle, those have ended; a connection that the program
+                    wants to decide about; those that were relayed for it and have ended
 """
 
 from __future__ import annotations
@@ -39,6 +40,9 @@ SETUP_END = b"E"
 TELL_IDLE = b"I"
 TELL_COUNTERS = b"C"
 STOP = b"S"
+TELL_OLD = b"O"
+PAUSE = b"H"
+RESUME = b"U"
 FORWARD = b"F"  # with the socket that was handed over
 ENDED = b"D"
 RELAY = b"V"  # with the socket that was handed over, and that of the upstream
@@ -56,8 +60,9 @@ COUNTERS = b"c"
 COUNTED = b"C"
 LOG = b"l"
 IDLE = b"i"
+OLD_ENDED = b"e"
 HAND_OVER = b"h"  # with a socket
-RELAYED = b"e"  # as ENDED, of some that were to be relayed
+RELAYED = b"v"  # as ENDED, of some that were to be relayed
 ADDED = b"A"  # name, and why not
 REMOVED = b"R"
 LISTED = b"L"
@@ -88,12 +93,14 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True):
 
 class WorkloadSetup(msgspec.Struct, frozen=True, kw_only=True):
     """What a loop has to know of a workload, besides its sockets. `listen` are the addresses of all its listeners; `dial` is where its
-    upstream sockets are made: in its namespace, or in that of the program."""
+    upstream sockets are made: in its namespace, or in that of the program. `paused`: clients are to wait in the listeners' queues until it is told
+    otherwise."""
 
     name: str
     config: Config
     listen: tuple[tuple[str, int], ...]
     dial: Literal["workload", "agent"] = "workload"
+    paused: bool = False
 
 
 class HandedOver(msgspec.Struct):

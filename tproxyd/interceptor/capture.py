@@ -23,7 +23,7 @@ from tproxyd.interceptor.relays import Relays
 from tproxyd.interceptor.threads import in_thread
 from tproxyd.net.namespaces import call_in_namespace
 from tproxyd.net.proc_net import Connections, closing_connections, half_open_connections, port_holder
-from tproxyd.net.sockets import format_address, open_listener, spread_by_source
+from tproxyd.net.sockets import equip_listener, format_address, listening_address, open_listener, spread_by_source
 
 __all__ = ["Capture", "Listeners", "open_listeners", "require_free_port"]
 
@@ -65,6 +65,9 @@ class Capture:
         self._drains: set[trio.CancelScope] = set()
         self._drained = trio.lowlevel.ParkingLot()  # where the end of one of them is waited for
         self._ended = False
+        self._keep: Callable[[Sequence[Sequence[socket.socket]]], bool] | None = None
+        self.left = False
+        """Whether it was left to a successor."""
 
     @asynccontextmanager
     async def open(self, listeners: Listeners) -> AsyncIterator[None]:
@@ -72,16 +75,20 @@ class Capture:
         listen = self.keeper.plan().listen
         setup = WorkloadSetup(name=self.name, config=self.config, listen=listen, dial=self._dial)
         try:
-            await self._relays.add(setup, listeners, self._netns)
+            # A state that steers may be there, of `tproxyd apply` or of a predecessor, and clients that wait. They go on waiting until ours has taken
+            # its place: what that one remembers of connections is not in ours, and to local apps they would hang.
+            await self._relays.add(setup, listeners, self._netns, paused=True)
             # What fails here has taken itself back, and a guard from before, that refuses, goes on doing so.
             await self.keeper.put()
+            await self._relays.resume(self.name)
             async with trio.open_nursery() as watching:
                 try:
                     await watching.start(self.keeper.watch)
                     yield
                 finally:
                     with trio.CancelScope(shield=True):
-                        await self.stop()
+                        if not await self._hand_on(listeners):
+                            await self.stop()
                     watching.cancel_scope.cancel()
         finally:
             with trio.CancelScope(shield=True):
@@ -129,6 +136,26 @@ class Capture:
         while self._drains:
             await self._drained.park()
 
+    async def pause(self) -> None:
+        """Accepts no more, with capture on: clients wait in the listeners' queues. Returns when the last connection has ended."""
+        await self._relays.pause(self.name)
+        await self._relays.wait_idle(self.name)
+
+    def leave_to_successor(self, keep: Callable[[Sequence[Sequence[socket.socket]]], bool]) -> None:
+        """At the end of `open`, clients go on being steered to the listeners, if `keep`, which is given them, says that they outlive this process."""
+        self._keep = keep
+
+    async def _hand_on(self, listeners: Listeners) -> bool:
+        if self._keep is None or not self.keeper.capturing or not self._keep(listeners):
+            return False
+        try:
+            await self.keeper.leave_to_successor()
+        except TproxydError as error:
+            _log.error("capture cannot be left to a successor: %s", error)
+        else:
+            self.left = True
+        return self.left
+
     async def _until_gone(
         self, look: Callable[[Callable[[int], bool]], Connections], captured: Callable[[int], bool]
     ) -> int:
@@ -156,24 +183,41 @@ class Capture:
 
 @contextmanager
 def open_listeners(
-    config: Config, listen: Sequence[tuple[str, int]], loops: int, netns: int | None = None
+    config: Config,
+    listen: Sequence[tuple[str, int]],
+    loops: int,
+    netns: int | None = None,
+    *,
+    inherited: Sequence[socket.socket] = (),
 ) -> Iterator[Listeners]:
     """Listeners at these addresses for each of so many loops, in the calling thread's namespace or in another one; closed at the end of the block.
-    Raises KernelError that names who has the port."""
+    `inherited` are taken where they fit, with what waits in their queues, and closed otherwise, with a word in the log. Raises KernelError that names who has the port."""
     with ExitStack() as stack:
+        ready = _sort_inherited(config, listen, loops, inherited)
+        for sock in (one for found in ready.values() for one in found):
+            stack.enter_context(sock)
 
         def open_all() -> Listeners:
             return [
                 [
-                    stack.enter_context(_listen(config, address, port, backlog=config.listen.backlog, shared=loops > 1))
+                    ready[address, port][index]
+                    if (address, port) in ready
+                    else stack.enter_context(
+                        _listen(config, address, port, backlog=config.listen.backlog, shared=loops > 1)
+                    )
                     for address, port in listen
                 ]
-                for _ in range(loops)
+                for index in range(loops)
             ]
 
         opened = open_all() if netns is None else call_in_namespace(netns, open_all)
         if loops > 1 and config.limits.max_connections_per_source:
             for listener in opened[0]:
+                if not listener.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT):
+                    _log.warning(
+                        "relay processes share a listener that systemd has passed: each counts max_connections_per_source for itself"
+                    )
+                    continue
                 # What one client has is counted where all of it arrives.
                 spread_by_source(listener, loops)
         yield opened
@@ -183,6 +227,47 @@ def require_free_port(config: Config, listen: Sequence[tuple[str, int]]) -> None
     """Raises what `open_listeners` would raise in the calling thread's namespace. Accepts nothing."""
     for address, port in listen:
         _listen(config, address, port, backlog=None).close()
+
+
+def _sort_inherited(
+    config: Config, listen: Sequence[tuple[str, int]], loops: int, inherited: Sequence[socket.socket]
+) -> dict[tuple[str, int], list[socket.socket]]:
+    """Those that listen where the plan says, for each loop one. All others are closed."""
+    found: dict[tuple[str, int], list[socket.socket]] = {}
+    for sock in inherited:
+        address = listening_address(sock)
+        if address is None:
+            _refuse(sock, listen, "does not listen for TCP")
+        elif address[:2] not in listen:
+            _refuse(sock, listen, f"listens on {format_address(address)}")
+        elif address[0] == "::" and not sock.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY):
+            _refuse(sock, listen, "takes IPv4, too (BindIPv6Only=ipv6-only is missing)")
+        else:
+            try:
+                equip_listener(sock, transparent=not config.redirects)
+                sock.setblocking(False)
+                sock.listen(config.listen.backlog)
+            except OSError as error:
+                _refuse(sock, listen, f"cannot be made transparent ({error.strerror})")
+            else:
+                found.setdefault(address[:2], []).append(sock)
+    for name, socks in list(found.items()):
+        if len(socks) == 1:  # of a socket unit, or of a daemon with one loop: the loops share it
+            socks += [socks[0].dup() for _ in range(loops - 1)]
+        elif len(socks) != loops:
+            for sock in found.pop(name):
+                _refuse(
+                    sock, listen, f"is one of {len(socks)} on {format_address(name)}, and relay.workers is {loops} now"
+                )
+    return found
+
+
+def _refuse(sock: socket.socket, listen: Sequence[tuple[str, int]], why: str) -> None:
+    places = ", ".join(map(format_address, listen))
+    _log.warning(
+        "a socket that systemd has passed %s, and is closed: listeners of this configuration are %s", why, places
+    )
+    sock.close()
 
 
 def _listen(config: Config, address: str, port: int, *, backlog: int | None, shared: bool = False) -> socket.socket:

@@ -217,6 +217,32 @@ class Interceptor:
         if self._own is not None:
             await self._own.stop()
 
+    async def wait_old(self) -> None:
+        """Returns when the connections of the own namespace that live now have ended; new ones are taken meanwhile."""
+        await self._relays.wait_old(OWN)
+
+    async def pause(self) -> None:
+        """Takes no new connection in the own namespace from now on, although capture stays on: clients wait in the listeners' queues for who has
+        these next (`leave_to_successor`). Returns when the last connection there has ended."""
+        if self._own is not None:
+            await self._own.pause()
+
+    def leave_to_successor(self, keep: Callable[[Sequence[Sequence[socket.socket]]], bool]) -> None:
+        """Lets the own namespace be steered to the listeners also when the interceptor has ended, for the moment until another one of the same configuration
+        begins with them (`inherited`). `keep` is given them at the end, of each loop its own, and says whether they outlive the process now; if not, all
+        is taken away as ever. `left` says afterwards what has become of it."""
+        if self._own is not None:
+            self._own.leave_to_successor(keep)
+
+    @property
+    def left(self) -> bool:
+        """Whether the kernel's state of the own namespace has been left to a successor."""
+        return self._own is not None and self._own.left
+
+    async def until_answered(self) -> None:
+        """Returns when every relay loop has answered a question that is asked now."""
+        await self._relays.answer()
+
     async def counters(self) -> Counters:
         """What has been counted in the own namespace since the start, living connections included."""
         counted = await self._relays.count()
@@ -274,6 +300,7 @@ async def open_interceptor(
     own_namespace: bool = False,
     ssh_ports: Sequence[int] = (),
     namespace_held: bool = False,
+    inherited: Sequence[socket.socket] = (),
 ) -> AsyncIterator[Interceptor]:
     """Serves until the block ends: workloads (`Interceptor.add_workload`), each in a network namespace of its own, and with `own_namespace` the one that the
     calling thread is in. Then nothing of ours is left in any kernel state, unless `tproxyd apply` had put it there: then its place is taken,
@@ -290,7 +317,8 @@ async def open_interceptor(
     `listeners` are listening TCP sockets of the program that are served as they are, as workload "host": with `own_namespace` they take the place of
     those that would be opened, and have to be where the plan says. They stay the program's. `ssh_ports`: at which this host's administrator
     comes in, besides those at which an SSH server is seen to listen; they are captured only if they are named singly. `namespace_held`: the caller
-    has taken the own namespace already (net/ownership.py), as the daemon has.
+    has taken the own namespace already (net/ownership.py), as the daemon has. `inherited` are sockets of a predecessor's or of systemd's: taken
+    as the own namespace's listeners where they are as those would be, closed otherwise.
 
     On entry capture in the own namespace is on and checked, and the relay loops have answered. On exit, living connections are reset; call
     `drain` before to let them end. Cancelled anywhere, all is taken away before Cancelled leaves.
@@ -319,7 +347,7 @@ async def open_interceptor(
             served = _copies(stack, listeners, len(setups))
         else:
             listen = keeper.plan().listen if keeper is not None else ()
-            served = stack.enter_context(open_listeners(config, listen, len(setups)))
+            served = stack.enter_context(open_listeners(config, listen, len(setups), inherited=inherited))
         netns = open_namespace("/proc/thread-self/ns/net")
         stack.callback(os.close, netns)
         relays = Relays(setups, _lines_to(on_record, on_lines), policy=policy, policy_timeout=policy_timeout)

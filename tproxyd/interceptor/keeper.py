@@ -29,7 +29,7 @@ from tproxyd.interceptor.plan_book import PlanBook
 from tproxyd.interceptor.threads import in_thread
 from tproxyd.net.namespaces import call_in_namespace
 from tproxyd.net.ownership import hold_namespace
-from tproxyd.plan import DEFAULT_NAME, Marks, Plan, Surroundings, make_marks, table_names
+from tproxyd.plan import DEFAULT_NAME, Marks, Plan, Surroundings, make_marks, remove_tables, table_names, waiting_table
 
 __all__ = ["KINDS", "Keeper"]
 
@@ -207,6 +207,13 @@ class Keeper:
                 await self._step(self._remove)
             self._left = True
 
+    async def leave_to_successor(self) -> None:
+        """The end in place of `leave`: what steers stays, and is nobody's, until a successor takes it over. Raises
+        TproxydError; then `leave` has everything to remove."""
+        async with self._lock:
+            await self._step(self._disown)
+            self._left = True
+
     async def _step(self, step: Callable[[kernel.Nft], T]) -> T:
         """Takes a step in a thread of the namespace, to its end whatever is cancelled."""
         return await in_thread(partial(self._here, partial(self._with_nft, step)), limiter=self._threads)
@@ -255,6 +262,22 @@ class Keeper:
 
     def _stop_capture(self, nft: kernel.Nft) -> None:
         kernel.stop_capture(self._wanted(self._surroundings), self._wanted(self._surroundings, capturing=False), nft)
+
+    def _disown(self, nft: kernel.Nft) -> None:
+        if not self._owned:
+            return  # it outlives this process as it is
+        plan = self._wanted(self._surroundings)
+        waiting = waiting_table(self._name)
+        # Both are there for a moment. Exchanged for one another, a packet can see the old one gone and the new one not there yet.
+        left = self._book.plan(self._config, self._surroundings, stays=False, owned=False, capturing=True, name=waiting)
+        nft.run(remove_tables({waiting: ""}) + left.tables[waiting])
+        if self._stays:
+            applied = self._book.plan(
+                self._config, self._surroundings, stays=True, owned=False, capturing=True, name=self._name
+            )
+            kernel.apply(applied, nft)
+        else:
+            nft.run(remove_tables({self._name: plan.tables[self._name]}))
 
     def _remove(self, nft: kernel.Nft) -> list[kernel.Change]:
         return kernel.revert(nft, self._name, checked=self._netns is not None)

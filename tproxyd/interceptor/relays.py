@@ -86,13 +86,15 @@ class Relays:
         """Connections that live, as far as has been told: some hundredths of a second ago."""
         return sum(counters.active for relay in self._relays for counters in relay.counters.values())
 
-    async def add(self, setup: WorkloadSetup, listeners: Sequence[Sequence[socket.socket]], netns: int) -> None:
+    async def add(
+        self, setup: WorkloadSetup, listeners: Sequence[Sequence[socket.socket]], netns: int, *, paused: bool = False
+    ) -> None:
         """Lets each loop serve one more workload, on as many listeners each; `netns` is a descriptor of its namespace. All of them stay the caller's,
-        who closes them after `remove`. Raises KernelError when a loop cannot serve it; then none does."""
+        who closes them after `remove`. `paused`: clients wait in the queues until `resume`. Raises KernelError when a loop cannot serve it; then none does."""
         try:
             async with trio.open_nursery() as nursery:
                 for relay, own in zip(self._relays, listeners, strict=True):
-                    nursery.start_soon(relay.add, Served(setup, tuple(own), netns))
+                    nursery.start_soon(relay.add, Served(setup, tuple(own), netns), paused)
         except BaseException as error:
             with trio.CancelScope(shield=True):
                 await self.remove(setup.name)
@@ -134,6 +136,28 @@ class Relays:
         async with trio.open_nursery() as nursery:
             for relay in self._relays:
                 nursery.start_soon(relay.wait_idle, name)
+
+    async def wait_old(self, name: str) -> None:
+        """Returns when the connections of this workload that live now have ended; others are accepted meanwhile."""
+        async with trio.open_nursery() as nursery:
+            for relay in self._relays:
+                nursery.start_soon(relay.wait_old, name)
+
+    async def pause(self, name: str) -> None:
+        """Accepts no more for this workload: clients wait in the listeners' queues."""
+        for relay in self._relays:
+            await relay.pause(name)
+
+    async def resume(self, name: str) -> None:
+        """Accepts those who wait, and all others from now on."""
+        for relay in self._relays:
+            await relay.resume(name)
+
+    async def answer(self) -> None:
+        """Returns when every loop has answered a question that is asked now. For as long as one does not, or is not there, it waits."""
+        async with trio.open_nursery() as nursery:
+            for relay in self._relays:
+                nursery.start_soon(relay.answer)
 
     async def count(self) -> dict[str, Counters]:
         """By workload, the counters of all loops together, with what living connections have moved so far."""
@@ -259,11 +283,14 @@ class _Relay:
         self._ready = trio.Event()
         self._started = False
         self._idle: dict[str, trio.Event] = {}
+        self._old: dict[str, trio.Event] = {}
+        self._paused: set[str] = set()
         self._counted: trio.Event | None = None
         self._paging = trio.Lock()  # one page at a time, and a rest behind it: connections come first
         self._paged = -math.inf  # until when that rest lasts
         self._questions: dict[int, tuple[trio.Event, list[Page | Answer]]] = {}
         self._asked = 0
+        self._answers = 0
 
     @property
     def total(self) -> dict[str, Counters]:
@@ -273,9 +300,11 @@ class _Relay:
             for name in dict.fromkeys([*self._before, *self.counters])
         }
 
-    async def add(self, served: Served) -> None:
+    async def add(self, served: Served, paused: bool) -> None:
         name = served.setup.name
         self._served[name] = served
+        if paused:
+            self._paused.add(name)
         added = self._adding[name] = trio.Event()
         self._failed.pop(name, None)
         await self._tell_served(served)
@@ -287,6 +316,9 @@ class _Relay:
         if self._served.pop(name, None) is None:
             return
         self._adding.pop(name, None)
+        self._paused.discard(name)
+        if (ended := self._old.pop(name, None)) is not None:
+            ended.set()
         await self._end_handlers_of(name)
         if self._channel is not None:
             removed = self._removing.setdefault(name, trio.Event())
@@ -309,7 +341,7 @@ class _Relay:
             if self._channel is None or self._served.get(name) is not served or self._told.get(name) is served:
                 return
             self._told[name] = served
-            data = pickle.dumps(served.setup)
+            data = pickle.dumps(msgspec.structs.replace(served.setup, paused=name in self._paused))
             size = report.MESSAGE - 1
             fds = [served.netns, *(listener.fileno() for listener in served.listeners)]
             with trio.CancelScope(shield=True):  # a part without the rest would be the beginning of the next one's
@@ -347,6 +379,30 @@ class _Relay:
         await self._tell(report.TELL_IDLE + name.encode())
         await idle.wait()
         await self._until_given_up(name)  # what has outlived its loop
+
+    async def wait_old(self, name: str) -> None:
+        if name not in self._served:
+            return
+        if self._channel is None:
+            return  # what lived has gone with its loop
+        ended = self._old.setdefault(name, trio.Event())
+        await self._tell(report.TELL_OLD + name.encode())
+        await ended.wait()
+
+    async def pause(self, name: str) -> None:
+        if name in self._served:
+            self._paused.add(name)
+            await self._tell(report.PAUSE + name.encode())
+
+    async def resume(self, name: str) -> None:
+        if name in self._served:
+            self._paused.discard(name)
+            await self._tell(report.RESUME + name.encode())
+
+    async def answer(self) -> None:
+        before = self._answers
+        while self._answers == before:
+            await self.count()
 
     async def count(self) -> None:
         counted = self._counted
@@ -505,9 +561,11 @@ class _Relay:
                 for name, counters in told.counters.items():
                     if name in self._served:
                         self._count(name, counters)
-                if kind == report.COUNTED and self._counted is not None:
-                    self._counted.set()
-                    self._counted = None
+                if kind == report.COUNTED:
+                    self._answers += 1
+                    if self._counted is not None:
+                        self._counted.set()
+                        self._counted = None
             case report.LOG:
                 said = msgspec.msgpack.decode(content, type=LogLine)
                 _log.log(getattr(logging, said.level.upper()), "%s", said.text)
@@ -516,6 +574,9 @@ class _Relay:
             case report.IDLE:
                 if (idle := self._idle.pop(content.decode(), None)) is not None:
                     idle.set()
+            case report.OLD_ENDED:
+                if (over := self._old.pop(content.decode(), None)) is not None:
+                    over.set()
             case report.ADDED:
                 name, why = msgspec.msgpack.decode(content, type=tuple[str, str])
                 if (added := self._adding.pop(name, None)) is not None:
@@ -684,9 +745,9 @@ class _Relay:
                 counters.outcomes["worker_lost"] = counters.outcomes.get("worker_lost", 0) + lost[name]
         self._orphans |= self.handed.keys() - self.recorded
         self._lose_relayed()
-        for event in self._removing.values():
+        for event in (*self._removing.values(), *self._old.values()):
             event.set()
-        self._removing = {}
+        self._removing, self._old = {}, {}
 
     def _lose_relayed(self) -> None:
         """Nobody relays them any more."""

@@ -22,7 +22,16 @@ from tproxyd.kernel import routing
 from tproxyd.kernel.nft import Nft, Program, list_names, list_tables, spelled
 from tproxyd.kernel.routing import RouteKey, RuleKey
 from tproxyd.net.capabilities import missing_capabilities
-from tproxyd.plan import CAPTURE_CHAIN, DEFAULT_NAME, Plan, exchange_tables, is_owned, remove_tables, table_names
+from tproxyd.plan import (
+    CAPTURE_CHAIN,
+    DEFAULT_NAME,
+    Plan,
+    exchange_tables,
+    is_owned,
+    remove_tables,
+    table_names,
+    waiting_table,
+)
 
 __all__ = [
     "Change",
@@ -197,15 +206,19 @@ def restore(before: Observed) -> None:
         pass
 
 
-def revert(nft: Nft = _PROGRAM, name: str = DEFAULT_NAME, *, checked: bool = False) -> list[Change]:
-    """Removes all that is ours in this namespace, with tables of this name, whatever config put it there, and gives what was removed.
+def revert(
+    nft: Nft = _PROGRAM, name: str = DEFAULT_NAME, *, checked: bool = False, but: Collection[str] = ()
+) -> list[Change]:
+    """Removes all that is ours in this namespace, with tables of this name, whatever config put it there, and gives what was removed. Tables
+    in `but` stay.
 
     Looks first, and raises with nothing changed if it cannot, if a table of this name is not of ours, or if one is owned by somebody who lives: then all of it is. Then a step that fails does not keep the others from being taken;
     the first error is raised at the end. `checked`: it is known that nobody owns them.
     """
     observed = observe(nft, name)
     require_ours(name, observed.tables)
-    steps = revert_steps(observed, nft)
+    tables = {one: text for one, text in observed.tables.items() if one not in but}
+    steps = revert_steps(msgspec.structs.replace(observed, tables=tables), nft)
     for step in steps:
         if step.check is not None and not checked:
             step.check()
@@ -241,6 +254,10 @@ def _steps(wanted: Observed, observed: Observed, changed: list[str], nft: Nft) -
     steps = [_add_route(key) for key in wanted.routes if key not in observed.routes]
     steps += [_add_rule(key) for key in wanted.rules if key not in observed.rules]
     left_over = [name for name in observed.tables if name not in wanted.tables]
+    # What has steered between two daemons goes when the new one's table is there, and not with its coming: in one transaction, a packet can
+    # see the old one gone and the new one not there yet.
+    after = [name for name in left_over if changed and name.endswith(waiting_table(""))]
+    left_over = [name for name in left_over if name not in after]
     if changed or left_over:
         what = [f"load table inet {name}" for name in changed] + [f"delete table inet {name}" for name in left_over]
         # A guard that is as planned must not be in the transaction: for some microseconds around its commit the old one is no longer
@@ -250,6 +267,16 @@ def _steps(wanted: Observed, observed: Observed, changed: list[str], nft: Nft) -
         load, undo = exchange_tables(old, new), exchange_tables(new, old)
         change = Change("ruleset", few(what, ", "))
         steps.append(Step(change, partial(nft.run, load), partial(nft.run, undo), partial(nft.check, load)))
+    for name in after:
+        remove = remove_tables({name: observed.tables[name]})
+        steps.append(
+            Step(
+                Change("ruleset", f"delete table inet {name}"),
+                partial(nft.run, remove),
+                partial(nft.run, observed.tables[name]),
+                partial(nft.check, remove),
+            )
+        )
     steps += [_delete_rule(key) for key in sorted(observed.rules, key=_when_deleted) if key not in wanted.rules]
     steps += [_delete_route(key) for key in observed.routes if key not in wanted.routes]
     return steps

@@ -29,9 +29,11 @@ __all__ = [
     "answer_at_once",
     "bound_receive_buffer",
     "can_share_ports",
+    "equip_listener",
     "filter_messages",
     "format_address",
     "format_target",
+    "listening_address",
     "open_listener",
     "open_unix_upstream",
     "open_upstream",
@@ -100,15 +102,8 @@ def open_listener(
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if shared:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        if transparent:
-            # Before bind: also allows ::1 while IPv6 is switched off on lo.
-            _set_transparent(sock)
-        # Accepted sockets inherit all that follows, which saves its cost for each of them. An answer in small writes is the app's
-        # own choice; held back until the client's delayed ACK, each of them would take 40 ms more.
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        # An urgent byte stays where it stands in the stream instead of getting lost.
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
-        watch_peer(sock)
+        # Before bind: also allows ::1 while IPv6 is switched off on lo.
+        equip_listener(sock, transparent=transparent)
         sock.bind((address, port))
         if backlog is not None:
             sock.listen(backlog)
@@ -116,6 +111,28 @@ def open_listener(
         sock.close()
         raise
     return sock
+
+
+def equip_listener(sock: socket.socket, *, transparent: bool = True) -> None:
+    """Makes one that somebody else has opened what `open_listener` opens, as far as that can still be done. Raises OSError."""
+    if transparent:
+        _set_transparent(sock)
+    # Accepted sockets inherit all that follows, which saves its cost for each of them. An answer in small writes is the app's
+    # own choice; held back until the client's delayed ACK, each of them would take 40 ms more.
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    # An urgent byte stays where it stands in the stream instead of getting lost.
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
+    watch_peer(sock)
+
+
+def listening_address(sock: socket.socket) -> Address | None:
+    """Where a TCP socket listens; None if it is no such socket, or does not listen."""
+    if sock.family not in (socket.AF_INET, socket.AF_INET6) or sock.type != socket.SOCK_STREAM:
+        return None
+    if not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        return None
+    name: Address = sock.getsockname()
+    return name
 
 
 def spread_by_source(listener: socket.socket, members: int) -> None:

@@ -22,6 +22,7 @@ from tproxyd.plan.ruleset import (
     match_mark,
     remove_tables,
     table_names,
+    waiting_table,
 )
 from tproxyd.plan.ssh import spared_in, ssh_remarks
 
@@ -56,4 +57,5 @@ __all__ = [
     "ssh_remarks",
     "table_names",
     "unified_diff",
+    "waiting_table",
 ]

@@ -67,6 +67,7 @@ __all__ = [
     "table_names",
     "take_rules",
     "transaction",
+    "waiting_table",
 ]
 
 
@@ -110,6 +111,11 @@ def table_names(name: str) -> TableNames:
             f"{'my_' + name!r}"
         )
     return TableNames(name, f"{name}_guard", f"{name}_state")
+
+
+def waiting_table(name: str) -> str:
+    """What the steering table is called that a daemon leaves to its successor: a generation between theirs."""
+    return f"{name}_0"
 
 
 DEFAULT_NAME = "tproxyd"
