@@ -3,8 +3,10 @@
 The first byte of a message tells its kind. A loop never waits for its owner: what does not fit is kept for later, and access-log
 lines beyond a bound are dropped and counted. The end of the socket is the end of the other side, however that came about.
 
-    owner ▶ loop    setup (pickled), a workload to serve, or to serve no more, idle?, counters?, stop; about a connection that was handed over: forward it, it has ended
-    loop ▶ owner    ready, added, removed, records, living connections, counters, log lines, idle; a connection that the program wants to decide about
+    owner ▶ loop    setup (pickled), a workload to serve, or to serve no more, idle?, counters?, stop; about a connection that was handed over: forward it, it has ended;
+                    when the configuration has changed: the setup again, a workload again, what it does not capture any more is to go, listeners that are to close
+    loop ▶ owner    ready, added, removed, records, living connections, counters, log lines, idle; a connection that the program wants to decide about;
+                    nobody lives of an older setup of a workload, listeners are closed, a handler is to end
 """
 
 from __future__ import annotations
@@ -32,6 +34,8 @@ ENDED = b"D"
 ADD_PART = b"a"  # the setup of a workload, pickled, as much of it as fits
 ADD = b"A"  # the rest of it, with the descriptors of its namespace and its listeners
 REMOVE = b"R"
+LET_GO = b"g"  # name, and seconds: connections of older setups that the present one would not capture
+SHED = b"s"  # name, and addresses of listeners that are to close when nobody waits there any more
 # Loop to owner.
 READY = b"y"
 RECORDS = b"r"
@@ -43,8 +47,11 @@ IDLE = b"i"
 HAND_OVER = b"h"  # with a socket
 ADDED = b"A"  # name, and why not
 REMOVED = b"R"
+RETIRED = b"g"  # name, and the generation of which no connection lives any more
+SHEDDED = b"s"
+END_HANDLER = b"H"
 
-FDS = 4
+FDS = 8
 """Descriptors that come with one message at most."""
 
 MESSAGE = 64 * 1024
@@ -68,12 +75,15 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True):
 
 class WorkloadSetup(msgspec.Struct, frozen=True, kw_only=True):
     """What a loop has to know of a workload, besides its sockets. `listen` are the addresses of all its listeners; `dial` is where its
-    upstream sockets are made: in its namespace, or in that of the program."""
+    upstream sockets are made: in its namespace, or in that of the program. Of the same name it takes the place of what the loop has: connections that
+    live stay under the `generation` to which they came. `closing` are the listeners' ports that are soon to be no more."""
 
     name: str
     config: Config
     listen: tuple[tuple[str, int], ...]
     dial: Literal["workload", "agent"] = "workload"
+    generation: int = 0
+    closing: tuple[int, ...] = ()
 
 
 class HandedOver(msgspec.Struct):

@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import select
 import socket
 import struct
 import sys
@@ -30,6 +31,7 @@ __all__ = [
     "filter_messages",
     "format_address",
     "format_target",
+    "has_waiting",
     "open_listener",
     "open_unix_upstream",
     "open_upstream",
@@ -114,6 +116,13 @@ def open_listener(
         sock.close()
         raise
     return sock
+
+
+def has_waiting(listener: socket.socket) -> bool:
+    """Whether a connection waits there to be accepted."""
+    poll = select.poll()
+    poll.register(listener, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 def spread_by_source(listener: socket.socket, members: int) -> None:
