@@ -11,13 +11,16 @@ import logging
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager
+from functools import partial
 from typing import Literal, TypeVar
 
+import msgspec
 import trio
 
 from tproxyd.config import Config
 from tproxyd.datapath import WorkloadSetup
-from tproxyd.errors import KernelError, TproxydError
+from tproxyd.errors import ConfigError, KernelError, TproxydError
+from tproxyd.interceptor.changes import same_interception
 from tproxyd.interceptor.keeper import Keeper
 from tproxyd.interceptor.relays import Relays
 from tproxyd.interceptor.threads import in_thread
@@ -30,6 +33,9 @@ __all__ = ["Capture", "Listeners", "open_listeners"]
 _log = logging.getLogger(__name__)
 
 _STUCK = 3.0  # seconds without progress: a packet and its retransmissions after one and two more
+_SHED = 10.0  # seconds for those who wait at old listeners to be accepted
+_LATE = 0.5  # seconds for a loop that has much to do to reset what it was to reset
+_PUT_BACK = 3.0  # seconds to tell the loops that they go on as before
 _POLL = 0.02  # seconds; the kernel has no event for either of what is waited for
 
 T = TypeVar("T")
@@ -39,7 +45,7 @@ Listeners = list[list[socket.socket]]
 
 class Capture:
     """What `open` needs, ready: `config` of the namespace that `netns` is a descriptor of, and what keeps its kernel state. `another`: it is not
-    the program's own. The caller closes keeper, listeners and descriptor, after `open`."""
+    the program's own; `given`: the listeners are the program's. The caller closes keeper, listeners and descriptor, after `open`."""
 
     def __init__(
         self,
@@ -51,8 +57,15 @@ class Capture:
         netns: int,
         another: bool,
         dial: Literal["workload", "agent"] = "workload",
+        given: bool = False,
     ) -> None:
         self.name, self.config, self.keeper = name, config, keeper
+        self._given = given
+        self._generation = 0
+        self._living: dict[int, Config] = {}  # under which connections live that came before a reload
+        self._letting_go = 0  # reloads that have left connections some time
+        self._changing = trio.Lock()
+        self._opened = ExitStack()  # listeners that a reload has brought
         self._relays = relays
         self._netns = netns
         self._another = another
@@ -61,13 +74,13 @@ class Capture:
     @asynccontextmanager
     async def open(self, listeners: Listeners) -> AsyncIterator[None]:
         """Captures for the length of the block. On entry the kernel holds what was planned, and the loops have answered."""
-        listen = self.keeper.plan().listen
-        setup = WorkloadSetup(name=self.name, config=self.config, listen=listen, dial=self._dial)
+        self._listeners = listeners
         try:
-            await self._relays.add(setup, listeners, self._netns)
+            await self._relays.add(self._make_setup(self.config, self.keeper.plan().listen), listeners, self._netns)
             # What fails here has taken itself back, and a guard from before, that refuses, goes on doing so.
             await self.keeper.put()
             async with trio.open_nursery() as watching:
+                self._watching = watching
                 try:
                     await watching.start(self.keeper.watch)
                     yield
@@ -78,9 +91,139 @@ class Capture:
         finally:
             with trio.CancelScope(shield=True):
                 await self._relays.remove(self.name)
-                for listener in [one for group in listeners for one in group]:
-                    listener.close()  # before the state of `tproxyd apply` steers to them again
+                _close(listeners)  # before the state of `tproxyd apply` steers to them again
+                self._opened.close()
                 await self.keeper.leave()
+
+    def _make_setup(
+        self, config: Config, listen: Sequence[tuple[str, int]], *, closing: tuple[int, ...] = ()
+    ) -> WorkloadSetup:
+        return WorkloadSetup(
+            name=self.name,
+            config=config,
+            listen=tuple(listen),
+            dial=self._dial,
+            generation=self._generation,
+            closing=closing,
+        )
+
+    async def reload(self, config: Config) -> None:
+        """Goes over to another config with the same mode, marks and routing: connections that live go on under the old one, and those that the new one
+        would not capture have `drain.timeout` to end. Raises TproxydError, with the old config in force. To be called once at a time."""
+        before = self.config
+        if same_interception(before, config):
+            self.config = config
+            self._share_by_source(self._listeners, config)
+            return
+        moves = config.listen.port != before.listen.port
+        if moves and self._given:
+            raise ConfigError(
+                "`listen.port` cannot change at a reload, as the listeners are the program's: open the interceptor anew"
+            )
+        await self.keeper.check(config)
+        with ExitStack() as stack:
+            listeners = old = self._listeners
+            if moves:
+                families = [host for host, _ in self.keeper.plan().listen]
+                opening = open_listeners(
+                    config,
+                    [(host, config.listen.port) for host in families],
+                    len(old),
+                    self._netns if self._another else None,
+                )
+                listeners = await in_thread(partial(stack.enter_context, opening))
+            async with self._changing:
+                await self._change(before, config, listeners)
+            # Nothing can fail from here on.
+            self.config = config
+            if moves:
+                opened, self._opened = self._opened, stack.pop_all()
+                try:
+                    await self._leave_listeners(before, old, listeners)
+                finally:
+                    opened.close()
+        self._share_by_source(listeners, config)
+        if not self._given and config.listen.backlog != before.listen.backlog:
+            for listener in [one for group in listeners for one in group]:
+                listener.listen(config.listen.backlog)
+        await self._relays.let_go(self.name, config.drain.timeout)
+        self._letting_go += 1
+        self._watching.start_soon(self._trim, config.drain.timeout + _LATE)
+
+    async def _change(self, before: Config, config: Config, listeners: Listeners) -> None:
+        """First what connections under the new config will need, then the loops, which may have some at once, then capture."""
+        old, generation = self._listeners, self._generation
+        living = [*self._living.values()]
+        fresh = listeners if listeners is old else [[*new, *left] for new, left in zip(listeners, old, strict=True)]
+        try:
+            await self.keeper.change(before, [config, *living])
+            self._generation += 1
+            closing = () if listeners is old else (before.listen.port,)
+            setup = self._make_setup(config, _addresses(fresh), closing=closing)
+            await self._relays.replace(setup, fresh, self._netns)
+            await self.keeper.change(config, [before, *living])
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                if self._generation != generation:
+                    # Who came meanwhile came under the new one, and is delivered until that is forgotten.
+                    self._forget_later(self._generation, config)
+                    self._generation += 1
+                    with trio.move_on_after(_PUT_BACK):
+                        await self._relays.put_back(self._make_setup(before, _addresses(old)), old, self._netns)
+                await self._narrow(before)
+            raise
+        self._forget_later(generation, before)
+
+    async def _leave_listeners(self, before: Config, old: Listeners, listeners: Listeners) -> None:
+        """Nobody is sent to the old ones any more. Whose handshake has begun there is served, and whoever waits."""
+        setup = self._make_setup(self.config, _addresses(listeners))
+        try:
+            with trio.move_on_after(_SHED) as scope:
+                await self._until_gone(half_open_connections, before.arrives_at_port)
+                await self._relays.shed(setup, listeners)
+            if scope.cancelled_caught:
+                _log.warning("whoever waited at the old listen.port for more than %g s is reset", _SHED)
+        finally:
+            self._listeners = listeners
+            with trio.CancelScope(shield=True), trio.move_on_after(_PUT_BACK):
+                # Without the old port, at which from now on whoever likes may listen.
+                generation, self._generation = self._generation, self._generation + 1
+                setup = self._make_setup(self.config, _addresses(listeners))
+                await self._relays.put_back(setup, listeners, self._netns)
+                self._forget_later(generation, self.config)
+            _close(old)
+
+    def _forget_later(self, generation: int, config: Config) -> None:
+        self._living[generation] = config
+        self._watching.start_soon(self._forget, generation)
+
+    async def _forget(self, generation: int) -> None:
+        """What connections of an older config need stays in the kernel until the last one has ended."""
+        await self._relays.wait_retired(self.name, generation)
+        async with self._changing:
+            del self._living[generation]
+            await self._narrow(self.config)
+
+    async def _trim(self, seconds: float) -> None:
+        """Who still lives by then of those who came before is captured by the present config, too, and needs no other port for its own."""
+        await trio.sleep(seconds)
+        async with self._changing:
+            self._letting_go -= 1
+            if not self._letting_go:  # else some of them have a longer time from a reload before this one
+                for generation, one in self._living.items():
+                    self._living[generation] = msgspec.structs.replace(one, capture=self.config.capture)
+                await self._narrow(self.config)
+
+    async def _narrow(self, config: Config) -> None:
+        try:
+            await self.keeper.change(config, [*self._living.values()])
+        except TproxydError as error:  # then there is more than has to be, which hurts nobody
+            _log.info("what connections of an older configuration needed stays in the kernel for now: %s", error)
+
+    def _share_by_source(self, listeners: Listeners, config: Config) -> None:
+        if config.limits.max_connections_per_source and len(listeners) > 1 and not self._given:
+            for listener in listeners[0]:
+                spread_by_source(listener, len(listeners))
 
     async def stop(self) -> None:
         """Takes no new connection from now on. If the kernel refuses, that is logged, and connections go on being taken."""
@@ -92,11 +235,12 @@ class Capture:
     async def drain(self) -> None:
         """Stops capture, and returns when the last connection has ended: see Interceptor.drain."""
         await self.stop()
-        config = self.config
-        await self._until_gone(half_open_connections, config.arrives_at_port)
+        configs = [self.config, *self._living.values()]
+        await self._until_gone(half_open_connections, self.config.arrives_at_port)
         await self._relays.wait_idle(self.name)
         stuck = await self._until_gone(
-            closing_connections, lambda port: config.arrives_at_port(port) or config.relays_port(port)
+            closing_connections,
+            lambda port: any(one.arrives_at_port(port) or one.relays_port(port) for one in configs),
         )
         if stuck:
             _log.warning("the last bytes of %d closed connections were not taken by their peers", stuck)
@@ -123,6 +267,15 @@ class Capture:
             _log.warning("cannot look for connections that are beginning or ending: %s", error)
             return 0
         return len(left)
+
+
+def _addresses(listeners: Listeners) -> list[tuple[str, int]]:
+    return [listener.getsockname()[:2] for listener in listeners[0]]
+
+
+def _close(listeners: Listeners) -> None:
+    for listener in [one for group in listeners for one in group]:
+        listener.close()
 
 
 @contextmanager
