@@ -12,6 +12,7 @@ import platform
 import re
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -255,5 +256,7 @@ def _dispatch(options: argparse.Namespace) -> int:
         case "run":
             from tproxyd.daemon import run
 
-            return run.run(config)
+            from_files = options.config is not None or not options.port
+            load = partial(load_config, options.config, ports=options.port) if from_files else None
+            return run.run(config, load)
     return os.EX_OK

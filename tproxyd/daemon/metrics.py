@@ -72,15 +72,16 @@ async def serve_metrics(
     dropped: Callable[[], int],
     repairs: Callable[[], Mapping[str, int]],
     unready: Callable[[], str],
+    reloaded: Callable[[], bool],
     version: str,
 ) -> None:
     """Answers until cancelled, and closes the listener then.
 
     `count` gives the counters of all relay loops, `dropped` how many lines of the access log were not written, `repairs` how
-    often the kernel's state was put right, by kind, `unready` why it is not ready, empty if it is.
+    often the kernel's state was put right, by kind, `unready` why it is not ready, empty if it is, `reloaded` whether the last reload succeeded.
     """
     pages: dict[bytes, Page] = {
-        b"/metrics": partial(_metrics, count, dropped, repairs, version),
+        b"/metrics": partial(_metrics, count, dropped, repairs, reloaded, version),
         b"/healthz": partial(_word, str),
         b"/readyz": partial(_word, unready),
     }
@@ -225,6 +226,7 @@ async def _metrics(
     count: Callable[[], Awaitable[Counters]],
     dropped: Callable[[], int],
     repairs: Callable[[], Mapping[str, int]],
+    reloaded: Callable[[], bool],
     version: str,
 ) -> tuple[int, str, bytes]:
     # Late: it takes some hundredths of a second to load, and READY does not wait for it.
@@ -234,14 +236,16 @@ async def _metrics(
 
     class Collector:
         def collect(self) -> Iterator[Metric]:
-            return _families(counters, dropped(), repairs(), version)
+            return _families(counters, dropped(), repairs(), reloaded(), version)
 
     registry = CollectorRegistry(auto_describe=False)
     registry.register(Collector())
     return 200, CONTENT_TYPE_LATEST, generate_latest(registry)
 
 
-def _families(counters: Counters, dropped: int, repairs: Mapping[str, int], version: str) -> Iterator[Metric]:
+def _families(
+    counters: Counters, dropped: int, repairs: Mapping[str, int], reloaded: bool, version: str
+) -> Iterator[Metric]:
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 
     workload = "host"
@@ -275,6 +279,11 @@ def _families(counters: Counters, dropped: int, repairs: Mapping[str, int], vers
     for kind in KINDS:
         repaired.add_metric([kind], repairs.get(kind, 0))
     yield repaired
+    yield GaugeMetricFamily(
+        "tproxyd_config_last_reload_success",
+        "1 if the configuration in force is the one that was read last, 0 if that one was refused.",
+        value=int(reloaded),
+    )
     build = GaugeMetricFamily("tproxyd_build_info", "1, with what runs here.", labels=["version", "python", "kernel"])
     build.add_metric([version, platform.python_version(), platform.release()], 1)
     yield build

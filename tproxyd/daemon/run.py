@@ -8,7 +8,7 @@ import resource
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 
@@ -18,7 +18,8 @@ from tproxyd import __version__
 from tproxyd.config import Config
 from tproxyd.daemon.comparison import session_ports
 from tproxyd.daemon.lock import Orders, namespace_lock, reverted, serve_orders
-from tproxyd.daemon.logs import LineWriter, access_format, encode_line, set_up_logging
+from tproxyd.daemon.logs import AccessLog, LineWriter, encode_line, set_up_logging
+from tproxyd.daemon.reload import Reloads
 from tproxyd.daemon.service import Service, Stop
 from tproxyd.daemon.status import tell_serving
 from tproxyd.errors import TproxydError
@@ -33,50 +34,60 @@ _log = logging.getLogger(__name__)
 _STOP = (signal.SIGTERM, signal.SIGINT)
 
 
-def run(config: Config) -> int:
-    """Serves until SIGTERM or SIGINT and drains; a second one ends it at once. 0 after a clean stop. Raises TproxydError."""
+def run(config: Config, load: Callable[[], Config] | None = None) -> int:
+    """Serves until SIGTERM or SIGINT and drains; a second one ends it at once. 0 after a clean stop. Raises TproxydError.
+
+    `load` reads the configuration again at SIGHUP; None where it came from the command line alone."""
     # Before the lock, which needs one of them.
     require_capabilities("capturing connections", ("CAP_NET_ADMIN", "CAP_NET_RAW"))
     stderr = LineWriter(sys.stderr.fileno())
     set_up_logging(config, stderr)
     _allow_all_files()
-    stdout = sys.stdout.fileno()
-    access_log = LineWriter(stdout, access_format(config, stdout)) if config.log.access else None
+    access_log = AccessLog(config, sys.stdout.fileno())
     try:
         with namespace_lock("start") as held:
-            trio.run(_serve, config, stderr, access_log, held)
+            trio.run(_serve, config, load, stderr, access_log, held)
     except BaseExceptionGroup as group:
         error = _only(group)
         if error is None:
             raise
         raise error from group
     finally:
-        if access_log is not None:
-            access_log.close()
-            if access_log.dropped:
-                _log.warning(
-                    "lines of the access log that were dropped because stdout did not take them: %d", access_log.dropped
-                )
+        access_log.close()
+        if access_log.dropped:
+            _log.warning(
+                "lines of the access log that were dropped because stdout did not take them: %d", access_log.dropped
+            )
         stderr.close()
     return os.EX_OK
 
 
-async def _serve(config: Config, stderr: LineWriter, access_log: LineWriter | None, held: socket.socket) -> None:
-    stop = Stop()
+async def _serve(
+    config: Config,
+    load: Callable[[], Config] | None,
+    stderr: LineWriter,
+    access_log: AccessLog,
+    held: socket.socket,
+) -> None:
+    stop, reloads = Stop(), Reloads()
     with trio.open_signal_receiver(*_STOP, signal.SIGHUP) as signals:
         async with trio.open_nursery() as nursery, _metrics_listener(config) as metrics:
-            nursery.start_soon(_listen_to_signals, signals, stop)
+            nursery.start_soon(_listen_to_signals, signals, stop, reloads)
             # A signal that comes while this starts is answered as soon as it has: that takes a fraction of a second.
-            on_lines = access_log.write if access_log is not None else None
             async with open_interceptor(
-                config, on_lines=on_lines, own_namespace=True, ssh_ports=[*session_ports()], namespace_held=True
+                config, on_lines=access_log.write, own_namespace=True, ssh_ports=[*session_ports()], namespace_held=True
             ) as interceptor:
-                service = Service(config, interceptor, stop, access_log)
-                orders: Orders = {"revert": partial(_revert, service), "status": partial(_status, service)}
+                service = Service(config, interceptor, stop, access_log, load=load, reloads=reloads)
+                orders: Orders = {
+                    "revert": partial(_revert, service),
+                    "status": partial(_status, service),
+                    "reload": service.reload,
+                }
                 nursery.start_soon(serve_orders, held, orders)
                 if metrics is not None:
                     nursery.start_soon(_serve_metrics, metrics, service)
                 nursery.start_soon(service.obstacles.watch)
+                nursery.start_soon(service.serve_reloads)
                 # At any log level, and on one line: others wait for it.
                 listen = ",".join(format_address(address) for address in interceptor.listen)
                 stderr.write(encode_line(f"tproxyd: ready pid={os.getpid()} listen={listen}"))
@@ -117,14 +128,15 @@ async def _serve_metrics(listener: trio.SocketListener, service: Service) -> Non
         dropped=lambda: service.dropped,
         repairs=lambda: service.interceptor.repairs,
         unready=lambda: service.unready,
+        reloaded=lambda: service.last_reload_ok,
         version=__version__,
     )
 
 
-async def _listen_to_signals(signals: AsyncIterator[int], stop: Stop) -> None:
+async def _listen_to_signals(signals: AsyncIterator[int], stop: Stop, reloads: Reloads) -> None:
     async for number in signals:
         if number == signal.SIGHUP:
-            _log.warning("SIGHUP: reload is not in this version of tproxyd; restart it to read the configuration again")
+            reloads.ask()  # what comes of it is told in the log
         else:
             stop.ask()
 

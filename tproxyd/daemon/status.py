@@ -41,7 +41,8 @@ class Counted(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Serving(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="daemon"):
-    """What a daemon tells about itself. `trouble`: why it is not ready, empty if it is; `differences`: between its own plan and the kernel."""
+    """What a daemon tells about itself. `trouble`: why it is not ready, empty if it is; `differences`: between its own plan and the kernel;
+    `last_reload_error`: why the configuration in force is an older one, empty if it is not."""
 
     pid: int
     version: str
@@ -54,6 +55,7 @@ class Serving(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="
     repairs: dict[str, int]
     trouble: str
     differences: list[Change]
+    last_reload_error: str = ""
 
 
 class Waiting(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="apply"):
@@ -86,7 +88,7 @@ class _Report(msgspec.Struct, frozen=True, kw_only=True):
     differences: list[Change] | None
 
 
-async def make_serving(interceptor: Interceptor, trouble: str, *, began: float) -> Serving:
+async def make_serving(interceptor: Interceptor, trouble: str, *, began: float, last_reload_error: str = "") -> Serving:
     """What a daemon tells of itself; `began` is when it was ready, on time.monotonic()."""
     counters = await interceptor.counters()
     marks = interceptor.marks
@@ -107,6 +109,7 @@ async def make_serving(interceptor: Interceptor, trouble: str, *, began: float) 
         repairs=dict(interceptor.repairs),
         trouble=trouble,
         differences=await interceptor.differences(),
+        last_reload_error=last_reload_error,
     )
 
 
@@ -203,6 +206,8 @@ def _rows(report: _Report) -> Iterator[tuple[str, str]]:
         yield "repairs", ", ".join(f"{kind} {number}" for kind, number in sorted(daemon.repairs.items())) or "none"
         if daemon.trouble:
             yield "trouble", daemon.trouble
+        if daemon.last_reload_error:
+            yield "reload", f"the last one failed, an older configuration is in force: {daemon.last_reload_error}"
     held = report.observed
     if held.rules or held.routes or held.tables:
         tables = [f"{table.name} (owned)" if table.owned else table.name for table in held.tables]
