@@ -74,7 +74,9 @@ class Reloadable:
 async def open_reloadable(
     way: Way, config: str, *before: str, command: Sequence[str] = TPROXYD
 ) -> AsyncIterator[Reloadable]:
-    """Stopped at the end of the block; then the kernel holds what it held."""
+    """Stopped at the end of the block; then the kernel holds what it held. Packets do not find sockets by having found them before, whatever the rules
+    say by now."""
+    way.proxy.set_sysctl("net.ipv4.tcp_early_demux", 0)
     held = await way.proxy.dump()
     file = way.file(config)
     async with way.proxy.process(*before, *command, "run", "-c", str(file), collect=True) as process:
@@ -160,6 +162,30 @@ async def test_fault_45_what_is_removed_drains_and_the_rest_is_untouched(
         assert await stays.receive_some() == b""
         await until(lambda: len(served.daemon.records()) == 3)
         assert outcomes(served.daemon) == {"closed": 2, "drained": 1}
+
+
+@BOTH_LAYOUTS
+async def test_fault_45_what_the_relay_has_taken_is_delivered_though_its_port_is_captured_no_more(
+    way: Way, nursery: trio.Nursery
+) -> None:
+    """The app has sent all and closed, the client has not read yet, and for the relay it is over: the last bytes wait in the proxy's kernel."""
+    size = 400_000
+    await nursery.start(partial(serve_source, way.app, 9090, size=size))
+    rest = '[upstream]\nsource = "proxy"\n[drain]\ntimeout = "0s"\n'
+    async with open_reloadable(way, TWO_PORTS + rest) as served, await way.client.connect(way.address, 9090) as stream:
+        own = format_address(stream.socket.getsockname())
+        await stream.send_eof()
+        await served.daemon.record(own)
+        await served.reload(CONFIG + rest)
+        await trio.sleep(1.0)  # longer than anybody else has to be delivered to; what is not to happen has no event
+        digest = hashlib.sha256()
+        with trio.fail_after(10):
+            async for chunk in stream:
+                digest.update(chunk)
+        assert digest.hexdigest() == digest_of(size)
+        with trio.fail_after(5):
+            while "relayed_ports" in await served.rules():
+                await trio.sleep(0.02)
 
 
 @BOTH_LAYOUTS

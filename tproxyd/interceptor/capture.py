@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import logging
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from functools import partial
 from typing import Literal, TypeVar
@@ -200,6 +200,7 @@ class Capture:
     async def _forget(self, generation: int) -> None:
         """What connections of an older config need stays in the kernel until the last one has ended."""
         await self._relays.wait_retired(self.name, generation)
+        await self._until_delivered({key: one for key, one in self._living.items() if key != generation})
         async with self._changing:
             del self._living[generation]
             await self._narrow(self.config)
@@ -207,12 +208,21 @@ class Capture:
     async def _trim(self, seconds: float) -> None:
         """Who still lives by then of those who came before is captured by the present config, too, and needs no other port for its own."""
         await trio.sleep(seconds)
+        await self._until_delivered(self._trimmed())
         async with self._changing:
             self._letting_go -= 1
             if not self._letting_go:  # else some of them have a longer time from a reload before this one
-                for generation, one in self._living.items():
-                    self._living[generation] = msgspec.structs.replace(one, capture=self.config.capture)
+                self._living.update(self._trimmed())
                 await self._narrow(self.config)
+
+    def _trimmed(self) -> dict[int, Config]:
+        capture = self.config.capture
+        return {key: msgspec.structs.replace(one, capture=capture) for key, one in self._living.items()}
+
+    async def _until_delivered(self, left: Mapping[int, Config]) -> None:
+        """For connections that have ended the kernel may still have last bytes to deliver, which needs the same."""
+        if self.keeper.plans_otherwise(self.config, [*left.values()]):
+            await self._until_gone(closing_connections, _is_port_of([*self._living.values()]))
 
     async def _narrow(self, config: Config) -> None:
         try:
@@ -238,10 +248,7 @@ class Capture:
         configs = [self.config, *self._living.values()]
         await self._until_gone(half_open_connections, self.config.arrives_at_port)
         await self._relays.wait_idle(self.name)
-        stuck = await self._until_gone(
-            closing_connections,
-            lambda port: any(one.arrives_at_port(port) or one.relays_port(port) for one in configs),
-        )
+        stuck = await self._until_gone(closing_connections, _is_port_of(configs))
         if stuck:
             _log.warning("the last bytes of %d closed connections were not taken by their peers", stuck)
 
@@ -267,6 +274,11 @@ class Capture:
             _log.warning("cannot look for connections that are beginning or ending: %s", error)
             return 0
         return len(left)
+
+
+def _is_port_of(configs: Sequence[Config]) -> Callable[[int], bool]:
+    """Whether connections under these have such a port, here or at the other end."""
+    return lambda port: any(one.arrives_at_port(port) or one.relays_port(port) for one in configs)
 
 
 def _addresses(listeners: Listeners) -> list[tuple[str, int]]:

@@ -201,6 +201,11 @@ class Keeper:
             self.others.set()
             self.others = trio.Event()
 
+    def plans_otherwise(self, config: Config, living: Sequence[Config]) -> bool:
+        """Whether `change` would change anything that is planned."""
+        plan = self._plan(config, tuple(dict.fromkeys(one for one in living if one != config)), self._surroundings)
+        return plan != self.plan()
+
     async def watch(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Repairs what others change, until cancelled."""
         with self._here(self._open_events) as events:
