@@ -63,6 +63,7 @@ class Capture:
         self._given = given
         self._generation = 0
         self._living: dict[int, Config] = {}  # under which connections live that came before a reload
+        self._over = False
         self._letting_go = 0  # reloads that have left connections some time
         self._changing = trio.Lock()
         self._opened = ExitStack()  # listeners that a reload has brought
@@ -85,6 +86,7 @@ class Capture:
                     await watching.start(self.keeper.watch)
                     yield
                 finally:
+                    self._over = True  # a reload may be under way
                     with trio.CancelScope(shield=True):
                         await self.stop()
                     watching.cancel_scope.cancel()
@@ -134,6 +136,7 @@ class Capture:
                 listeners = await in_thread(partial(stack.enter_context, opening))
             async with self._changing:
                 await self._change(before, config, listeners)
+            self._require_lasting()
             # Nothing can fail from here on.
             self.config = config
             if moves:
@@ -142,25 +145,34 @@ class Capture:
                     await self._leave_listeners(before, old, listeners)
                 finally:
                     opened.close()
+        if self._over:
+            return
         self._share_by_source(listeners, config)
         if not self._given and config.listen.backlog != before.listen.backlog:
             for listener in [one for group in listeners for one in group]:
                 listener.listen(config.listen.backlog)
         await self._relays.let_go(self.name, config.drain.timeout)
-        self._letting_go += 1
-        self._watching.start_soon(self._trim, config.drain.timeout + _LATE)
+        if not self._over:
+            self._letting_go += 1
+            self._watching.start_soon(self._trim, config.drain.timeout + _LATE)
+
+    def _require_lasting(self) -> None:
+        if self._over:
+            raise KernelError(f"workload {self.name!r} is being taken away")
 
     async def _change(self, before: Config, config: Config, listeners: Listeners) -> None:
         """First what connections under the new config will need, then the loops, which may have some at once, then capture."""
         old, generation = self._listeners, self._generation
         living = [*self._living.values()]
         fresh = listeners if listeners is old else [[*new, *left] for new, left in zip(listeners, old, strict=True)]
+        addresses = _addresses(old)
         try:
             await self.keeper.change(before, [config, *living])
             self._generation += 1
             closing = () if listeners is old else (before.listen.port,)
             setup = self._make_setup(config, _addresses(fresh), closing=closing)
             await self._relays.replace(setup, fresh, self._netns)
+            self._require_lasting()
             await self.keeper.change(config, [before, *living])
         except BaseException:
             with trio.CancelScope(shield=True):
@@ -169,14 +181,15 @@ class Capture:
                     self._forget_later(self._generation, config)
                     self._generation += 1
                     with trio.move_on_after(_PUT_BACK):
-                        await self._relays.put_back(self._make_setup(before, _addresses(old)), old, self._netns)
+                        await self._relays.put_back(self._make_setup(before, addresses), old, self._netns)
                 await self._narrow(before)
             raise
         self._forget_later(generation, before)
 
     async def _leave_listeners(self, before: Config, old: Listeners, listeners: Listeners) -> None:
         """Nobody is sent to the old ones any more. Whose handshake has begun there is served, and whoever waits."""
-        setup = self._make_setup(self.config, _addresses(listeners))
+        addresses = _addresses(listeners)
+        setup = self._make_setup(self.config, addresses)
         try:
             with trio.move_on_after(_SHED) as scope:
                 await self._until_gone(half_open_connections, before.arrives_at_port)
@@ -188,14 +201,15 @@ class Capture:
             with trio.CancelScope(shield=True), trio.move_on_after(_PUT_BACK):
                 # Without the old port, at which from now on whoever likes may listen.
                 generation, self._generation = self._generation, self._generation + 1
-                setup = self._make_setup(self.config, _addresses(listeners))
+                setup = self._make_setup(self.config, addresses)
                 await self._relays.put_back(setup, listeners, self._netns)
                 self._forget_later(generation, self.config)
             _close(old)
 
     def _forget_later(self, generation: int, config: Config) -> None:
-        self._living[generation] = config
-        self._watching.start_soon(self._forget, generation)
+        if not self._over:
+            self._living[generation] = config
+            self._watching.start_soon(self._forget, generation)
 
     async def _forget(self, generation: int) -> None:
         """What connections of an older config need stays in the kernel until the last one has ended."""

@@ -186,6 +186,8 @@ class Keeper:
         """Makes the kernel hold the plan of this config from now on, and with it what connections need that live under the `living` ones. What is
         equal is not touched. Raises TproxydError, with the old plan in force."""
         async with self._lock:
+            if self._left:
+                return  # everything has been taken away meanwhile, for good
             before = self._config, self._living
             self._config = self._book.same(config)
             self._living = tuple(dict.fromkeys(one for one in living if one != config))
@@ -303,8 +305,6 @@ class Keeper:
                 self._log.warning("%s", warning)
 
     def _change(self, nft: kernel.Nft) -> list[kernel.Change]:
-        if self._left:
-            return []  # everything has been taken away meanwhile, for good
         return self._book.apply(self._wanted(self._surroundings), nft)
 
     def _put(self, nft: kernel.Nft) -> list[kernel.Change]:

@@ -290,7 +290,9 @@ class _Relay:
 
     async def replace(self, served: Served) -> None:
         name = served.setup.name
-        before = self._served[name]
+        before = self._served.get(name)
+        if before is None:
+            raise KernelError(f"workload {name!r} is being taken away")
         key = name, before.setup.generation
         self._retiring.setdefault(key, trio.Event())
         with trio.move_on_after(_START) as scope:
@@ -305,8 +307,10 @@ class _Relay:
 
     async def put_back(self, served: Served) -> None:
         name = served.setup.name
-        before = self._served[name].setup.generation
-        self._retiring.setdefault((name, before), trio.Event())
+        before = self._served.get(name)
+        if before is None:
+            return
+        self._retiring.setdefault((name, before.setup.generation), trio.Event())
         self._served[name] = served
         await self._tell_served(served)
 
@@ -315,6 +319,8 @@ class _Relay:
 
     async def shed(self, setup: WorkloadSetup, listeners: tuple[socket.socket, ...]) -> None:
         name = setup.name
+        if name not in self._served:
+            return
         old = [one.getsockname()[:2] for one in self._served[name].listeners if one not in listeners]
         shed = self._shedding.setdefault(name, trio.Event())
         await self._tell(report.SHED + msgspec.msgpack.encode((name, old)))
@@ -342,7 +348,8 @@ class _Relay:
     async def remove(self, name: str) -> None:
         if self._served.pop(name, None) is None:
             return
-        self._adding.pop(name, None)
+        if (added := self._adding.pop(name, None)) is not None:
+            added.set()
         for key in [key for key in self._retiring if key[0] == name]:
             self._retiring.pop(key).set()
         if (shed := self._shedding.pop(name, None)) is not None:

@@ -217,6 +217,8 @@ class Workloads:
                     await wanted.capture.reload(config)
                     return
             except TproxydError as error:
+                if wanted.scope.cancel_called:
+                    return
                 _log.error(
                     "workload %s is captured anew, as it cannot go over to the new configuration: %s", name, error
                 )
