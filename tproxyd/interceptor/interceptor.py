@@ -207,15 +207,14 @@ class Interceptor:
             setups = self._room.make_setups(config, self._engine)
             self._workloads.check(config)
             effective = _with(config, self._engine)
-            try:
-                if self._served is not None:
-                    await self._served.reload(effective)
-            except BaseException:
-                if (
-                    self._served is not None and self._served.config is effective
-                ):  # cancelled behind the point of no return
-                    self._config, self._reloaded = config, False
-                raise
+            served = self._served
+            if served is not None:
+                try:
+                    await served.reload(effective)
+                except BaseException:
+                    if served.config is effective:  # cancelled behind the point of no return
+                        self._config, self._reloaded = config, False
+                    raise
             self._config, self._reloaded = config, False
             if self._own is not None:
                 _tell_ssh(effective, self._own.keeper.surroundings)
