@@ -130,7 +130,7 @@ async def test_a_port_more_is_captured_and_who_lives_goes_on(way: Way, nursery: 
 
 @pytest.mark.parametrize(("number", "source"), [(0, "client"), (1, "client"), (1, "proxy"), (2, "proxy")])
 @BOTH_LAYOUTS
-async def test_fault_45_what_is_removed_drains_and_the_rest_is_untouched(
+async def test_45_what_is_removed_drains_and_the_rest_is_untouched(
     way: Way, nursery: trio.Nursery, number: int, source: str
 ) -> None:
     """Until it has ended, the kernel goes on delivering it; then nothing of it is left there."""
@@ -165,7 +165,7 @@ async def test_fault_45_what_is_removed_drains_and_the_rest_is_untouched(
 
 
 @BOTH_LAYOUTS
-async def test_fault_45_what_the_relay_has_taken_is_delivered_though_its_port_is_captured_no_more(
+async def test_45_what_the_relay_has_taken_is_delivered_though_its_port_is_captured_no_more(
     way: Way, nursery: trio.Nursery
 ) -> None:
     """The app has sent all and closed, the client has not read yet, and for the relay it is over: the last bytes wait in the proxy's kernel."""
@@ -286,7 +286,7 @@ async def test_reloads_under_load_lose_no_connection(way: Way, nursery: trio.Nur
 
 
 @SIDECAR_V4
-async def test_fault_43_a_bad_file_changes_nothing_and_is_told(way: Way, nursery: trio.Nursery) -> None:
+async def test_43_a_bad_file_changes_nothing_and_is_told(way: Way, nursery: trio.Nursery) -> None:
     """Whatever is wrong with it; a good one is in force again at once."""
     await nursery.start(serve_echo, way.app, 8080)
     good = CONFIG + METRICS
@@ -350,7 +350,7 @@ async def test_fault_43_a_bad_file_changes_nothing_and_is_told(way: Way, nursery
 
 
 @SIDECAR_V4
-async def test_fault_44_a_storm_of_reloads_ends_with_the_last_file(way: Way, nursery: trio.Nursery) -> None:
+async def test_44_a_storm_of_reloads_ends_with_the_last_file(way: Way, nursery: trio.Nursery) -> None:
     await nursery.start(serve_echo, way.app, 8080)
     async with open_reloadable(way, CONFIG) as served, await way.client.connect(way.address, 8080) as live:
         for index in range(100):
@@ -604,7 +604,7 @@ async def test_without_a_file_there_is_nothing_to_reload(way: Way) -> None:
 
 
 @SIDECAR_V4
-async def test_fault_45_only_what_its_addresses_take_out_of_capture_drains(way: Way, nursery: trio.Nursery) -> None:
+async def test_45_only_what_its_addresses_take_out_of_capture_drains(way: Way, nursery: trio.Nursery) -> None:
     """A source, a destination: those go. An interface: nobody can tell any more by which one they came, and they stay."""
     await nursery.start(serve_echo, way.app, 8080)
     drain = '[drain]\ntimeout = "0s"\n'
@@ -677,7 +677,7 @@ async def test_apps_that_see_the_client_s_address_reach_it_after_reloads(way: Wa
     nursery.cancel_scope.cancel()
 
 
-async def test_fault_44_a_hundred_requests_are_two_reloads() -> None:
+async def test_44_a_hundred_requests_are_two_reloads() -> None:
     """One that is being made when they come, and one more for all of them, which sees what the last one wanted."""
     made, go_on = 0, trio.Event()
     reloads = Reloads()
@@ -728,7 +728,7 @@ async def test_redirect_mode_reloads_as_well(way: Way, nursery: trio.Nursery) ->
 
 @pytest.mark.parametrize("when_down", ["bypass", "refuse"])
 @SIDECAR_V4
-async def test_fault_06_sigkill_at_any_step_of_a_reload_is_one_in_service(
+async def test_06_sigkill_at_any_step_of_a_reload_is_one_in_service(
     way: Way, nursery: trio.Nursery, when_down: str
 ) -> None:
     """Right before and right after each change of the kernel: clients get what when_down says, and the next start finds nothing in its way."""
