@@ -78,8 +78,12 @@ async def pods(open_lab: OpenLab, nursery: trio.Nursery) -> AsyncIterator[Lab]:
         nursery.cancel_scope.cancel()
 
 
+def config(workers: int, **tables: Any) -> dict[str, Any]:
+    return {"capture": {"ports": ["8080"]}, "relay": {"workers": workers}, **tables}
+
+
 def open_interceptor(workers: int, **options: Any) -> AbstractAsyncContextManager[Interceptor]:
-    return tproxyd.open_interceptor({"capture": {"ports": ["8080"]}, "relay": {"workers": workers}}, **options)
+    return tproxyd.open_interceptor(config(workers), **options)
 
 
 def where(pods: Lab, name: str) -> str:
@@ -113,6 +117,8 @@ async def whole_life(pods: Lab, workers: int) -> None:
         await interceptor.sync_workloads({"a": where(pods, "a"), "b": where(pods, "b")})
         for name in "ab":
             assert await passes(pods, name) == "captured"
+        await interceptor.reload(config(workers, listen={"port": 15007}, upstream={"source": "proxy"}))
+        assert await passes(pods, "b") == "captured"
         await interceptor.remove_workload("a")
         assert await passes(pods, "a") == "direct"
         await interceptor.drain()

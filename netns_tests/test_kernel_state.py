@@ -448,3 +448,19 @@ async def test_the_lab_error_shows_what_the_daemon_said(sidecar_lab: Lab) -> Non
     with pytest.raises(LabError, match="nothing to capture"):
         async with open_daemon(sidecar_lab["host"], "[capture]\nports = []\n"):
             pass
+
+
+@pytest.mark.parametrize("way", ["sidecar v4"], indirect=True)
+async def test_what_was_checked_beside_another_ruleset_can_be_put_in_its_place(way: Way) -> None:
+    """By one library: a dry run must not change what it believes to be there."""
+
+    def exchange() -> None:
+        with kernel.Library() as library:
+            for networks in ([], ["203.0.113.0/24"], ["203.0.113.0/25", "192.0.2.128/25"], []):
+                config = config_from_mapping({"capture": {"ports": ["8080"], "sources": networks}})
+                kernel.apply(make_plan(config, stays=False, owned=True), library)
+
+    before = await way.proxy.dump()
+    way.proxy.call(exchange)
+    way.proxy.call(kernel.revert)
+    assert await way.proxy.dump() == before

@@ -12,6 +12,7 @@ import platform
 import re
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -76,7 +77,7 @@ def _complain(sentence: str) -> None:
 def _print(text: str, level: int) -> None:
     from tproxyd.daemon.journal import is_journal, with_priority
 
-    print(with_priority(text, level) if is_journal(sys.stderr.fileno()) else text, file=sys.stderr)
+    print(with_priority(text, level) if is_journal(2) else text, file=sys.stderr)
 
 
 def _forget_output() -> None:
@@ -301,7 +302,9 @@ def _dispatch(options: argparse.Namespace) -> int:
         case "run":
             from tproxyd.daemon import run
 
-            return run.run(config)
+            from_files = options.config is not None or not options.port
+            load = partial(load_config, options.config, ports=options.port) if from_files else None
+            return run.run(config, load)
     return os.EX_OK
 
 

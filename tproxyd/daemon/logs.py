@@ -22,7 +22,7 @@ from tproxyd.config.wording import printable
 from tproxyd.daemon.journal import is_journal, with_priority
 from tproxyd.datapath import Record
 
-__all__ = ["LineWriter", "access_format", "encode_line", "set_up_logging"]
+__all__ = ["AccessLog", "LineWriter", "access_format", "encode_line", "set_log_level", "set_up_logging"]
 
 _QUEUE = 8192  # lines; at 300 bytes a line some 2 MiB, and a second of full load
 _BATCH = 65536  # bytes a write
@@ -41,7 +41,7 @@ class LineWriter:
         self.is_journal = is_journal(fd)
         # Into a pipe, into which others may write, too, no more at a time than it takes in one piece.
         self._batch = _PIPE_BATCH if stat.S_ISFIFO(os.fstat(fd).st_mode) else _BATCH
-        self._convert = convert
+        self.convert = convert
         self._chunks: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._taken = self._done = 0
         self._failed = 0
@@ -79,10 +79,11 @@ class LineWriter:
                 self._done += count
 
     def _converted(self, chunk: bytes) -> bytes:
-        if self._convert is None:
+        convert = self.convert
+        if convert is None:
             return chunk
         try:
-            return self._convert(chunk)
+            return convert(chunk)
         except Exception as error:  # whatever is wrong with one line, the thread must live on for the others
             return f"lines that cannot be written: {error!r}\n".encode(errors="backslashreplace")
 
@@ -101,6 +102,37 @@ class LineWriter:
                 return False  # a full disk, or the reader is gone: there is no place for these lines
         self._torn = False
         return True
+
+
+class AccessLog:
+    """The access log on a file descriptor, as [log] says it, which may change meanwhile. Close it."""
+
+    def __init__(self, config: Config, fd: int) -> None:
+        self._fd = fd
+        self._writer: LineWriter | None = None
+        self._on = False
+        self.set_up(config)
+
+    def set_up(self, config: Config) -> None:
+        """Goes over to another configuration; lines that wait already are written, too."""
+        self._on = config.log.access
+        if self._on and self._writer is None:
+            self._writer = LineWriter(self._fd)
+        if self._writer is not None:
+            self._writer.convert = access_format(config, self._fd)
+
+    def write(self, lines: bytes) -> None:
+        """Queues whole lines of JSON, as LineWriter does; takes no notice of them while the log is off."""
+        if self._on and self._writer is not None:
+            self._writer.write(lines)
+
+    @property
+    def dropped(self) -> int:
+        return self._writer.dropped if self._writer is not None else 0
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
 
 
 def _batches(lines: bytes, size: int) -> Iterator[bytes]:
@@ -127,6 +159,11 @@ def set_up_logging(config: Config, stderr: LineWriter) -> None:
     handler = _Handler(stderr)
     handler.setFormatter(_Formatter("tproxyd: %(levelname)s: %(message)s"))
     logging.basicConfig(handlers=[handler], level=config.log.level.upper(), force=True)
+
+
+def set_log_level(config: Config) -> None:
+    """Changes what is worth a line of the daemon's own messages."""
+    logging.getLogger().setLevel(config.log.level.upper())
 
 
 class _Formatter(logging.Formatter):

@@ -159,8 +159,8 @@ def _families(
     yield seen
     yield GaugeMetricFamily(
         "tproxyd_config_last_reload_success",
-        "1 if the configuration that was read last is the one that is served, else 0.",
-        value=reloaded,
+        "1 if the configuration in force is the one that was read last, 0 if that one was refused.",
+        value=int(reloaded),
     )
     build = GaugeMetricFamily("tproxyd_build_info", "1, with what runs here.", labels=["version", "python", "kernel"])
     build.add_metric([version, platform.python_version(), platform.release()], 1)

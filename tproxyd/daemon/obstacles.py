@@ -29,6 +29,10 @@ class Obstacles:
         self._config = config
         self._interceptor = interceptor
 
+    def use(self, config: Config) -> None:
+        """Asks about this one from now on. Where the kernel's rules have changed with it, that is looked at at once (Keeper.change)."""
+        self._config = config
+
     async def watch(self) -> None:
         """Looks now, and whenever somebody else's rules have changed, until cancelled."""
         while True:

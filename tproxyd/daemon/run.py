@@ -8,7 +8,7 @@ import resource
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
 from functools import partial
 from itertools import chain
@@ -20,8 +20,9 @@ from tproxyd.config import Config
 from tproxyd.daemon import successor
 from tproxyd.daemon.admin_socket import AdminSocket, open_admin_socket
 from tproxyd.daemon.lock import Orders, namespace_lock, reverted, serve_orders
-from tproxyd.daemon.logs import LineWriter, access_format, encode_line, set_up_logging
+from tproxyd.daemon.logs import AccessLog, LineWriter, encode_line, set_up_logging
 from tproxyd.daemon.privileges import give_up_privileges
+from tproxyd.daemon.reload import Reloads
 from tproxyd.daemon.service import Service, Stop
 from tproxyd.daemon.status import tell_serving
 from tproxyd.daemon.systemd import Manager, find_manager
@@ -42,9 +43,11 @@ _RESTART = signal.SIGUSR1
 _LAST_STEPS = 20.0  # seconds that a stop may take besides the drain; it takes some tenths
 
 
-def run(config: Config) -> int:
+def run(config: Config, load: Callable[[], Config] | None = None) -> int:
     """Serves until SIGTERM or SIGINT and drains; a second one ends it at once. SIGUSR1 says, under systemd, that a successor comes. 0 after a clean
-    stop. Raises TproxydError."""
+    stop. Raises TproxydError.
+
+    `load` reads the configuration again at SIGHUP; None where it came from the command line alone."""
     manager = find_manager()  # before any other program is started, which would inherit what it takes
     _allow_all_files()
     seen = give_up_privileges(config, manager.passed)  # before there is another thread
@@ -52,36 +55,35 @@ def run(config: Config) -> int:
     set_up_logging(config, stderr)
     for warning in seen.warnings:
         _log.warning("%s", warning)
-    stdout = sys.stdout.fileno()
-    access_log = LineWriter(stdout, access_format(config, stdout)) if config.log.access else None
+    access_log = AccessLog(config, sys.stdout.fileno())
     try:
         with namespace_lock("start") as held:
-            trio.run(_serve, config, stderr, access_log, held, seen.ssh_ports, manager)
+            trio.run(_serve, config, load, stderr, access_log, held, seen.ssh_ports, manager)
     except BaseExceptionGroup as group:
         error = _only(group)
         if error is None:
             raise
         raise error from group
     finally:
-        if access_log is not None:
-            access_log.close()
-            if access_log.dropped:
-                _log.warning(
-                    "lines of the access log that were dropped because stdout did not take them: %d", access_log.dropped
-                )
+        access_log.close()
+        if access_log.dropped:
+            _log.warning(
+                "lines of the access log that were dropped because stdout did not take them: %d", access_log.dropped
+            )
         stderr.close()
     return os.EX_OK
 
 
 async def _serve(
     config: Config,
+    load: Callable[[], Config] | None,
     stderr: LineWriter,
-    access_log: LineWriter | None,
+    access_log: AccessLog,
     held: socket.socket,
     ssh_ports: Collection[int],
     manager: Manager,
 ) -> None:
-    stop = Stop()
+    stop, reloads = Stop(), Reloads()
     manager.empty_store()
     with (
         trio.open_signal_receiver(*_STOP, _RESTART, signal.SIGHUP) as signals,
@@ -89,26 +91,39 @@ async def _serve(
     ):
         async with trio.open_nursery() as nursery, _metrics_listener(config) as metrics:
             can_restart = manager.listens and successor.can_be_announced()
-            nursery.start_soon(partial(_listen_to_signals, signals, stop, can_restart=can_restart))
+            nursery.start_soon(partial(_listen_to_signals, signals, stop, reloads, can_restart=can_restart))
             # A signal that comes while this starts is answered as soon as it has: that takes a fraction of a second.
-            on_lines = access_log.write if access_log is not None else None
             async with open_interceptor(
                 config,
-                on_lines=on_lines,
+                on_lines=access_log.write,
                 own_namespace=True,
                 ssh_ports=[*ssh_ports],
                 namespace_held=True,
                 inherited=manager.passed,
             ) as interceptor:
                 path = admin.path if admin is not None else None
-                service = Service(config, interceptor, stop, access_log, admin_socket=path)
-                orders: Orders = {"revert": partial(_revert, service), "status": partial(_status, service)}
+                service = Service(
+                    config,
+                    interceptor,
+                    stop,
+                    access_log,
+                    admin_socket=path,
+                    load=load,
+                    reloads=reloads,
+                    on_reload=lambda begins: _tell_reload(manager, service, begins=begins),
+                )
+                orders: Orders = {
+                    "revert": partial(_revert, service),
+                    "status": partial(_status, service),
+                    "reload": service.reload,
+                }
                 nursery.start_soon(serve_orders, held, orders)
                 if metrics is not None:
                     nursery.start_soon(_serve_metrics, metrics, service)
                 if admin is not None:
                     nursery.start_soon(_serve_admin, admin, service)
                 nursery.start_soon(service.obstacles.watch)
+                nursery.start_soon(service.serve_reloads)
                 # At any log level, and on one line: others wait for it.
                 listen = ",".join(format_address(address) for address in interceptor.listen)
                 stderr.write(encode_line(f"tproxyd: ready pid={os.getpid()} listen={listen}"))
@@ -181,10 +196,17 @@ async def _serve_admin(admin: AdminSocket, service: Service) -> None:
         await serve_admin(listener, service)
 
 
-async def _listen_to_signals(signals: AsyncIterator[int], stop: Stop, *, can_restart: bool) -> None:
+def _tell_reload(manager: Manager, service: Service, *, begins: bool) -> None:
+    if begins:
+        manager.reloading()
+    else:
+        manager.notify(READY=1, STATUS=service.line)
+
+
+async def _listen_to_signals(signals: AsyncIterator[int], stop: Stop, reloads: Reloads, *, can_restart: bool) -> None:
     async for number in signals:
         if number == signal.SIGHUP:
-            _log.warning("SIGHUP: reload is not in this version of tproxyd; restart it to read the configuration again")
+            reloads.ask()  # what comes of it is told in the log
         else:
             stop.ask(restart=number == _RESTART and can_restart)
 

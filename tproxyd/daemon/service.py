@@ -12,10 +12,14 @@ import trio
 
 from tproxyd.config import Config
 from tproxyd.config.wording import few
-from tproxyd.daemon.logs import LineWriter
+from tproxyd.daemon.logs import AccessLog, set_log_level
 from tproxyd.daemon.obstacles import Obstacles
+from tproxyd.daemon.reload import Reloads
 from tproxyd.daemon.status import Serving, make_serving
+from tproxyd.errors import ConfigError, KernelError, TproxydError
 from tproxyd.interceptor import Interceptor
+from tproxyd.interceptor.privileges import require_needs
+from tproxyd.interceptor.threads import in_thread
 from tproxyd.kernel import Change
 
 __all__ = ["Service", "Stop"]
@@ -46,25 +50,36 @@ class Stop:
 
 
 class Service:
-    """Made when `interceptor` is ready; whoever makes it runs `obstacles.watch` beside it. `access_log`: None where there is none; `admin_socket` is the
-    path at which the administrator asks."""
+    """Made when `interceptor` is ready; whoever makes it runs `obstacles.watch` and `serve_reloads` beside it.
+
+    `admin_socket` is the path at which the administrator asks. `load` reads the configuration again; None where it came from the command line alone.
+    `reloads` may have been asked for before this was made. `on_reload` is called with True before a reload is made, and with False after it: for who has to
+    tell of it. It must not block.
+    """
 
     def __init__(
         self,
         config: Config,
         interceptor: Interceptor,
         stop: Stop,
-        access_log: LineWriter | None,
+        access_log: AccessLog,
         *,
         admin_socket: str | None = None,
+        load: Callable[[], Config] | None = None,
+        reloads: Reloads | None = None,
+        on_reload: Callable[[bool], None] = lambda begins: None,
     ) -> None:
         self.config = config
         self.interceptor = interceptor
+        self.last_reload_ok = True
+        """Whether the configuration that was read last is the one that is served."""
+        self.last_reload_error = ""
+        self._load = load
+        self._reloads = reloads or Reloads()
+        self._on_reload = on_reload
         self.obstacles = Obstacles(config, interceptor)
         self._stop = stop
         self._access_log = access_log
-        self.last_reload_ok = True
-        """Whether the configuration that was read last is the one that is served."""
         self._admin_socket = admin_socket
         self._drained = trio.Event()
         self._to_tell = 0  # who waits for that, and has not passed it on yet
@@ -84,7 +99,7 @@ class Service:
     @property
     def dropped(self) -> int:
         """Lines of the access log that were not written."""
-        return self.interceptor.records_dropped + (self._access_log.dropped if self._access_log is not None else 0)
+        return self.interceptor.records_dropped + self._access_log.dropped
 
     @property
     def line(self) -> str:
@@ -106,7 +121,58 @@ class Service:
 
     async def status(self) -> Serving:
         """How things stand."""
-        return await make_serving(self.interceptor, self.trouble, began=self._began, admin_socket=self._admin_socket)
+        return await make_serving(
+            self.interceptor,
+            self.trouble,
+            began=self._began,
+            admin_socket=self._admin_socket,
+            last_reload_error=self.last_reload_error,
+        )
+
+    async def reload(self) -> str:
+        """Reads the configuration again, and makes this daemon and the kernel hold it: what was changed, a line each. Raises TproxydError, with the old one
+        in force. One is made at a time; cancelled, it goes on, and nobody waits for it."""
+        return await self._reloads.ask().wait()
+
+    async def serve_reloads(self) -> None:
+        """Makes those that are asked for, until cancelled."""
+        await self._reloads.serve(self._reload_once)
+
+    async def _reload_once(self) -> str:
+        if self._stop.drain.is_set():
+            raise KernelError("the daemon is stopping, and reloads nothing any more; start it again")
+        if self._load is None:
+            _log.info("nothing to reload: there is no file to read, as this daemon was started with --port alone")
+            return "nothing changed: this daemon was started with --port alone, and there is no file to read"
+        self._on_reload(True)
+        try:
+            changes = await self._change(self._load)
+        except TproxydError as error:
+            self.last_reload_ok, self.last_reload_error = False, "; ".join(_sentences(error))
+            _log.error("not reloaded, the old configuration stays in force: %s", self.last_reload_error)
+            raise
+        else:
+            self.last_reload_ok, self.last_reload_error = True, ""
+        finally:
+            self._on_reload(False)
+        _log.info("reloaded: %s", "; ".join(changes) or "nothing changed")
+        return "\n".join(changes) or "nothing changed"
+
+    async def _change(self, load: Callable[[], Config]) -> list[str]:
+        try:
+            config = await in_thread(load)
+            require_needs(config, given_up=True)
+            changes = await self.interceptor.reload(config)
+            self._access_log.set_up(config)
+        except (TproxydError, trio.Cancelled):
+            raise
+        except Exception as error:  # whatever it is, it ends neither the daemon nor the next reload
+            _log.exception("a reload failed; this is a bug")
+            raise KernelError(f"this is a bug, please report it: {type(error).__name__}: {error}") from error
+        self.config = config
+        set_log_level(config)
+        self.obstacles.use(config)
+        return changes
 
     async def revert(self) -> list[Change]:
         """Takes all kernel state away, for good; what was removed. Raises TproxydError."""
@@ -160,6 +226,7 @@ class Service:
                     nursery.cancel_scope.cancel()
 
                 nursery.start_soon(now)
+                await self._reloads.until_idle()  # it takes a moment, and begins with what this ends
                 await step()
                 nursery.cancel_scope.cancel()
 
@@ -171,3 +238,7 @@ class Service:
             while self._to_tell:
                 self._told = trio.Event()
                 await self._told.wait()
+
+
+def _sentences(error: TproxydError) -> tuple[str, ...]:
+    return error.problems if isinstance(error, ConfigError) else (str(error),)

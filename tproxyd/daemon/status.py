@@ -42,7 +42,7 @@ class Counted(msgspec.Struct, frozen=True, kw_only=True):
 
 class Serving(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="daemon"):
     """What a daemon tells about itself. `trouble`: why it is not ready, empty if it is; `differences`: between its own plan and the kernel;
-    `admin_socket` is where the administrator asks it."""
+    `admin_socket` is where the administrator asks it; `last_reload_error`: why the configuration in force is an older one, empty if it is not."""
 
     pid: int
     version: str
@@ -56,6 +56,7 @@ class Serving(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="
     trouble: str
     differences: list[Change]
     admin_socket: str | None = None
+    last_reload_error: str = ""
 
 
 class Waiting(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="apply"):
@@ -89,7 +90,12 @@ class _Report(msgspec.Struct, frozen=True, kw_only=True):
 
 
 async def make_serving(
-    interceptor: Interceptor, trouble: str, *, began: float, admin_socket: str | None = None
+    interceptor: Interceptor,
+    trouble: str,
+    *,
+    began: float,
+    admin_socket: str | None = None,
+    last_reload_error: str = "",
 ) -> Serving:
     """What a daemon tells of itself; `began` is when it was ready, on time.monotonic()."""
     counters = await interceptor.counters()
@@ -112,6 +118,7 @@ async def make_serving(
         trouble=trouble,
         differences=await interceptor.differences(),
         admin_socket=admin_socket,
+        last_reload_error=last_reload_error,
     )
 
 
@@ -209,6 +216,8 @@ def _rows(report: _Report) -> Iterator[tuple[str, str]]:
         yield "repairs", ", ".join(f"{kind} {number}" for kind, number in sorted(daemon.repairs.items())) or "none"
         if daemon.trouble:
             yield "trouble", daemon.trouble
+        if daemon.last_reload_error:
+            yield "reload", f"the last one failed, an older configuration is in force: {daemon.last_reload_error}"
     held = report.observed
     if held.rules or held.routes or held.tables:
         tables = [f"{table.name} (owned)" if table.owned else table.name for table in held.tables]

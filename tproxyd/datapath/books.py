@@ -79,6 +79,7 @@ class Books:
         workload.counters.accepted += 1
         workload.counters.active += 1
         workload.connections.add(connection)
+        workload.living += 1
         self._changed.add(workload)
         self.connections[connection.identity] = connection
         self._new.append(connection)
@@ -90,6 +91,19 @@ class Books:
         self._new.append(connection)
         if self.due == math.inf:
             self.due = self._clock.now + _REPORT
+
+    def retire(self, workload: Workload) -> None:
+        """Nobody lives of it any more, and another one has its place."""
+        self.tell(report.RETIRED, msgspec.msgpack.encode((workload.name, workload.generation)))
+
+    def limit_sources(self, per_source: int) -> None:
+        """From now on a client may have so many connections; who lives counts, but for those of which it is not known yet whose they are."""
+        self._per_source = per_source
+        for connection in self.connections.values() if per_source else ():
+            if not connection.counted and connection.is_known:
+                source = connection.workload.name, connection.client[0]
+                self._sources[source] = self._sources.get(source, 0) + 1
+                connection.counted = True
 
     def enter(self, connection: Connection) -> bool:
         """Whether its client may have one more connection; it has, then."""
@@ -113,6 +127,9 @@ class Books:
         workload = connection.workload
         self.connections.pop(connection.identity, None)
         workload.connections.discard(connection)
+        workload.living -= 1
+        if workload.retired and not workload.living:
+            self.retire(workload)
         if connection.counted:
             source = workload.name, connection.client[0]
             count = self._sources[source] - 1

@@ -182,6 +182,22 @@ class Connection(Timed):
         if self.upstream is not None:
             del self.upstream.connection, self.upstream.other, self.downstream.other
 
+    @property
+    def is_known(self) -> bool:
+        """Whether it is said who the client is: not before its PROXY header, where it begins with one."""
+        return self.state not in (_READING, _CLOSED)
+
+    @property
+    def is_relayed(self) -> bool:
+        return self.state == _RELAYING
+
+    def peer_host(self) -> str:
+        """The address from which its packets come, which is not the client's where a proxy speaks for one."""
+        if self.workload.begins_with_header is not None and self.state != _HANDED:
+            with contextlib.suppress(OSError):  # gone, which is noticed elsewhere
+                return str(self.downstream.sock.getpeername()[0])
+        return self.client[0]
+
     def settle(self) -> bool:
         """It has lived for some seconds, and is worth the system calls with which the kernel watches whether the server is still
         there; from now on its time-out runs. False if it is still dialling."""

@@ -36,7 +36,7 @@ class Dialler:
 
     def __init__(self, config: Config) -> None:
         self._transparent = not config.redirects
-        self._listen_port = config.listen.port
+        self._listen_ports = {config.listen.port}
         self._ports = self._read_ports()
         self._states = TcpStates()
         self._shares = can_share_ports()
@@ -53,6 +53,13 @@ class Dialler:
         """Closes what it asks with; sockets that it has opened are their callers'."""
         self._states.close()
         self._ways.clear()  # methods of its own: in a relay process, which looks for garbage seldom, it would stay for long
+
+    def spare(self, port: int) -> None:
+        """A listener is at this port, too, from now on."""
+        if port not in self._listen_ports:
+            self._listen_ports.add(port)
+            with contextlib.suppress(OSError):  # as below
+                self._ports = self._read_ports()
 
     def dial(self, choice: Choice, client: Address, target: Address) -> tuple[socket.SocketType | None, int, Way]:
         """Tries the ways of the choice in their order, of which there is one; the next one where a port cannot be had. With the last one that
@@ -79,7 +86,9 @@ class Dialler:
         return sock, 0
 
     def _read_ports(self) -> PortChoice:
-        return read_port_choice(self._listen_port)  # at the listener's own, whoever looks at sockets takes it for that
+        return read_port_choice(
+            *self._listen_ports
+        )  # at the listener's own, whoever looks at sockets takes it for that
 
     def _has_other_ports(self) -> bool:
         """Whether the range has been changed meanwhile, which is what somebody does who has none left."""

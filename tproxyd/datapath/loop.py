@@ -20,9 +20,11 @@ from typing import Literal
 
 import msgspec
 
+from tproxyd.config import Config
 from tproxyd.datapath import report
 from tproxyd.datapath.books import Books
 from tproxyd.datapath.connection import Connection
+from tproxyd.datapath.leaving import Leaving, compile_capture
 from tproxyd.datapath.listing import Answer, CloseOrder, Listing, ListOrder
 from tproxyd.datapath.opening import HEADER_SECONDS
 from tproxyd.datapath.pipes import PipePool
@@ -36,6 +38,7 @@ from tproxyd.net.locality import Locality
 from tproxyd.net.sockets import (
     abort,
     accepted_socket,
+    has_waiting,
     wait_for_reader,
     watch_peer,
 )
@@ -48,6 +51,7 @@ _ORDERS = 128  # of the owner, taken at a time: with a policy there are as many 
 _FLUSH = 0.002  # seconds between two looks at what a peer has taken
 _KNOCK = 0.01  # seconds between two tries to get into the queue of a Unix socket
 _DEAF = 0.02  # seconds after news of routes until more is heard: in a namespace of somebody else's there may be as much as he likes
+_LISTEN_ON = 0.02  # seconds between two looks whether somebody still waits at a listener that is to close
 _PAUSE = 0.1  # seconds; without files the queue waits, connections that end give them back
 _STALLS = 20.0  # seconds between two looks for peers that do not read; the kernel gives them two minutes
 _SETTLE = 5.0  # seconds after which a connection is worth the four system calls that watch its server
@@ -103,10 +107,10 @@ class RelayLoop:
         )
         self.engine = config.relay.engine
         self.pipes = PipePool(setup.pipes if self.engine != "copy" else 0)
-        shortest = min(config.relay.idle_timeout, config.relay.half_close_timeout)
-        self.settling: Wheel[Connection] = Wheel(min(_SETTLE, shortest))
-        self.idle: Wheel[Connection] = Wheel(config.relay.idle_timeout)
-        self.half_closed: Wheel[Connection] = Wheel(shortest)
+        settling, idle, half_closed = _times(config)
+        self.settling: Wheel[Connection] = Wheel(settling)
+        self.idle: Wheel[Connection] = Wheel(idle)
+        self.half_closed: Wheel[Connection] = Wheel(half_closed)
         # Where connections wait for their upstream, and for first bytes: a wheel a time-out, whoever's it is.
         self.headers: Wheel[Connection] = Wheel(HEADER_SECONDS)
         self._dialling: dict[float, Wheel[Connection]] = {}
@@ -118,18 +122,13 @@ class RelayLoop:
         self._alone = setup.alone
         self._handed: dict[str, Connection] = {}  # those that the owner has, or has given back to be relayed for it
         self._forward: list[tuple[report.ForwardOrder | report.RelayOrder, list[int]]] = []
-        self._backlog = config.listen.backlog
-        self._limit = setup.limit
-        self._full = (
-            f"{setup.limit} connections live, as many as limits.max_connections allows: new ones wait"
-            if config.limits.max_connections != "auto"
-            else f"{setup.limit} connections are all there are files for: new ones wait; raise LimitNOFILE (ulimit -n)"
-        )
-        self._busy = config.relay.busy_poll
-        self._idle_timeout = config.relay.idle_timeout
+        self._leaving = Leaving()
+        self._shedding: dict[socket.socket, Workload] = {}  # listeners that close when nobody waits there
+        self._shed_due = math.inf
+        self._set_limits(setup)
         self._asked: set[Workload] = set()  # to tell when they are idle
         self._old: dict[Workload, set[Connection]] = {}  # to tell when these have ended
-        self._parts = b""
+        self._parts = self._setup_parts = b""
         self._again: list[Leg] = []
         self.sends: list[Leg] = []  # what is held there is sent at the end of the batch
         self._blocked: set[Leg] = set()
@@ -298,8 +297,10 @@ class RelayLoop:
         if self._sated and self._accepting:
             if len(books.connections) < self._common:
                 self._feed(*self._sated)
-            elif workload in self._sated and len(workload.connections) < self._share:
-                self._feed(workload)
+            elif len(workload.connections) < self._share:
+                served = self._workloads.get(workload.name)  # the same, or one that has taken its place
+                if served in self._sated:
+                    self._feed(served)
 
     # Its own.
 
@@ -315,6 +316,8 @@ class RelayLoop:
             self._stalls_due,
             self._resume_due,
             self._noisy_due,
+            self._leaving.due,
+            self._shed_due,
         )
         for wheel in (*self._dialling.values(), *self._opening.values()):
             due = min(due, wheel.due)
@@ -372,6 +375,11 @@ class RelayLoop:
                 self._epoll.modify(locality.fileno(), _NEWS)
         if now >= self._stalls_due:
             self._look_for_stalls()
+        if now >= self._leaving.due:
+            for connection in self._leaving.expire(now):
+                self._end_wherever(connection)
+        if now >= self._shed_due:
+            self._shed()
         if now >= self._books.due:
             self._report()
         elif self._books.urgent and not self._books.hurry():
@@ -422,16 +430,101 @@ class RelayLoop:
         return wheels[seconds]
 
     def _add(self, setup: WorkloadSetup, listeners: Sequence[socket.socket], netns: int) -> None:
-        """Serves one more workload. Raises OSError or TproxydError, with its sockets closed."""
-        workload = self._workloads[setup.name] = Workload(
-            setup, listeners, netns, self._place, self._wheel, settling=self.settling.seconds
+        """Serves one more workload, or another one in the place of that of its name. Raises OSError or TproxydError, with its sockets closed."""
+        before = self._workloads.get(setup.name)
+        workload = Workload(
+            setup, listeners, netns, self._place, self._wheel, settling=self.settling.seconds, before=before
         )
-        for locality in workload.localities:
-            self._handlers[locality.fileno()] = self._on_news(locality)
-            self._epoll.register(locality.fileno(), _NEWS)
+        self._workloads[setup.name] = workload
+        if before is not None:
+            return self._replace(before, workload)
+        try:
+            for locality in workload.localities:
+                self._handlers[locality.fileno()] = self._on_news(locality)
+                self._epoll.register(locality.fileno(), _NEWS)
+        except BaseException:
+            del self._workloads[setup.name]
+            raise
         self._share_out()
         if self._accepting:
             self._listen_to(workload)
+        return None
+
+    def _replace(self, before: Workload, workload: Workload) -> None:
+        """The listeners are other descriptors, mostly of the same sockets: nobody who waits there is lost."""
+        self._close_listeners(before)
+        if before in self._asked:
+            self._asked.discard(before)
+            self._asked.add(workload)
+            workload.asked_idle = True
+        if self._accepting:
+            self._listen_to(workload)
+        if not before.living:
+            self._books.retire(before)
+
+    def _close_listeners(self, workload: Workload) -> None:
+        if self._accepting and workload not in self._sated:
+            self._turn_away(workload)
+        self._sated.discard(workload)
+        for listener in workload.listeners:
+            self._ready.pop(listener, None)
+            self._shedding.pop(listener, None)
+        workload.close_listeners()
+
+    def _shed(self) -> None:
+        """Closes those at which nobody waits any more."""
+        self._shed_due = math.inf
+        for listener, workload in list(self._shedding.items()):
+            self._accept(workload, listener)
+            if has_waiting(listener):
+                self._shed_due = self.now + _LISTEN_ON  # there was no room, or very many wait
+                continue
+            del self._shedding[listener]
+            self._ready.pop(listener, None)
+            if self._accepting and workload not in self._sated:
+                del self._handlers[listener.fileno()]
+                self._epoll.unregister(listener.fileno())
+            workload.listeners.remove(listener)
+            listener.close()
+            if workload not in self._shedding.values():
+                self._books.tell(report.SHEDDED, workload.name.encode())
+
+    def _end_wherever(self, connection: Connection) -> None:
+        """Resets it, with the program or not: what is decided about it from now on comes too late."""
+        identity = f"{connection.identity:016x}"
+        if self._handed.pop(identity, None) is not None:
+            self._books.tell(report.END_HANDLER, identity.encode())
+        connection.end("drained")
+
+    def _set_limits(self, setup: Setup) -> None:
+        config = setup.config
+        self._backlog = config.listen.backlog
+        self._limit = setup.limit
+        self._full = (
+            f"{setup.limit} connections live, as many as limits.max_connections allows: new ones wait"
+            if config.limits.max_connections != "auto"
+            else f"{setup.limit} connections are all there are files for: new ones wait; raise LimitNOFILE (ulimit -n)"
+        )
+        self._busy = config.relay.busy_poll
+        self._idle_timeout = config.relay.idle_timeout
+
+    def _tune(self, setup: Setup) -> None:
+        """Takes from a setup what may change while connections live; it holds for them, too."""
+        self._set_limits(setup)
+        self._books.limit_sources(setup.config.limits.max_connections_per_source)
+        for wheel, seconds in zip((self.settling, self.idle, self.half_closed), _times(setup.config), strict=True):
+            if wheel.seconds != seconds:
+                wheel.change(seconds)
+        for connection in self._books.connections.values():
+            if (
+                connection.is_relayed and not connection.settled
+            ):  # perhaps it waits in the wheel of its dial, for longer than that
+                self.settling.add(connection)
+        for workload in self._workloads.values():
+            workload.settle_after(self.settling.seconds)
+        self._share_out()
+        if not self._accepting and self._resume_due == math.inf and len(self._books.connections) < self._limit:
+            self._resume_accepting()
 
     def _share_out(self) -> None:
         count = len(self._workloads)
@@ -451,13 +544,8 @@ class RelayLoop:
         del self._workloads[workload.name]
         self._asked.discard(workload)
         self._old.pop(workload, None)
-        self.knocking.discard(workload)
-        if self._accepting and workload not in self._sated:
-            self._turn_away(workload)
-        self._sated.discard(workload)
-        for listener in workload.listeners:
-            self._ready.pop(listener, None)
-        workload.close_listeners()
+        self.knocking = {one for one in self.knocking if one.name != workload.name}
+        self._close_listeners(workload)
         for connection in list(workload.connections):
             # With the program or not: what is decided about it from now on comes too late.
             self._handed.pop(f"{connection.identity:016x}", None)
@@ -607,6 +695,26 @@ class RelayLoop:
             case report.ADD:
                 data, self._parts = self._parts + content, b""
                 self._add_as_ordered(data, fds)
+            case report.SETUP_PART:
+                self._setup_parts += content
+            case report.SETUP_END:
+                data, self._setup_parts = self._setup_parts + content, b""
+                self._tune(pickle.loads(data))  # noqa: S301  # from the owner alone, over a socket that has no name
+            case report.LET_GO:
+                name, seconds = msgspec.msgpack.decode(content, type=tuple[str, float])
+                if (workload := self._workloads.get(name)) is not None:
+                    captures = compile_capture(workload.capture, workload.is_local)
+                    self._leaving.judge(workload.connections, captures, self.now + seconds)
+            case report.SHED:
+                name, addresses = msgspec.msgpack.decode(content, type=tuple[str, list[tuple[str, int]]])
+                workload = self._workloads.get(name)
+                if workload is not None:
+                    for listener in workload.listeners:
+                        if listener.getsockname()[:2] in addresses:
+                            self._shedding[listener] = workload
+                self._shed_due = self.now
+                if workload not in self._shedding.values():
+                    self._books.tell(report.SHEDDED, name.encode())
             case report.REMOVE:
                 name = content.decode()
                 if name in self._workloads:
@@ -669,7 +777,6 @@ class RelayLoop:
                 listener.setblocking(False)
             self._add(setup, opened, netns)
         except (OSError, TproxydError) as error:
-            self._workloads.pop(setup.name, None)
             self._books.tell(report.ADDED, msgspec.msgpack.encode((setup.name, str(error))))
         else:
             self._books.tell(report.ADDED, msgspec.msgpack.encode((setup.name, "")))
@@ -711,3 +818,9 @@ class RelayLoop:
         connection = self._handed.get(identity)
         if connection is not None:
             connection.stop_relaying()
+
+
+def _times(config: Config) -> tuple[float, float, float]:
+    """After how many seconds a connection is one that stays, and what the time-outs of silence and of one direction are."""
+    shortest = min(config.relay.idle_timeout, config.relay.half_close_timeout)
+    return min(_SETTLE, shortest), config.relay.idle_timeout, shortest

@@ -5,9 +5,11 @@ lines beyond a bound are dropped and counted. The end of the socket is the end o
 
     owner ▶ loop    setup (pickled), a workload to serve, or to serve no more, or whose clients are to wait, idle?, have those that live now
                     ended?, counters?, living ones?, close one, stop; about a connection that was handed over: forward it, relay it to this upstream,
-                    reset what is relayed so, it has ended
+                    reset what is relayed so, it has ended; when the configuration has changed: the setup again, a workload again, what it does not
+                    capture any more is to go, listeners that are to close
     loop ▶ owner    ready, added, removed, records, living connections, counters, pages, log lines, idle, those have ended; a connection that the program
-                    wants to decide about; those that were relayed for it and have ended
+                    wants to decide about; those that were relayed for it and have ended; nobody lives of an older setup of a workload, listeners are
+                    closed, a handler is to end
 """
 
 from __future__ import annotations
@@ -52,6 +54,8 @@ ADD = b"A"  # the rest of it, with the descriptors of its namespace and its list
 REMOVE = b"R"
 LIST = b"L"  # a page of living connections
 CLOSE = b"X"  # a connection, by its identity
+LET_GO = b"g"  # name, and seconds: connections of older setups that the present one would not capture
+SHED = b"s"  # name, and addresses of listeners that are to close when nobody waits there any more
 # Loop to owner.
 READY = b"y"
 RECORDS = b"r"
@@ -67,8 +71,11 @@ ADDED = b"A"  # name, and why not
 REMOVED = b"R"
 LISTED = b"L"
 CLOSED = b"X"
+RETIRED = b"g"  # name, and the generation of which no connection lives any more
+SHEDDED = b"s"
+END_HANDLER = b"H"
 
-FDS = 4
+FDS = 8
 """Descriptors that come with one message at most."""
 
 MESSAGE = 64 * 1024
@@ -94,13 +101,16 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True):
 class WorkloadSetup(msgspec.Struct, frozen=True, kw_only=True):
     """What a loop has to know of a workload, besides its sockets. `listen` are the addresses of all its listeners; `dial` is where its
     upstream sockets are made: in its namespace, or in that of the program. `paused`: clients are to wait in the listeners' queues until it is told
-    otherwise."""
+    otherwise. Of the same name it takes the place of what the loop has: connections that live stay under the `generation` to which they came.
+    `closing` are the listeners' ports that are soon to be no more."""
 
     name: str
     config: Config
     listen: tuple[tuple[str, int], ...]
     dial: Literal["workload", "agent"] = "workload"
     paused: bool = False
+    generation: int = 0
+    closing: tuple[int, ...] = ()
 
 
 class HandedOver(msgspec.Struct):

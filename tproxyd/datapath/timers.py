@@ -56,6 +56,14 @@ class Wheel(Generic[T]):
         slot.add(member)
         member.slot = slot
 
+    def change(self, seconds: float) -> None:
+        """Another time-out, also for those who wait."""
+        members = [member for slot in self._slots.values() for member in slot]
+        self.seconds, self._width, self._slots, self.due = seconds, seconds / _SLOTS, {}, math.inf
+        for member in members:
+            member.slot = None
+            self.add(member)
+
     def expire(self, now: float, *, also_active: bool = False) -> Iterator[T]:
         """Takes out and gives the members whose time is up. Those that were active meanwhile stay, unless `also_active`."""
         for number in sorted(number for number in self._slots if number * self._width <= now):

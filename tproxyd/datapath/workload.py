@@ -57,6 +57,9 @@ class Workload:
 
     `wheel` gives the loop's wheel of a kind and a time-out, and `settling` is after how many seconds a connection
     is one that stays. Raises OSError or TproxydError, with everything closed.
+
+    `before` is the one whose place this takes, under another configuration: it has the same counters, connections and sockets to ask by, and it is this one
+    that will close them. A connection stays with the one to which it came (`living` counts them), and so everything about it is as was said then.
     """
 
     def __init__(
@@ -68,18 +71,24 @@ class Workload:
         wheel: Callable[[str, float], Wheel[Connection]],
         *,
         settling: float,
+        before: Workload | None = None,
     ) -> None:
         config = setup.config
         self.name = setup.name
+        self.generation = setup.generation
+        self.capture = config.capture
         self.listeners = list(listeners)
-        self.counters = Counters()
-        self.connections: set[Connection] = set()
+        self.counters: Counters = Counters() if before is None else before.counters
+        self.connections: set[Connection] = set() if before is None else before.connections
+        self.living = 0
+        self.retired = False  # another one has taken its place
         self.waiting: dict[Connection, None] = {}  # for room in the queue of the Unix socket, in the order of arrival
         self.asked_idle = self.tells_idle = False
         self.paused = setup.paused
         # A connection stays where it waited for its upstream, and what it waits for now is asked when that time is up: most have
         # ended by then, and have entered one wheel instead of three.
-        self.lazy = config.upstream.connect_timeout <= settling
+        self._connect_timeout = config.upstream.connect_timeout
+        self.settle_after(settling)
         self._place = place
         self._given = netns
         # The loop's own needs no privilege to be entered.
@@ -87,7 +96,7 @@ class Workload:
         self._dials_at = place.home if setup.dial == "agent" else self.netns
         self.dials_elsewhere = self._dials_at != self.netns
         self._takes_port = config.capture.takes_port
-        self._listen_port = config.listen.port
+        self._listen_ports = frozenset((config.listen.port, *setup.closing))
         self._listen_hosts = frozenset(host for host, _ in setup.listen)
 
         self.choose_source = compile_source(config)
@@ -108,18 +117,34 @@ class Workload:
         }
         self.localities: list[Locality] = []
         self.dialler: Dialler | None = None
-        try:
-            place.enter(self.netns)
-            self.localities.append(Locality())
-            place.enter(self._dials_at)
-            if self.dials_elsewhere:
+        if before is not None:
+            self._take_over(before, config.listen.port)
+        else:
+            try:
+                place.enter(self.netns)
                 self.localities.append(Locality())
-            self.dialler = Dialler(config)
-        except BaseException:
-            self.close()
-            raise
+                place.enter(self._dials_at)
+                if self.dials_elsewhere:
+                    self.localities.append(Locality())
+                self.dialler = Dialler(config)
+            except BaseException:
+                self.close()
+                raise
         self.is_local = self.localities[0].is_local
         self.is_local_target = self.localities[-1].is_local
+
+    def _take_over(self, before: Workload, listen_port: int) -> None:
+        os.close(self._given)
+        self._given, before._given = before._given, -1
+        self.netns, self._dials_at, self.dials_elsewhere = before.netns, before._dials_at, before.dials_elsewhere
+        self.localities, self.dialler = before.localities, before.dialler
+        before.retired = True
+        if self.dialler is not None:
+            self.dialler.spare(listen_port)
+
+    def settle_after(self, seconds: float) -> None:
+        """From now on a connection is one that stays after so many."""
+        self.lazy = self._connect_timeout <= seconds
 
     def close(self) -> None:
         """Closes the listeners first, then what it asks with, and its namespace. Harmless when repeated."""
@@ -147,7 +172,7 @@ class Workload:
 
     def is_listener(self, address: Address | tuple[str, int], *, local: bool) -> bool:
         """Whether nobody but us can be meant: a listener's own address, or its port at another address of this host."""
-        return address[1] == self._listen_port and (local or address[0] in self._listen_hosts)
+        return address[1] in self._listen_ports and (local or address[0] in self._listen_hosts)
 
     def is_nobody(self, host: str) -> bool:
         """Whether no connection can come from there: it is no address at all, or that of many. Only a header can tell of one, and to a socket that

@@ -13,7 +13,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Se
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, asynccontextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 import trio
@@ -24,6 +24,7 @@ from tproxyd.datapath import Counters, LivingConnection, Record, Setup, Workload
 from tproxyd.datapath.listing import Filter, read_end
 from tproxyd.errors import ConfigError, KernelError, MissingError
 from tproxyd.interceptor.capture import Capture, Listeners, open_listeners
+from tproxyd.interceptor.changes import make_changes, require_changeable
 from tproxyd.interceptor.keeper import Keeper
 from tproxyd.interceptor.privileges import require_needs, tell_lacking
 from tproxyd.interceptor.relays import OnLines, Relays
@@ -39,6 +40,8 @@ __all__ = ["Interceptor", "open_interceptor"]
 
 _log = logging.getLogger(__name__)
 
+Engine = Literal["auto", "copy", "splice"]
+
 OWN = "host"
 """What the own namespace is called as a workload."""
 
@@ -53,12 +56,28 @@ _FILES_A_PIPE = (
 class Interceptor:
     """What `open_interceptor` gives. `listen` has the addresses of the own namespace's listeners, if that is captured."""
 
-    def __init__(self, config: Config, relays: Relays, workloads: Workloads, own: Capture | None) -> None:
-        self.listen = own.keeper.plan().listen if own is not None else ()
+    def __init__(
+        self,
+        config: Config,
+        engine: Engine,
+        room: _Room,
+        relays: Relays,
+        workloads: Workloads,
+        own: Capture | _Given | None,
+    ) -> None:
         self._config = config
+        self._engine = engine
+        self._room = room
         self._relays = relays
         self._workloads = workloads
-        self._own = own
+        self._own = own if isinstance(own, Capture) else None
+        self._served = own
+        self._reloading = trio.Lock()
+        self._reloaded = True  # and not cancelled half-way
+
+    @property
+    def listen(self) -> tuple[tuple[str, int], ...]:
+        return self._own.keeper.plan().listen if self._own is not None else ()
 
     # Workloads: other network namespaces.
 
@@ -197,6 +216,45 @@ class Interceptor:
             if self._own is not None:
                 nursery.start_soon(self._own.drain)
 
+    async def reload(self, config: Config | Mapping[str, Any] | Path) -> list[str]:
+        """Goes over to another configuration, which workloads have, too, but for their overrides. What was changed, a line a key; none if that is
+        nothing.
+
+        Connections that live go on under the one to which they came, but for limits and time-outs, which hold for all at once. Those that would not
+        be captured any more, by their addresses, have `drain.timeout` to end, and are reset then. Who connects meanwhile is refused nothing: with
+        another `listen.port` the new listeners serve before the old ones close.
+
+        Raises ConfigError, which names every key that cannot change in place (`capture.mode`, [routing], `relay.engine`, `relay.workers`, [admin]), and
+        KernelError; then the old configuration is in force. A workload that cannot go over is captured anew, and tried again as by `sync_workloads`.
+        One call at a time; others wait. Cancelled before the kernel has been changed, nothing is changed, and behind that another call does what is left.
+        """
+        async with self._reloading:
+            config = _config_of(config)
+            require_changeable(self._config, config)
+            changes = make_changes(self._config, config)
+            if not changes and self._reloaded:
+                return []
+            if self._own is not None:
+                config.require_captures()
+            setups = self._room.make_setups(config, self._engine)
+            self._workloads.check(config)
+            effective = _with(config, self._engine)
+            served = self._served
+            if served is not None:
+                try:
+                    await served.reload(effective)
+                except BaseException:
+                    if served.config is effective:  # cancelled behind the point of no return
+                        self._config, self._reloaded = config, False
+                    raise
+            self._config, self._reloaded = config, False
+            if self._own is not None:
+                _tell_ssh(effective, self._own.keeper.surroundings)
+            await self._relays.tune(setups)
+            await self._workloads.reload(effective)
+            self._reloaded = True
+            return changes
+
     # The own namespace, where that is captured.
 
     @property
@@ -333,7 +391,7 @@ async def open_interceptor(
         config.require_captures()
     require_needs(config)
     tell_lacking(config)
-    config = _with_engine(config)
+    given, config = config, _with_engine(config)
     async with AsyncExitStack() as stack:
         keeper = None
         if own_namespace:
@@ -342,7 +400,8 @@ async def open_interceptor(
             keeper = await in_thread(partial(Keeper, config, name=name, ssh_ports=ssh_ports))
             stack.callback(keeper.close)
             _tell_ssh(config, keeper.surroundings)
-        setups = _make_setups(config, asks=policy is not None)
+        room = _make_room(config, asks=policy is not None)
+        setups = room.make_setups(config, config.relay.engine)
         if listeners:
             served = _copies(stack, listeners, len(setups))
         else:
@@ -362,16 +421,25 @@ async def open_interceptor(
                 # The loops start meanwhile. Threads are not abandoned on cancellation: half of a change would be left.
                 await ready.wait()
                 async with AsyncExitStack() as inner:
-                    own = None
+                    own: Capture | _Given | None = None
                     if keeper is not None:
-                        own = Capture(OWN, config, keeper=keeper, relays=relays, netns=netns, another=False)
+                        own = Capture(
+                            OWN,
+                            config,
+                            keeper=keeper,
+                            relays=relays,
+                            netns=netns,
+                            another=False,
+                            given=bool(listeners),
+                        )
                         await inner.enter_async_context(own.open(served))
                     elif listeners:
-                        await inner.enter_async_context(_served(config, relays, listeners, served, netns))
+                        own = _Given(relays, listeners, served, netns)
+                        await inner.enter_async_context(own.open(config))
                     others = await inner.enter_async_context(trio.open_nursery())
                     await others.start(workloads.serve)
                     try:
-                        yield Interceptor(config, relays, workloads, own)
+                        yield Interceptor(given, config.relay.engine, room, relays, workloads, own)
                     finally:
                         others.cancel_scope.cancel()
             finally:
@@ -393,18 +461,40 @@ def _copies(stack: AsyncExitStack, listeners: Sequence[socket.socket], loops: in
     return [[stack.enter_context(listener.dup()) for listener in listeners] for _ in range(loops)]
 
 
-@asynccontextmanager
-async def _served(
-    config: Config, relays: Relays, listeners: Sequence[socket.socket], copies: Listeners, netns: int
-) -> AsyncIterator[None]:
+class _Given:
     """Sockets of the program's, to which it brings connections itself."""
-    listen = tuple(listener.getsockname()[:2] for listener in listeners)
-    await relays.add(WorkloadSetup(name=OWN, config=config, listen=listen), copies, netns)
-    try:
-        yield
-    finally:
-        with trio.CancelScope(shield=True):
-            await relays.remove(OWN)
+
+    def __init__(self, relays: Relays, listeners: Sequence[socket.socket], copies: Listeners, netns: int) -> None:
+        self._relays, self._copies, self._netns = relays, copies, netns
+        self._listen = tuple(listener.getsockname()[:2] for listener in listeners)
+        self._generation = 0
+        self.config: Config
+
+    @asynccontextmanager
+    async def open(self, config: Config) -> AsyncIterator[None]:
+        """Serves them for the length of the block."""
+        self.config = config
+        await self._relays.add(self._make_setup(config), self._copies, self._netns)
+        try:
+            yield
+        finally:
+            with trio.CancelScope(shield=True):
+                await self._relays.remove(OWN)
+
+    async def reload(self, config: Config) -> None:
+        """See Capture.reload."""
+        try:
+            await self._relays.replace(self._make_setup(config), self._copies, self._netns)
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await self._relays.put_back(self._make_setup(self.config), self._copies, self._netns)
+            raise
+        self.config = config
+        await self._relays.let_go(OWN, config.drain.timeout)
+
+    def _make_setup(self, config: Config) -> WorkloadSetup:
+        self._generation += 1
+        return WorkloadSetup(name=OWN, config=config, listen=self._listen, generation=self._generation)
 
 
 async def _serve(relays: Relays, scope: trio.CancelScope, ready: trio.Event) -> None:
@@ -447,11 +537,58 @@ def _with_engine(config: Config) -> Config:
             'SystemCallFilter=splice), or set engine = "copy"'
         )
     _log.warning("splice(2) does not work here (%s): bulk data is copied, which costs more CPU", error.strerror)
-    return msgspec.structs.replace(config, relay=msgspec.structs.replace(config.relay, engine="copy"))
+    return _with(config, "copy")
 
 
-def _make_setups(config: Config, *, asks: bool) -> list[Setup]:
-    """What each relay loop is told: one in this process, or as many as there are to be processes."""
+def _with(config: Config, engine: Engine) -> Config:
+    return msgspec.structs.replace(config, relay=msgspec.structs.replace(config.relay, engine=engine))
+
+
+class _Room(NamedTuple):
+    """For how many connections there are files: `each` loop of so many `loops`; `used` files a process has besides, and `pipes`."""
+
+    files: int
+    used: int
+    pipes: int
+    each: int
+    loops: int
+    alone: bool
+    asks: bool
+
+    def make_setups(self, config: Config, engine: Engine) -> list[Setup]:
+        """What each relay loop is told. Raises ConfigError where `limits.max_connections` does not fit."""
+        most = config.limits.max_connections
+        if most == "auto":
+            most = self.each * self.loops
+        elif most > self.each * self.loops:
+            need = self.used + 2 * -(-most // self.loops)
+            # And what the pipes take of the higher limit.
+            enough = min(need * _FILES_A_PIPE // (_FILES_A_PIPE - 2) + 2, need + 2 * _MOST_PIPES)
+            raise ConfigError(
+                f"`limits.max_connections` = {most} does not fit: {self.files} open files leave room for {self.each * self.loops} connections; "
+                f"raise the limit of open files (LimitNOFILE, ulimit -n) to {enough} or more, "
+                "or lower the number"
+            )
+        elif most < self.loops:
+            raise ConfigError(
+                f"`limits.max_connections` = {most} is less than one for each of `relay.workers` = {self.loops}; raise the one or lower the other"
+            )
+        # Shares that add up to the number exactly: it is never exceeded, whichever loop a connection comes to.
+        return [
+            Setup(
+                config=_with(config, engine),
+                limit=most // self.loops + (index < most % self.loops),
+                pipes=self.pipes,
+                alone=self.alone,
+                keeps=relay_capabilities(config),
+                asks=self.asks,
+            )
+            for index in range(self.loops)
+        ]
+
+
+def _make_room(config: Config, *, asks: bool) -> _Room:
+    """For one relay loop in this process, or for as many as there are to be processes. Looked at once: later, connections have files here, too."""
     workers = config.relay.workers
     if workers == "auto":
         workers = len(os.sched_getaffinity(0))
@@ -466,34 +603,7 @@ def _make_setups(config: Config, *, asks: bool) -> list[Setup]:
         raise KernelError(
             f"the limit of {files} open files leaves no room for connections; raise it (LimitNOFILE, ulimit -n)"
         )
-    most = config.limits.max_connections
-    if most == "auto":
-        most = room * loops
-    elif most > room * loops:
-        need = used + 2 * -(-most // loops)
-        # And what the pipes take of the higher limit.
-        enough = min(need * _FILES_A_PIPE // (_FILES_A_PIPE - 2) + 2, need + 2 * _MOST_PIPES)
-        raise ConfigError(
-            f"`limits.max_connections` = {most} does not fit: {files} open files leave room for {room * loops} connections; "
-            f"raise the limit of open files (LimitNOFILE, ulimit -n) to {enough} or more, "
-            "or lower the number"
-        )
-    elif most < loops:
-        raise ConfigError(
-            f"`limits.max_connections` = {most} is less than one for each of `relay.workers` = {loops}; raise the one or lower the other"
-        )
-    # Shares that add up to the number exactly: it is never exceeded, whichever loop a connection comes to.
-    return [
-        Setup(
-            config=config,
-            limit=most // loops + (index < most % loops),
-            pipes=pipes,
-            alone=workers > 0,
-            keeps=relay_capabilities(config),
-            asks=asks,
-        )
-        for index in range(loops)
-    ]
+    return _Room(files, used, pipes, room, loops, workers > 0, asks)
 
 
 def _tell_ssh(config: Config, surroundings: Surroundings) -> None:

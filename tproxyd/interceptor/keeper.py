@@ -15,7 +15,7 @@ import random
 import socket
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable, MutableMapping
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from functools import partial
 from typing import Any, Literal, TypeVar
 
@@ -24,7 +24,7 @@ import trio
 from tproxyd import kernel
 from tproxyd.config import Config, is_interface
 from tproxyd.config.wording import few
-from tproxyd.errors import MissingError, TproxydError
+from tproxyd.errors import KernelError, MissingError, TproxydError
 from tproxyd.interceptor.plan_book import PlanBook
 from tproxyd.interceptor.threads import in_thread
 from tproxyd.net.namespaces import call_in_namespace
@@ -93,6 +93,8 @@ class Keeper:
         self._own_book = book is None
         self._threads = threads
         self._config = self._book.same(config)
+        self._living: tuple[Config, ...] = ()
+        self._warned: set[str] = set()
         self._log = _OfWorkload(_log, {"workload": workload}) if workload else _log
         self._ssh_ports = (*ssh_ports,)
         self._on_event = on_event
@@ -162,6 +164,49 @@ class Keeper:
             self._log.info("the kernel state of `tproxyd apply` is taken over, and stays at the end")
         for change in changes:
             self._log.info("%s", change)
+
+    async def check(self, config: Config) -> None:
+        """Whether this config can take the place of the present one, which has the same mode and marks: what `Keeper` itself looks at, and what the
+        kernel says of its ruleset. Warns, and raises, as that does."""
+        if not self.capturing:
+            raise KernelError(
+                "capture is off here for good, after `tproxyd revert` or because this ends; restart it instead"
+            )
+
+        def step(nft: kernel.Nft) -> None:
+            if self._netns is None and not self._owned and config.redirects and config.capture.when_down == "bypass":
+                _own_tables(config)  # raises
+            self._warn(self._look_ahead(config).warnings)
+            kernel.check(self._plan(config, (self._config, *self._living), self._surroundings), nft)
+
+        async with self._lock:
+            await self._step(step)
+
+    async def change(self, config: Config, living: Sequence[Config]) -> None:
+        """Makes the kernel hold the plan of this config from now on, and with it what connections need that live under the `living` ones. What is
+        equal is not touched. Raises TproxydError, with the old plan in force."""
+        async with self._lock:
+            if self._left:
+                return  # everything has been taken away meanwhile, for good
+            before = self._config, self._living
+            self._config = self._book.same(config)
+            self._living = tuple(dict.fromkeys(one for one in living if one != config))
+            try:
+                changes = await self._step(self._change)
+            except BaseException:
+                self._config, self._living = before
+                raise
+            for change in changes:
+                self._log.info("%s", change)
+        if changes:
+            # Who looks at what others' rules do to captured connections has another question now.
+            self.others.set()
+            self.others = trio.Event()
+
+    def plans_otherwise(self, config: Config, living: Sequence[Config]) -> bool:
+        """Whether `change` would change anything that is planned."""
+        plan = self._plan(config, tuple(dict.fromkeys(one for one in living if one != config)), self._surroundings)
+        return plan != self.plan()
 
     async def watch(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Repairs what others change, until cancelled."""
@@ -249,12 +294,25 @@ class Keeper:
     def _begin(self) -> None:
         another = self._netns is not None
         self._ssh_ports = tuple(sorted({*kernel.find_ssh_ports(usual_alone=another), *self._ssh_ports}))
-        found = kernel.preflight(self._config, ssh_ports=self._ssh_ports, name=self._name, nft_known=another)
-        for warning in found.warnings:
-            self._log.warning("%s", warning)
+        found = self._look_ahead(self._config)
+        self._warn(found.warnings)
         self._surroundings = self._book.same(found.surroundings)
         self._links: dict[int, str] = dict(socket.if_nameindex())
         self._look_at_bridges()
+
+    def _look_ahead(self, config: Config) -> kernel.Preflight:
+        another = self._netns is not None
+        return kernel.preflight(config, ssh_ports=self._ssh_ports, name=self._name, nft_known=another)
+
+    def _warn(self, warnings: Iterable[str]) -> None:
+        """Of the same thing once."""
+        for warning in warnings:
+            if warning not in self._warned:
+                self._warned.add(warning)
+                self._log.warning("%s", warning)
+
+    def _change(self, nft: kernel.Nft) -> list[kernel.Change]:
+        return self._book.apply(self._wanted(self._surroundings), nft)
 
     def _put(self, nft: kernel.Nft) -> list[kernel.Change]:
         self._stays = kernel.is_applied(self._name)
@@ -283,9 +341,15 @@ class Keeper:
         return kernel.revert(nft, self._name, checked=self._netns is not None)
 
     def _wanted(self, surroundings: Surroundings, *, capturing: bool = True) -> Plan:
+        return self._plan(self._config, self._living, surroundings, capturing=capturing)
+
+    def _plan(
+        self, config: Config, living: tuple[Config, ...], surroundings: Surroundings, *, capturing: bool = True
+    ) -> Plan:
         return self._book.plan(
-            self._config,
+            config,
             surroundings,
+            living=living,
             stays=self._stays,
             owned=self._owned,
             capturing=capturing and self._capturing,

@@ -19,13 +19,18 @@ def needs_here(config: Config, *, workloads: bool = False) -> tuple[Need, ...]:
     return needs_of(config, workloads=workloads, unprivileged_from=unprivileged_ports_from())
 
 
-def require_needs(config: Config, *, workloads: bool = False) -> None:
-    """Raises CapabilityError that names what this process lacks of it, and the line of a unit that gives all of it."""
+def require_needs(config: Config, *, workloads: bool = False, given_up: bool = False) -> None:
+    """Raises CapabilityError that names what this process lacks of it, and the line of a unit that gives all of it. `given_up`: it has served with another
+    config, and has kept no more than that one needs."""
     needs = needs_here(config, workloads=workloads)
     lacking = [need for need in _missing(needs) if need.required]
     if lacking:
         line = unit_line(dict.fromkeys(need.capability for need in needs if not need.of_root))
         said = dict.fromkeys(f"{need.purpose} needs {need.capability}" for need in lacking)
+        if given_up:
+            raise CapabilityError(
+                f"{', and '.join(said)}, which this process gave up at its start, or never had: restart it with this configuration"
+            )
         raise CapabilityError(
             f"{', and '.join(said)}, which this process does not have: run it as root, or in a systemd unit write {line}"
         )

@@ -103,6 +103,50 @@ class Relays:
                 raise known from None
             raise
 
+    async def replace(self, setup: WorkloadSetup, listeners: Sequence[Sequence[socket.socket]], netns: int) -> None:
+        """Lets each loop serve a workload that it serves already under another setup, of another generation. Who lives stays under the one to which it
+        came. Raises KernelError when a loop cannot; the caller then puts the old setup back in the same way, under one more generation."""
+        try:
+            async with trio.open_nursery() as nursery:
+                for relay, own in zip(self._relays, listeners, strict=True):
+                    nursery.start_soon(relay.replace, Served(setup, tuple(own), netns))
+        except BaseException as error:
+            known = first_of(error, KernelError)
+            if known is not None:
+                raise known from None
+            raise
+
+    async def put_back(self, setup: WorkloadSetup, listeners: Sequence[Sequence[socket.socket]], netns: int) -> None:
+        """The same, without a wait for the loops' answers: they take what is said to them in its order."""
+        for relay, own in zip(self._relays, listeners, strict=True):
+            await relay.put_back(Served(setup, tuple(own), netns))
+
+    async def let_go(self, name: str, seconds: float) -> None:
+        """Gives the connections that came under older setups, and that the present one would not capture, so many seconds."""
+        for relay in self._relays:
+            await relay.let_go(name, seconds)
+
+    async def shed(self, setup: WorkloadSetup, listeners: Sequence[Sequence[socket.socket]]) -> None:
+        """Returns when nobody waits any more at listeners other than these, and the loops have closed theirs; cancelled, that is left to them."""
+        try:
+            async with trio.open_nursery() as nursery:
+                for relay, own in zip(self._relays, listeners, strict=True):
+                    nursery.start_soon(relay.shed, setup, tuple(own))
+        finally:
+            for relay, own in zip(self._relays, listeners, strict=True):
+                relay.forget_listeners(setup, tuple(own))
+
+    async def tune(self, setups: Sequence[Setup]) -> None:
+        """Limits and time-outs of these setups from now on, one of each loop; for who lives, too."""
+        for relay, setup in zip(self._relays, setups, strict=True):
+            await relay.tune(setup)
+
+    async def wait_retired(self, name: str, generation: int) -> None:
+        """Returns when no connection lives any more that came under this generation of a workload's setup, or the workload is removed."""
+        async with trio.open_nursery() as nursery:
+            for relay in self._relays:
+                nursery.start_soon(relay.wait_retired, name, generation)
+
     async def remove(self, name: str) -> None:
         """Resets what lives of a workload, and serves it no more. Harmless where there is none of this name."""
         async with trio.open_nursery() as nursery:
@@ -229,6 +273,9 @@ class Handed(NamedTuple):
         return self.connection.workload
 
 
+Concerns = Callable[[Handed], bool]
+
+
 class Served(NamedTuple):
     """A workload as one loop serves it. `netns` is a descriptor of its namespace."""
 
@@ -241,6 +288,7 @@ class _Relay:
     """One place for a loop, and whoever fills it at the moment."""
 
     _ours: socket.socket
+    _handlers: trio.Nursery
 
     def __init__(
         self,
@@ -262,6 +310,8 @@ class _Relay:
         self._adding: dict[str, trio.Event] = {}
         self._failed: dict[str, str] = {}
         self._removing: dict[str, trio.Event] = {}
+        self._retiring: dict[tuple[str, int], trio.Event] = {}
+        self._shedding: dict[str, trio.Event] = {}
         self.records_dropped = 0
         self.on_lines = on_lines
         self._channel: _Orders | None = None
@@ -312,13 +362,75 @@ class _Relay:
         if why := self._failed.pop(name, ""):
             raise KernelError(f"a relay loop cannot serve workload {name!r}: {why}")
 
+    async def replace(self, served: Served) -> None:
+        name = served.setup.name
+        before = self._served.get(name)
+        if before is None:
+            raise KernelError(f"workload {name!r} is being taken away")
+        key = name, before.setup.generation
+        self._retiring.setdefault(key, trio.Event())
+        with trio.move_on_after(_START) as scope:
+            try:
+                await self.add(served, name in self._paused)
+            except KernelError:  # the loop goes on as before
+                self._served[name] = before
+                self._retiring.pop(key, None)
+                raise
+        if scope.cancelled_caught:
+            raise KernelError(f"a relay loop did not answer within {_START:g} s; is this machine overloaded?")
+
+    async def put_back(self, served: Served) -> None:
+        name = served.setup.name
+        before = self._served.get(name)
+        if before is None:
+            return
+        self._retiring.setdefault((name, before.setup.generation), trio.Event())
+        self._served[name] = served
+        await self._tell_served(served)
+
+    async def let_go(self, name: str, seconds: float) -> None:
+        await self._tell(report.LET_GO + msgspec.msgpack.encode((name, seconds)))
+
+    async def shed(self, setup: WorkloadSetup, listeners: tuple[socket.socket, ...]) -> None:
+        name = setup.name
+        if name not in self._served:
+            return
+        old = [one.getsockname()[:2] for one in self._served[name].listeners if one not in listeners]
+        shed = self._shedding.setdefault(name, trio.Event())
+        await self._tell(report.SHED + msgspec.msgpack.encode((name, old)))
+        await shed.wait()
+
+    def forget_listeners(self, setup: WorkloadSetup, listeners: tuple[socket.socket, ...]) -> None:
+        """A loop that takes the place of another one is not told of more than these."""
+        self._shedding.pop(setup.name, None)
+        if setup.name in self._served:
+            self._served[setup.name] = self._served[setup.name]._replace(setup=setup, listeners=listeners)
+
+    async def tune(self, setup: Setup) -> None:
+        self._setup = setup
+        async with self._adds:
+            for part in report.split_setup(setup):
+                await self._tell(part)
+
+    async def wait_retired(self, name: str, generation: int) -> None:
+        retired = self._retiring.get((name, generation))
+        if retired is not None:
+            await retired.wait()
+        while any(one in self._orphans and self.handed[one].workload == name for one in self.handed):
+            await self._given_up.park()
+
     async def remove(self, name: str) -> None:
         if self._served.pop(name, None) is None:
             return
-        self._adding.pop(name, None)
+        if (added := self._adding.pop(name, None)) is not None:
+            added.set()
         self._paused.discard(name)
         if (ended := self._old.pop(name, None)) is not None:
             ended.set()
+        for key in [key for key in self._retiring if key[0] == name]:
+            self._retiring.pop(key).set()
+        if (shed := self._shedding.pop(name, None)) is not None:
+            shed.set()
         await self._end_handlers_of(name)
         if self._channel is not None:
             removed = self._removing.setdefault(name, trio.Event())
@@ -354,6 +466,7 @@ class _Relay:
         tries = 0
         # What the program has in its hands outlives the loop that it came from.
         async with trio.open_nursery() as handed:
+            self._handlers = handed
             try:
                 while True:
                     began = trio.current_time()
@@ -378,7 +491,7 @@ class _Relay:
         # Who asks tells, also when another one has asked: that one may have been cancelled before the loop was told.
         await self._tell(report.TELL_IDLE + name.encode())
         await idle.wait()
-        await self._until_given_up(name)  # what has outlived its loop
+        await self._until_given_up(lambda one: one.workload == name)  # what has outlived its loop
 
     async def wait_old(self, name: str) -> None:
         if name not in self._served:
@@ -446,7 +559,7 @@ class _Relay:
         for _ in range(_LOOKS):
             if (handed := self.handed.get(identity)) is not None:
                 handed.scope.cancel()
-                await self._take_away(identity=identity)
+                await self._take_away(lambda one: one.connection.id == identity)
                 return True
             answer = await self._ask(report.CLOSE, lambda number: CloseOrder(number, identity))
             if not isinstance(answer, Answer) or answer.result != "handed":
@@ -499,8 +612,10 @@ class _Relay:
                             await channel.send(part)
                     # Not before: an order in the middle of its setup would be a part of it to the loop.
                     self._channel, self._told = channel, {}
-                    for served in list(self._served.values()):
-                        await self._tell_served(served)
+                    self._forget_generations()
+                    for one in list(self._served):
+                        if (served := self._served.get(one)) is not None:  # as it is now
+                            await self._tell_served(served)
                     for name in list(self._idle):
                         await self._tell(report.TELL_IDLE + name.encode())
                     if self._counted is not None:
@@ -600,6 +715,17 @@ class _Relay:
                 self._take_answer(msgspec.msgpack.decode(content, type=Page))
             case report.CLOSED:
                 self._take_answer(msgspec.msgpack.decode(content, type=Answer))
+            case report.RETIRED:
+                key = msgspec.msgpack.decode(content, type=tuple[str, int])
+                if (retired := self._retiring.pop(key, None)) is not None:
+                    retired.set()
+            case report.SHEDDED:
+                if (shed := self._shedding.pop(content.decode(), None)) is not None:
+                    shed.set()
+            case report.END_HANDLER:
+                if (ending := self.handed.get(content.decode())) is not None:
+                    ending.scope.cancel()
+                    self._handlers.start_soon(self._take_away, lambda one: one is ending)
             case report.READY:
                 self._ready.set()
             case report.HAND_OVER:  # without its socket: the kernel had no descriptor for it here
@@ -662,13 +788,9 @@ class _Relay:
             relaying.end(None)  # some other task of the program's waits for it
         self._given_up.unpark_all()
 
-    async def _until_given_up(self, name: str | None = None, identity: str | None = None) -> None:
-        """Returns when the program has no connection of this workload any more, none of this identity, or none at all."""
-        while any(
-            name in (None, one.workload) and identity in (None, key)
-            for key, one in self.handed.items()
-            if key not in self.abandoned
-        ):
+    async def _until_given_up(self, concerns: Concerns = lambda _: True) -> None:
+        """Returns when the program has no connection any more, of those that are meant."""
+        while any(concerns(one) for key, one in self.handed.items() if key not in self.abandoned):
             await self._given_up.park()
 
     async def _end_handlers(self) -> None:
@@ -683,14 +805,13 @@ class _Relay:
         for handed in self.handed.values():
             if handed.workload == name:
                 handed.scope.cancel()
-        await self._take_away(name)
+        await self._take_away(lambda one: one.workload == name)
 
-    async def _take_away(self, name: str | None = None, *, identity: str | None = None) -> None:
-        """Of a workload's connections, of the one of an identity, or of all."""
+    async def _take_away(self, concerns: Concerns = lambda _: True) -> None:
         with trio.CancelScope(shield=True), trio.move_on_after(_HANDLERS_STOP):
-            await self._until_given_up(name, identity)
+            await self._until_given_up(concerns)
         for key, handed in self.handed.items():
-            if name not in (None, handed.workload) or identity not in (None, key) or key in self.abandoned:
+            if not concerns(handed) or key in self.abandoned:
                 continue
             sock = handed.sock
             _log.error("the handler of connection %s goes on although it was cancelled; its client is reset", key)
@@ -748,12 +869,19 @@ class _Relay:
         for event in (*self._removing.values(), *self._old.values()):
             event.set()
         self._removing, self._old = {}, {}
+        self._forget_generations()
 
     def _lose_relayed(self) -> None:
         """Nobody relays them any more."""
         relaying, self.relaying = self.relaying, {}
         for one in relaying.values():
             one.end(EndedOrder(one.identity, "worker_lost", 0, 0))
+
+    def _forget_generations(self) -> None:
+        """Of older setups of workloads a new loop knows nothing."""
+        for event in (*self._retiring.values(), *self._shedding.values()):
+            event.set()
+        self._retiring, self._shedding = {}, {}
 
 
 async def _within(scope: trio.CancelScope, function: Callable[[], Awaitable[None]]) -> None:

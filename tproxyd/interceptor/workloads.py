@@ -69,11 +69,12 @@ class _Wanted:
     """A workload that is there, or is to be. `watch` is None while its namespace could not be opened; `tried` is set when it has been tried to capture
     it, and `hurry` is to be where that is worth another try at once. `ended` is set when nothing of it is left."""
 
-    def __init__(self, name: str, config: Config, netns: NamespaceLike, dial: Literal["workload", "agent"]) -> None:
-        self.name, self.config, self.dial = name, config, dial
-        self.where = os.path.abspath(netns) if isinstance(netns, str | os.PathLike) else netns
+    def __init__(self, name: str, config: Config, spec: Workload) -> None:
+        self.name, self.config, self.spec, self.dial = name, config, spec, spec.dial
+        self.where = os.path.abspath(spec.netns) if isinstance(spec.netns, str | os.PathLike) else spec.netns
         self.watch: NamespaceWatch | None = None
         self.scope = trio.CancelScope()
+        self.attempt = trio.CancelScope()
         self.tried = trio.Event()
         self.hurry = trio.Event()
         self.ended = trio.Event()
@@ -157,7 +158,7 @@ class Workloads:
 
     async def add(self, name: str, spec: Workload, *, tries_again: bool = False) -> None:
         """See Interceptor.add_workload."""
-        wanted, started = _Wanted(name, self._config_of(name, spec), spec.netns, spec.dial), False
+        wanted, started = _Wanted(name, self._config_of(name, spec), spec), False
         closed: TproxydError | None = None
         try:
             wanted.open()
@@ -239,6 +240,47 @@ class Workloads:
             for name, spec in specs.items():
                 nursery.start_soon(self._add_or_tell, name, spec)
 
+    def check(self, config: Config) -> None:
+        """Whether this can be what all of them have, but for their overrides. Raises ConfigError."""
+        problems: list[str] = []
+        for name, wanted in self._there.items():
+            try:
+                self._config_of(name, wanted.spec, config)
+            except ConfigError as error:
+                problems += error.problems
+        if problems:
+            raise ConfigError(*problems)
+
+    async def reload(self, config: Config) -> None:
+        """That from now on. Their connections go on; one that cannot go over to it is the others' no trouble: it is told, and captured anew, as `sync` does
+        it, which resets its connections."""
+        self._config = config
+        async with trio.open_nursery() as nursery:
+            for name in list(self._there):
+                nursery.start_soon(self._reload, name)
+
+    async def _reload(self, name: str) -> None:
+        async with self._turn_of(name):
+            wanted = self._there.get(name)
+            if wanted is None or wanted.ends:
+                return
+            config = self._config_of(name, wanted.spec)
+            before, wanted.config = wanted.config, config
+            if config == before or config.capture.mode == before.capture.mode == "off":
+                return
+            try:
+                if wanted.capture is not None and config.capture.mode == before.capture.mode:
+                    await wanted.capture.reload(config)
+                    return
+            except TproxydError as error:
+                if wanted.scope.cancel_called:
+                    return
+                _log.error(
+                    "workload %s is captured anew, as it cannot go over to the new configuration: %s", name, error
+                )
+                self._tell("failed", name, str(error), retry=0.0)
+            wanted.attempt.cancel()
+
     async def drain(self) -> None:
         """All of them: see Interceptor.drain."""
         self._drains += 1
@@ -291,10 +333,10 @@ class Workloads:
         finally:
             self._listeners.discard(listener)
 
-    def _config_of(self, name: str, spec: Workload) -> Config:
+    def _config_of(self, name: str, spec: Workload, template: Config | None = None) -> Config:
         if not name or not isinstance(name, str):
             raise ConfigError(f"a workload's name is a text that is not empty, and not {name!r}")
-        config = self._config
+        config = template or self._config
         if spec.overrides:
             config = override(config, spec.overrides, origin=f"workload {name!r}")
         if spec.dial == "agent":
@@ -348,8 +390,10 @@ class Workloads:
             with wanted.scope:
                 while True:
                     error: TproxydError | None = None
+                    wanted.attempt = trio.CancelScope()
                     try:
-                        await self._capture(wanted)
+                        with wanted.attempt:
+                            await self._capture(wanted)
                     except BaseException as raised:
                         error = _error_of(raised)
                         if error is None:
@@ -358,6 +402,9 @@ class Workloads:
                             if wanted.changes:
                                 _log.error("something of workload %s may be left: %s", wanted.name, error)
                             await trio.lowlevel.checkpoint()
+                    if error is None:  # another configuration has come
+                        tries_again = tries_again or wanted.tried.is_set()
+                        continue
                     wanted.error = error
                     if not wanted.tried.is_set() and not tries_again:
                         self._tell("failed", wanted.name, str(error))
@@ -365,7 +412,7 @@ class Workloads:
                     wanted.tried.set()
                     _log.error("workload %s is not captured, and tried again in %g s: %s", wanted.name, pause, error)
                     self._tell("failed", wanted.name, str(error), retry=pause)
-                    with trio.move_on_after(pause):
+                    with trio.move_on_after(pause) as wanted.attempt:
                         await wanted.hurry.wait()
                     wanted.hurry = trio.Event()
                     pause = min(2 * pause, _LONGEST_PAUSE)

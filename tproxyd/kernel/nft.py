@@ -189,6 +189,10 @@ class Library:
             raise
         finally:
             self._dry_run(False)
+            # What it would have changed, the library takes for changed from then on, until a listing makes it read anew what there is (seen
+            # with 1.0.6, when the same text was run then: "File exists", "conflicting intervals specified", the end of the process).
+            with contextlib.suppress(TproxydError):
+                self.run("list tables")
 
     def _dry_run(self, on: bool) -> None:
         if self._context:  # else `run` says that it is closed

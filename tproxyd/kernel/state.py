@@ -39,6 +39,7 @@ __all__ = [
     "Observed",
     "Step",
     "apply",
+    "check",
     "differences",
     "expected",
     "is_applied",
@@ -170,6 +171,13 @@ def apply(plan: Plan, nft: Nft = _PROGRAM, *, checked: bool = False) -> list[Cha
                 )
             _learn_spellings(plan, observed, nft)
     return [step.change for step in steps]
+
+
+def check(plan: Plan, nft: Nft = _PROGRAM) -> None:
+    """Whether this kernel takes the plan, as far as it can tell without a change. Raises MissingError, CapabilityError or KernelError."""
+    for step in make_steps(plan, observe(nft, plan.name), nft):
+        if step.check is not None:
+            step.check()
 
 
 def repair(plan: Plan, kinds: Collection[str], nft: Nft = _PROGRAM) -> tuple[list[Change], TproxydError | None]:

@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import select
 import socket
 import struct
 import sys
@@ -33,6 +34,7 @@ __all__ = [
     "filter_messages",
     "format_address",
     "format_target",
+    "has_waiting",
     "listening_address",
     "open_listener",
     "open_unix_upstream",
@@ -133,6 +135,13 @@ def listening_address(sock: socket.socket) -> Address | None:
         return None
     name: Address = sock.getsockname()
     return name
+
+
+def has_waiting(listener: socket.socket) -> bool:
+    """Whether a connection waits there to be accepted."""
+    poll = select.poll()
+    poll.register(listener, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 def spread_by_source(listener: socket.socket, members: int) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from ipaddress import ip_address
 
 from tproxyd.config import Config, Endpoint, Mark, UnixPath
@@ -90,13 +92,15 @@ def make_plan(
     owned: bool = False,
     capturing: bool = True,
     name: str = DEFAULT_NAME,
+    living: Sequence[Config] = (),
 ) -> Plan:
     """What the kernel should hold for this Config, in a namespace with these surroundings.
 
     Pure: the same arguments give the same Plan on every machine; `kernel.look_around` gives the surroundings of this one.
     `stays` is for `tproxyd apply`, whose state outlives every daemon; a daemon's own goes with it. `owned` is for who holds a
     kernel.Library: the steering table goes with it and is safe from everybody else. Not `capturing`, what lives is delivered and
-    nothing new is taken. `name` is that of the tables; rules and routes have none. A Config that captures nothing gives a plan with
+    nothing new is taken. `name` is that of the tables; rules and routes have none. `living` are configs, with the same marks, mode and routing, under
+    which connections were taken that live: they go on being delivered. A Config that captures nothing gives a plan with
     no table, rule or route. Raises ConfigError when the marks do not fit together, or for a name that is none.
     """
     marks, names = make_marks(config, surroundings.taken_marks), table_names(name)
@@ -104,18 +108,16 @@ def make_plan(
     # NAT changes the destination to an address of this host, so there is nothing to be routed.
     families = surroundings.families if config.captures and not config.redirects else ()
     listen = listen_addresses(config)
+    to_loopback = any(one.spoofs and one.targets_loopback for one in (config, *living))
     routes = tuple(
         LocalRoute(family=family, table=table, why="deliver what the rules below send here to this host")
         for family in families
     )
-    rules = tuple(
-        rule
-        for family in families
-        for rule in _rules(family, marks, first, table, to_loopback=config.spoofs and config.targets_loopback)
-    )
+    rules = tuple(rule for family in families for rule in _rules(family, marks, first, table, to_loopback=to_loopback))
     tables = {}
     if config.captures:
-        make_table = redirecting_table if config.redirects else steering_table
+        # What lives needs conntrack alone where NAT has brought it.
+        make_table = redirecting_table if config.redirects else partial(steering_table, living=living)
         tables[names.steering] = make_table(
             config, marks, surroundings, name=names.steering, owned=owned, capturing=capturing
         )

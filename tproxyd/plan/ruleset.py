@@ -202,9 +202,12 @@ def steering_table(
     name: str = STEERING,
     owned: bool = False,
     capturing: bool = True,
+    living: Sequence[Config] = (),
 ) -> str:
-    """The table that captures, delivers and keeps conntrack away. Not `capturing`, it does the last two."""
+    """The table that captures, delivers and keeps conntrack away. Not `capturing`, it does the last two. It does them for connections of the
+    `living` configs, too."""
     families = surroundings.families
+    spoofs = any(one.spoofs for one in (config, *living))
     set_mark = f"meta mark set {_set_mark(marks.steering)}"
     # First the cheapest question, because it is asked of every packet that passes by.
     to_captured = "" if has_all_ports(config.capture.ports) else "tcp dport @ports "
@@ -212,7 +215,7 @@ def steering_table(
         _chain(
             "intercept",
             "type filter hook prerouting priority raw; policy accept;",
-            *arrival_rules(config, surroundings),
+            *arrival_rules(config, surroundings, living),
             'socket transparent 1 goto relayed comment "a socket of ours, unless it is a listener on every address"',
         ),
         _chain(
@@ -231,7 +234,7 @@ def steering_table(
             ' comment "may answer a SYN cookie of our listener; established connections of others pass tproxy"',
         ),
         _capture_chain(config, surroundings) if capturing else _chain(CAPTURE_CHAIN, None),
-        _chain("take", None, *take_rules(config, marks, families)),
+        _chain("take", None, *take_rules(config, marks, families, spoofs=spoofs)),
         _chain(
             "stray",
             "type filter hook forward priority raw; policy accept;",
@@ -241,12 +244,12 @@ def steering_table(
         _chain(
             "untrack",
             # A type `route` chain makes the kernel route a packet again whose mark it has changed.
-            f"type {'route' if config.spoofs else 'filter'} hook output priority raw; policy accept;",
-            _ERRORS if config.spoofs else 'meta l4proto != tcp accept comment "only TCP is captured"',
-            *foreign_ports(config),
+            f"type {'route' if spoofs else 'filter'} hook output priority raw; policy accept;",
+            _ERRORS if spoofs else 'meta l4proto != tcp accept comment "only TCP is captured"',
+            *foreign_ports(config, living),
             'oif "lo" goto loopback comment "to a local app, and its answers"',
             'socket transparent 1 notrack accept comment "sent by a socket of ours: no conntrack entry"',
-            *(_sending_back(marks, families) if config.spoofs else []),
+            *(_sending_back(marks, families) if spoofs else []),
         ),
         _chain(
             "loopback",
@@ -259,14 +262,14 @@ def steering_table(
                 for family, ip in _IP.items()
             ),
         ),
-        _chain("sent", None, *([_DIALLING] if config.spoofs else []), *_remembering(config)),
+        _chain("sent", None, *([_DIALLING] if spoofs else []), *_remembering(config, living)),
         *_ending_chains(),
-        *([_chain("errors", None, *_errors_back(marks))] if config.spoofs else []),
+        *([_chain("errors", None, *_errors_back(marks))] if spoofs else []),
     ]
     # Those that packets fill come first, and stay where they are when the rest of the table is exchanged.
     filled: list[str | NamedSet] = [_filled_set(one, family) for family in _IP for one in _FILLED]
-    filled += [_DIALS] if config.spoofs else []
-    sets = [*filled, *capture_sets(config), *relayed_sets(config), *special_sets(config, families)]
+    filled += [_DIALS] if spoofs else []
+    sets = [*filled, *capture_sets(config), *relayed_sets(config, living), *special_sets(config, families)]
     return _table(name, sets, chains, owned=owned)
 
 
@@ -394,8 +397,12 @@ def state_table(name: str = STATE) -> str:
     return f'table inet {name} {{\n\tcomment "put there by tproxyd apply: stays when a daemon stops, until tproxyd revert"\n}}\n'
 
 
-def take_rules(config: Config, marks: Marks, families: Sequence[Family]) -> list[Selector]:
-    """The steering table's last chain: what becomes of a packet that is selected, as long as somebody listens."""
+def take_rules(
+    config: Config, marks: Marks, families: Sequence[Family], *, spoofs: bool | None = None
+) -> list[Selector]:
+    """The steering table's last chain: what becomes of a packet that is selected, as long as somebody listens. `spoofs`: whether connections
+    live, or come, that bear a client's address; by default as the config says."""
+    spoofs = config.spoofs if spoofs is None else spoofs
     if config.redirects:
         return [
             *(
@@ -434,7 +441,7 @@ def take_rules(config: Config, marks: Marks, families: Sequence[Family]) -> list
                 "the client's new port is the one of a connection of ours to the app, in its name: it tries again in a second",
                 lambda _: Finding(False, ""),  # of first packets nobody foretells that
             )
-            for family in (families if config.spoofs else ())
+            for family in (families if spoofs else ())
         ),
     ]
 
@@ -513,9 +520,10 @@ def _sending_back(marks: Marks, families: Sequence[Family]) -> list[str]:
     return rules
 
 
-def _remembering(config: Config) -> list[str]:
+def _remembering(config: Config, living: Sequence[Config]) -> list[str]:
     rules = []
-    dialling = _duration(math.ceil(config.upstream.connect_timeout) + _LATE)
+    longest = max(one.upstream.connect_timeout for one in (config, *living))
+    dialling = _duration(math.ceil(longest) + _LATE)
     for why, match, statement in (
         (
             "begins; a connection that had these ports before is over",

@@ -137,24 +137,24 @@ _UDP = Selector(
 )
 
 
-def arrival_rules(config: Config, surroundings: Surroundings) -> list[Selector]:
-    """What every packet meets first, up to the jump with which what opens a connection goes to `capture_rules`."""
+def arrival_rules(config: Config, surroundings: Surroundings, living: Sequence[Config] = ()) -> list[Selector]:
+    """What every packet meets first, up to the jump with which what opens a connection goes to `capture_rules`. `living`: see `make_plan`."""
     if config.redirects:
         # Nothing but what opens a connection: conntrack knows the rest. And NAT on bridges is what br_netfilter is for.
         return [LOOPBACK, OPENS._replace(why="opens a connection: those that exist go on")]
     bridge = [BRIDGE] if surroundings.bridge_netfilter else []
-    return [LOOPBACK, *bridge, _UDP, *foreign_ports(config), OPENS]
+    return [LOOPBACK, *bridge, _UDP, *foreign_ports(config, living), OPENS]
 
 
-def foreign_ports(config: Config) -> list[Selector]:
-    """Matches packets with no captured port on either side; nothing if every port is captured.
+def foreign_ports(config: Config, living: Sequence[Config] = ()) -> list[Selector]:
+    """Matches packets with no captured port on either side, nor one of the `living` (see `make_plan`); nothing if every port is captured.
 
     What keeps other programs' transparent sockets (squid, HAProxy) out of it: a packet of ours has the captured port on one side,
     or the one that a policy rule or `upstream.target` says.
     """
-    if has_all_ports(config.capture.ports):
+    if any(has_all_ports(one.capture.ports) for one in (config, *living)):
         return []
-    (ports,) = relayed_sets(config) or capture_sets(config)[:1]  # of which the ports are the first
+    (ports,) = relayed_sets(config, living) or capture_sets(config)[:1]  # of which the ports are the first
 
     def test(packet: Packet) -> Finding:
         for side, port in (("destination", packet.port), ("source", packet.source_port)):

@@ -69,11 +69,16 @@ def capture_sets(config: Config) -> list[NamedSet]:
     return sets
 
 
-def relayed_sets(config: Config) -> list[NamedSet]:
-    """The captured ports, and those of policy rules' targets and `upstream.target`; nothing if the former have all of the latter."""
+def relayed_sets(config: Config, living: Sequence[Config] = ()) -> list[NamedSet]:
+    """The captured ports, and those of policy rules' targets and `upstream.target`, also of those configs of which connections live; nothing if
+    the captured ones are all of them."""
     captured = config.capture.ports
-    others = [PortRange(port, port) for port in config.target_ports if element_of(captured, port) is None]
-    return [_port_set("relayed_ports", [*captured, *others])] if others else []
+    others = {PortRange(port, port) for one in (config, *living) for port in one.target_ports}
+    others.update(ports for one in living for ports in one.capture.ports)
+    others = {
+        ports for ports in others if not any(one.first <= ports.first and ports.last <= one.last for one in captured)
+    }
+    return [_port_set("relayed_ports", _without_overlap([*captured, *others]))] if others else []
 
 
 def special_sets(config: Config, families: Sequence[Family]) -> list[NamedSet]:
@@ -95,6 +100,17 @@ def _port_set(name: str, ports: Iterable[PortRange]) -> NamedSet:
         PortRange(port, port) for one in ranges for port in range(one.first, min(one.last, one.first + _FEW) + 1)
     ]
     return NamedSet(name, "inet_service", tuple(singles if len(singles) <= _FEW else ranges))
+
+
+def _without_overlap(ports: Iterable[PortRange]) -> list[PortRange]:
+    """nft refuses intervals that overlap."""
+    merged: list[PortRange] = []
+    for one in sorted(ports):
+        if merged and one.first <= merged[-1].last:
+            merged[-1] = PortRange(merged[-1].first, max(merged[-1].last, one.last))
+        else:
+            merged.append(one)
+    return merged
 
 
 def _network_sets(name: str, networks: Sequence[Network | str]) -> list[NamedSet]:
