@@ -42,7 +42,7 @@ class Counted(msgspec.Struct, frozen=True, kw_only=True):
 
 class Serving(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="daemon"):
     """What a daemon tells about itself. `trouble`: why it is not ready, empty if it is; `differences`: between its own plan and the kernel;
-    `admin_socket` is where the administrator asks it."""
+    `admin_socket` is where the administrator asks it; `last_reload_error`: why the configuration in force is an older one, empty if it is not."""
 
     pid: int
     version: str
@@ -56,6 +56,7 @@ class Serving(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="
     trouble: str
     differences: list[Change]
     admin_socket: str | None = None
+    last_reload_error: str = ""
 
 
 class Waiting(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="apply"):
