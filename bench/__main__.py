@@ -73,7 +73,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description="tproxyd beside other transparent proxies")
     parser.add_argument("--quick", action="store_true", help="less than 5 minutes: few peers, short cells")
     parser.add_argument(
-        "groups", nargs="*", metavar="GROUP", help=f"of {', '.join(GROUPS)}; all but handler if none is named"
+        "groups", nargs="*", metavar="GROUP", help=f"of {', '.join(GROUPS)}; all but handler and admin if none is named"
     )
     parser.add_argument("--only", action="append", default=[], choices=GROUPS, help="the same, one at a time")
     parser.add_argument("--peers", action="append", help="this peer beside haproxy; may be given again")
@@ -97,7 +97,7 @@ def _plan(words: argparse.Namespace, directory: Path, files: int) -> Plan:
         print(sentence)
     wanted = ("haproxy", *words.peers) if words.peers else _QUICK_PEERS if words.quick else None
     most = _QUICK_ROUNDS if words.quick else _ROUNDS
-    groups = words.groups or (_QUICK_GROUPS if words.quick else set(GROUPS) - {"handler"})
+    groups = words.groups or (_QUICK_GROUPS if words.quick else set(GROUPS) - {"handler", "admin"})
     # What an idle connection takes: two files in the proxy; and some for the rest.
     idle = min(4000 if words.quick else 8000, (files - 1500) // 2)
     return Plan(

@@ -568,6 +568,11 @@ async def test_56_a_socket_that_a_dead_daemon_left_is_replaced(way: Way) -> None
         daemon.process.send_signal(signal.SIGKILL)
         await daemon.process.wait()
     assert stat.S_ISSOCK(os.stat(path).st_mode)
+    assert f"remove the administrator's socket {path}\n" in (await tproxyd(node, "revert")).stdout
+    assert (await tproxyd(node, "revert")).stdout == "nothing to remove\n"
+    async with open_daemon(node, CONFIG) as daemon:
+        daemon.process.send_signal(signal.SIGKILL)
+        await daemon.process.wait()
     assert "is one running" in (await tproxyd(node, "connections", code=69)).stderr
     async with open_daemon(node, CONFIG) as daemon:
         assert (await ask(path, "/healthz")).status == 200

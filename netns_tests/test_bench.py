@@ -12,7 +12,7 @@ import pytest
 from bench.build import compile_program
 from bench.cells import Lengths
 from bench.figures import FIGURES, Results
-from bench.peers import Peer, all_peers
+from bench.peers import ABUSED, Peer, all_peers
 from bench.report import goals_table, peers_table
 from bench.rig import UnprovenError, open_rig
 from bench.rounds import GROUPS, Plan, run
@@ -61,6 +61,23 @@ async def test_a_program_s_handlers_are_measured_when_they_are_asked_for(
     for cell in results.cells:
         assert all(value > 0 for value in cell["figures"].values())
         assert set(cell["figures"]) <= set(FIGURES)
+
+
+@pytest.mark.timed
+async def test_a_daemon_that_is_asked_badly_is_asked_enough(programs: dict[str, str], tmp_path: Path) -> None:
+    results = Results()
+    await run(Plan(peers("splice", ABUSED), ("admin",), ONCE, TINY, programs, tmp_path, 10_000), results, print)
+    assert results.errors == []
+    (cell,) = results.cells
+    assert cell["peer"] == ABUSED
+    assert {"abuse_ka1_p99", "abuse_ka64_p99"} < set(cell["figures"]) <= set(FIGURES)
+    assert cell["raw"]["abuse"]["connections"] >= 2000
+    assert [name.split()[1] for name in cell["raw"] if name.startswith("ka64")] == [
+        "alone",
+        "beside",
+        "beside",
+        "alone",
+    ]
 
 
 async def test_idle_connections_and_a_server_that_never_reads(programs: dict[str, str], tmp_path: Path) -> None:

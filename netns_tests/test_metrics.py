@@ -11,7 +11,7 @@ import pytest
 import trio
 
 from netns_tests.watch import METRICS, attempt, get, many, metrics, outcomes, processes, reset, until, works
-from netns_tests.way import GATEWAY_V4, Way
+from netns_tests.way import BOTH_LAYOUTS, GATEWAY_V4, Way
 from tproxyd.testing import LabError, serve_echo
 from tproxyd.testing.daemon import TPROXYD, open_daemon
 
@@ -64,6 +64,43 @@ async def test_counters_are_what_the_access_log_says(way: Way, nursery: trio.Nur
                         living[f'tproxyd_bytes_total{{from="{side}"}}']
                         == 10 + ended[f'tproxyd_bytes_total{{from="{side}"}}']
                     )
+
+
+CONTRACT = """
+tproxyd_connections_total tproxyd_connections_active tproxyd_bytes_total tproxyd_connect_seconds tproxyd_accepted_total
+tproxyd_drift_repairs_total tproxyd_config_last_reload_success tproxyd_access_log_dropped_total tproxyd_build_info
+tproxyd_kernel_packets_total
+"""
+
+
+@BOTH_LAYOUTS
+async def test_every_metric_is_told_with_help_and_type_and_the_kernel_s_counters_are_its_own(
+    way: Way, nursery: trio.Nursery
+) -> None:
+    await nursery.start(serve_echo, way.app, 8080)
+    async with open_daemon(way.proxy, CONFIG + '[upstream]\nsource = "auto"\n') as daemon:
+        async with many(way.client, way.address, 3) as streams:
+            for stream in streams:
+                await works(stream)
+        text = (await get(way.proxy, "/metrics")).body.decode()
+        assert set(re.findall(r"^# TYPE (\w+) ", text, re.M)) == set(CONTRACT.split())
+        lines = text.splitlines()
+        for number, line in enumerate(lines):
+            if line.startswith("# HELP"):
+                name = line.split()[2]
+                assert re.fullmatch(rf"# TYPE {name} (counter|gauge|histogram)", lines[number + 1])
+                assert line.endswith("."), line
+        told = await metrics(way.proxy)
+        assert told["tproxyd_config_last_reload_success"] == 1
+        steered = [
+            value
+            for name, value in told.items()
+            if name.startswith('tproxyd_kernel_packets_total{chain="take",rule="new connection: to our listener;')
+        ]
+        assert steered == [3]
+        await way.proxy.run(*TPROXYD, "revert")
+        assert not any(name.startswith("tproxyd_kernel_packets_total{") for name in await metrics(way.proxy))
+        assert await daemon.stop() == 0
 
 
 FIREWALL = """

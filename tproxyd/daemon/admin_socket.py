@@ -20,7 +20,16 @@ from tproxyd.errors import KernelError
 from tproxyd.net.peers import Peer, peer_of
 from tproxyd.net.processes import read_process
 
-__all__ = ["GROUP", "AdminSocket", "access_of", "admin_path", "open_admin_socket", "readers_gid"]
+__all__ = [
+    "GROUP",
+    "AdminSocket",
+    "access_of",
+    "admin_path",
+    "open_admin_socket",
+    "path_in",
+    "readers_gid",
+    "remove_stale",
+]
 
 GROUP = "tproxyd"
 """Members of this group may look, if there is one."""
@@ -42,7 +51,23 @@ def admin_path(setting: str | None) -> str | None:
         return setting
     if os.path.exists(_ONLY_IN_THE_FIRST):
         return f"{_DIRECTORY}/admin.sock"
-    return f"{_DIRECTORY}/netns-{os.stat('/proc/thread-self/ns/net').st_ino}.sock"
+    return path_in(os.stat("/proc/thread-self/ns/net").st_ino)
+
+
+def path_in(inode: int) -> str:
+    """The same of a network namespace that is not the initial one, by its inode."""
+    return f"{_DIRECTORY}/netns-{inode}.sock"
+
+
+def remove_stale(setting: str | None) -> str | None:
+    """Removes what a dead daemon has left where `admin.socket` says, and gives its path; None if there is nothing like it. Raises nothing."""
+    with suppress(OSError, KernelError):
+        path = admin_path(setting)
+        if path is not None:
+            os.lstat(path)
+            _make_way(path, _is_ours(os.path.dirname(path)))
+            return path
+    return None
 
 
 def readers_gid() -> int | None:

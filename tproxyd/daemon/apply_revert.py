@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from tproxyd import kernel
 from tproxyd.config import Config
 from tproxyd.config.wording import printable
+from tproxyd.daemon.admin_socket import remove_stale
 from tproxyd.daemon.comparison import ssh_ports_here
 from tproxyd.daemon.lock import ServedError, StrangerError, find_holder, namespace_lock, send_order
 from tproxyd.errors import KernelError
@@ -72,6 +73,8 @@ def revert(name: str = DEFAULT_NAME) -> int:
     else:  # nobody of ours has it
         with _uninterrupted():
             removed = kernel.revert(name=name)
+            if name == DEFAULT_NAME and holder is None and (left := remove_stale("auto")) is not None:
+                removed = [*removed, f"remove the administrator's socket {left}"]
     _tell(removed, nothing="nothing to remove")
     if remark:
         print(f"tproxyd: warning: {printable(remark)}", file=sys.stderr)

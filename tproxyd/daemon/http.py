@@ -130,11 +130,12 @@ class _Making(Generic[T]):
 
 async def serve_http(listener: trio.SocketListener, handle: Handle, *, what: str) -> None:
     """Answers until cancelled, and closes the listener then. `what` names it in the log. What `handle` raises is answered with 500."""
-    places, pace = _Places(), _Pace()
+    # Two paces: however much those ask who are here, others come in, and each of them is answered once at once.
+    places, arrivals, server = _Places(), _Pace(), _Server(handle, _Pace(), what)
     async with listener, trio.open_nursery() as nursery:
         while True:
             await trio.lowlevel.wait_readable(listener.socket)
-            await pace.turn()
+            await arrivals.turn()
             token = await places.take()
             try:
                 stream = await listener.accept()
@@ -142,7 +143,7 @@ async def serve_http(listener: trio.SocketListener, handle: Handle, *, what: str
                 places.leave(token)
                 await trio.sleep(0.1)
                 continue
-            nursery.start_soon(_serve_client, stream, _Server(handle, pace, what), places, token)
+            nursery.start_soon(_serve_client, stream, server, places, token)
 
 
 class _Pace:
@@ -220,6 +221,8 @@ async def _converse(stream: trio.SocketStream, server: _Server, client: trio.Can
     try:
         while await _answer(stream, connection, server, client, waiting):
             connection.start_next_cycle()
+            with waiting():
+                await server.pace.turn()
     except h11.RemoteProtocolError as error:
         with trio.fail_after(_PATIENCE), waiting():
             bad = say(error.error_status_hint, "bad request", ("Connection", "close"))
@@ -235,7 +238,6 @@ async def _answer(
     if received is None:
         return False
     asked, body = received
-    await server.pace.turn()
     if body is None:
         answer = say(413, f"a request has {_BODY} bytes at most", ("Connection", "close"))
     else:

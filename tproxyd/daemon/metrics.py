@@ -18,7 +18,7 @@ import trio
 from tproxyd.config import Endpoint
 from tproxyd.daemon.http import Answer, Request, Shared, say, serve_http, tell_health
 from tproxyd.datapath import CONNECT_SECONDS, Counters, Outcome
-from tproxyd.errors import KernelError
+from tproxyd.errors import KernelError, TproxydError
 from tproxyd.interceptor import KINDS
 from tproxyd.net.proc_net import port_holder
 from tproxyd.net.sockets import format_address
@@ -57,13 +57,14 @@ async def serve_metrics(
     repairs: Callable[[], Mapping[str, int]],
     unready: Callable[[], str],
     reloaded: Callable[[], bool],
+    packets: Callable[[], Awaitable[Mapping[tuple[str, str, str], int]]],
     version: str,
 ) -> None:
     """Answers until cancelled, and closes the listener then.
 
     `count` gives the counters of all relay loops, `dropped` how many lines of the access log were not written, `repairs` how
     often the kernel's state was put right, by kind, `unready` why it is not ready, empty if it is, `reloaded` whether the configuration that was read
-    last is the one that is served.
+    last is the one that is served, `packets` what the rules that count have counted, by table, chain and comment.
     """
 
     async def make() -> bytes:
@@ -71,10 +72,14 @@ async def serve_metrics(
         from prometheus_client import CollectorRegistry, generate_latest
 
         counters = await count()
+        try:
+            counted = await packets()
+        except (OSError, TproxydError):  # taken away, or not to be seen at the moment
+            counted = {}
 
         class Collector:
             def collect(self) -> Iterator[Metric]:
-                return _families(counters, dropped(), repairs(), reloaded(), version)
+                return _families(counters, dropped(), repairs(), reloaded(), counted, version)
 
         registry = CollectorRegistry(auto_describe=False)
         registry.register(Collector())
@@ -99,7 +104,12 @@ async def _answer(page: Shared[bytes], unready: Callable[[], str], request: Requ
 
 
 def _families(
-    counters: Counters, dropped: int, repairs: Mapping[str, int], reloaded: bool, version: str
+    counters: Counters,
+    dropped: int,
+    repairs: Mapping[str, int],
+    reloaded: bool,
+    packets: Mapping[tuple[str, str, str], int],
+    version: str,
 ) -> Iterator[Metric]:
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 
@@ -134,6 +144,14 @@ def _families(
     for kind in KINDS:
         repaired.add_metric([kind], repairs.get(kind, 0))
     yield repaired
+    seen = CounterMetricFamily(
+        "tproxyd_kernel_packets",
+        "Packets that the ruleset has counted since its tables were loaded, by the rule's comment.",
+        labels=["table", "chain", "rule"],
+    )
+    for labels, number in sorted(packets.items()):
+        seen.add_metric(labels, number)
+    yield seen
     yield GaugeMetricFamily(
         "tproxyd_config_last_reload_success",
         "1 if the configuration that was read last is the one that is served, else 0.",

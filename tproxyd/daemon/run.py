@@ -24,6 +24,8 @@ from tproxyd.daemon.service import Service, Stop
 from tproxyd.daemon.status import tell_serving
 from tproxyd.errors import TproxydError
 from tproxyd.interceptor import open_interceptor
+from tproxyd.interceptor.threads import in_thread
+from tproxyd.kernel import packet_counts
 from tproxyd.net.capabilities import require_capabilities
 from tproxyd.net.sockets import format_address
 
@@ -125,6 +127,7 @@ async def _serve_metrics(listener: trio.SocketListener, service: Service) -> Non
         repairs=lambda: service.interceptor.repairs,
         unready=lambda: service.unready,
         reloaded=lambda: service.last_reload_ok,
+        packets=lambda: in_thread(packet_counts),
         version=__version__,
     )
 

@@ -373,8 +373,8 @@ class _Relay:
         return False
 
     async def _ask(self, kind: bytes, question: Callable[[int], msgspec.Struct]) -> Page | Answer | None:
-        """The loop's answer; None if it dies instead. Raises KernelError if it has none in time."""
-        if self._channel is None:
+        """The loop's answer; None if it dies instead, or has just been started. Raises KernelError if it has none in time."""
+        if self._channel is None or not self._ready.is_set():
             return None
         self._asked += 1
         number, answered, answers = self._asked, trio.Event(), list[Page | Answer]()

@@ -16,6 +16,7 @@ from tproxyd.kernel.foreign_routing import (
 from tproxyd.kernel.links import Link, list_links
 from tproxyd.kernel.neighbours import Neighbour, legacy_tables, look_at_neighbours
 from tproxyd.kernel.nft import Library, Nft, Program, find_program, nft_version
+from tproxyd.kernel.packet_counters import packet_counts
 from tproxyd.kernel.passing import LowFiles, Passing
 from tproxyd.kernel.preflight import Preflight, is_too_old, look_ahead, preflight, require_nf_tables, require_nft
 from tproxyd.kernel.probe_link import PROBE_INTERFACE, ProbeWay, open_probe_link
@@ -91,6 +92,7 @@ __all__ = [
     "nft_version",
     "observe",
     "open_probe_link",
+    "packet_counts",
     "planned",
     "preflight",
     "repair",

@@ -13,11 +13,12 @@ import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 
 import trio
 
+from tproxyd.daemon.admin_socket import path_in
 from tproxyd.errors import CapabilityError
 from tproxyd.net.namespaces import new_namespace
 from tproxyd.testing import reaper
@@ -69,6 +70,8 @@ async def open_lab(topology: Topology) -> AsyncIterator[Lab]:
                 _kill_all(netns)
             finally:
                 for fd in netns.values():
+                    with suppress(OSError):  # of a daemon that was killed there
+                        os.unlink(path_in(os.fstat(fd).st_ino))
                     os.close(fd)
 
 
