@@ -1,6 +1,6 @@
 """The screen of `tproxyd top`: a state becomes lines. Pure; the only module that needs rich, and of that the styled text and the widths of characters.
 
-Lines are put together here and not by rich's tables, which take ten times as long for a screen. Whatever is shown has been through `printable`.
+Lines are put together here and not by rich's tables: 0.4 ms instead of 13 for a screen of 120x40. Whatever is shown has been through `printable`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ LEAST = (60, 15)
 _BARS = "▁▂▃▄▅▆▇█"
 _GAP = "  "
 _MINUTE = 60.0
+_ROOMY = 20  # lines from which on some may stay empty
 _NARROWEST_ADDRESS = 15  # columns of an address that is cut: "…:1234]:65535" still tells the port
 
 # Ended as ends are, or as somebody had wanted; any other outcome is worth a look.
@@ -72,7 +73,7 @@ def _head(state: State, width: int, height: int) -> Iterator[Text]:
         line.truncate(width)
         yield line
     for trouble in _troubles(state):
-        most = 2 if height >= 20 else 1
+        most = 2 if height >= _ROOMY else 1
         for told in textwrap.wrap(printable(trouble), width, max_lines=most, placeholder=" …"):
             yield Text(_cut(told, width), "bold red")
     if serving is None:
@@ -86,7 +87,7 @@ def _head(state: State, width: int, height: int) -> Iterator[Text]:
     ):
         rates = list(_rates(state.moments, of))
         now = rates[-1] if rates else 0.0
-        rate = short_size(now) + unit if unit else f"{now:.0f}"
+        rate = short_size(now) + unit if unit else f"{now:.1f}"
         line = Text(f"{what:<15} {rate:>8}/s  ")
         room = min(60, width - line.cell_len - max(30, len(ends) + 2))
         line.append(f"{_sparkline(rates[-room:]):>{room}}", style)
@@ -95,7 +96,8 @@ def _head(state: State, width: int, height: int) -> Iterator[Text]:
         yield line
     yield _outcomes(state, width)
     yield _workloads(state, width)
-    yield Text()
+    if height >= _ROOMY:
+        yield Text()
 
 
 def _troubles(state: State) -> Iterator[str]:
@@ -137,7 +139,8 @@ def _outcomes(state: State, width: int) -> Text:
         style = "green" if outcome in _GOOD else "yellow" if outcome in _CHOSEN else "red"
         lately = count - before.outcomes.get(outcome, 0)
         items.append(Text.assemble((printable(outcome), style), f" {count}", (f" +{lately}" if lately else "", "bold")))
-    return _listed(f"ended (+ in the last {when})" if passed >= 1 else "ended", items, width)
+    when = f"in the last {when}" if width >= 100 else "lately"
+    return _listed(f"ended (+ {when})" if passed >= 1 else "ended", items, width)
 
 
 def _workloads(state: State, width: int) -> Text:
@@ -147,7 +150,7 @@ def _workloads(state: State, width: int) -> Text:
     items = []
     for name, rows in sorted(found.items(), key=lambda one: -len(one[1])):
         rate = sum(row.from_client + row.from_upstream for row in rows)
-        items.append(Text(f"{_cut(name, 40)} {len(rows)} living {short_size(rate)}B/s"))
+        items.append(Text(f"{_cut(name, 40)} {len(rows)} living, {short_size(rate)}B/s"))
     return _listed("workloads", items, width)
 
 
@@ -214,8 +217,11 @@ def _table(state: State, rows: Sequence[Row], width: int) -> Iterator[Text]:
     def excess() -> int:
         return sum(widths[at] + len(_GAP) for at in columns) - len(_GAP) - width
 
-    while excess() > 0 and (goes := max(columns, key=lambda at: _COLUMNS[at].goes)) and _COLUMNS[goes].goes:
-        columns.remove(goes)
+    spared = sorted((at for at in columns if _COLUMNS[at].goes), key=lambda at: _COLUMNS[at].goes)
+    while spared and excess() > 0:
+        at = spared.pop()
+        if _COLUMNS[at].sort != state.sort:  # by what they are sorted has to be seen
+            columns.remove(at)
     for at in sorted((0, 1), key=lambda at: -widths[at]):
         other = widths[1 - at]
         if (over := excess()) > 0:
@@ -264,9 +270,9 @@ def _foot(state: State, width: int, first: int, shown: int, count: int) -> Text:
         ("q", "quit"),
         ("s", f"sort: {state.sort}"),
         ("f", f"filter: {_cut(state.filter, 20)}" if state.filter else "filter"),
+        ("k", "close"),
         ("p", "go on" if state.paused else "pause"),
         ("↑↓", "choose"),
-        ("k", "close"),
         ("PgUp PgDn", "scroll"),
         ("Esc", "all again"),
     ):
