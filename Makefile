@@ -23,7 +23,7 @@ need-root = $(if $(filter 0,$(shell id -u)),,$(error make $@ needs root: type `s
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help venv demo nstest nstest-long bench bench-quick test check format lock clean
+.PHONY: help venv demo pictures nstest nstest-long bench bench-quick test check format lock clean
 
 help:  ## what can be typed here
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F'\t' '{ printf "make %-13s %s\n", $$1, $$2 }'
@@ -35,6 +35,12 @@ demo:  ## the main job at work, in throwaway network namespaces (root)
 	$(need-root)
 	@$(PREPARE) nft curl openssl
 	@$(BIN)/python -m tproxyd.testing.demo
+
+pictures:  ## docs/demo.svg and docs/top.svg anew (root)
+	$(need-root)
+	@$(PREPARE) nft curl openssl
+	@$(BIN)/python packaging/pictures.py
+	@chown --reference=docs docs/*.svg
 
 nstest:  ## every test, in throwaway network namespaces; counted runs divided by 10 (root)
 	$(need-root)
