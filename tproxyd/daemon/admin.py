@@ -98,8 +98,6 @@ class _Api:
         except TproxydError as error:
             problems = error.problems if isinstance(error, ConfigError) else (str(error),)
             return _error(next(status for kind, status in _STATUS.items() if isinstance(error, kind)), *problems)
-        except trio.TooSlowError:
-            return _error(503, "it could not be done in time; is this machine overloaded?")
 
     def _all(self) -> str:
         return f"there are {', '.join(self._resources)}"

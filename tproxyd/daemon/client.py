@@ -46,7 +46,7 @@ class Listed(msgspec.Struct):
 
 
 class _Problem(msgspec.Struct):
-    error: str
+    problems: list[str]
 
 
 class _Changed(msgspec.Struct):
@@ -116,7 +116,7 @@ def _ask(file: Path | None, method: str, target: str, purpose: str, *, patience:
 
 def ask(path: str, method: str, target: str, purpose: str, *, patience: float = _PATIENCE, named: bool = True) -> bytes:
     """The body of a good answer of the daemon at a socket; without `named`, the socket is where a daemon is asked by default. Raises MissingError if nobody is
-    there, CapabilityError if this is not for us, and KernelError with exit code 1 and the daemon's reason if it refuses."""
+    there, CapabilityError if this is not for us, and an error with exit code 1 and the daemon's reasons if it refuses."""
     connection = _Connection(path, patience)
     try:
         connection.request(method, target)
@@ -145,12 +145,12 @@ def ask(path: str, method: str, target: str, purpose: str, *, patience: float = 
     if answer.status < 300:
         return content
     try:
-        reason = msgspec.json.decode(content, type=_Problem).error
+        problems = msgspec.json.decode(content, type=_Problem).problems
     except msgspec.MsgspecError:
-        reason = f"HTTP status {answer.status}"
+        problems = [content.decode(errors="replace").strip() or f"HTTP status {answer.status}"]
     if answer.status == 403:
-        raise CapabilityError(f"cannot {purpose}: {reason}")
-    refused = KernelError(f"cannot {purpose}: {reason}")
+        raise CapabilityError(f"cannot {purpose}: {problems[0]}")
+    refused = ConfigError(*(f"cannot {purpose}: {problem}" for problem in problems))
     refused.exit_code = 1
     raise refused
 

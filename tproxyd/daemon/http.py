@@ -241,6 +241,20 @@ async def _answer(
     if body is None:
         answer = say(413, f"a request has {_BODY} bytes at most", ("Connection", "close"))
     else:
+        answer = await _make(asked, body, stream, server, client)
+    try:
+        await _send(stream, connection, answer, waiting, head=asked.method == b"HEAD")
+    finally:
+        if answer.sent is not None:
+            answer.sent()
+    return connection.our_state is h11.DONE and connection.their_state is h11.DONE
+
+
+async def _make(
+    asked: h11.Request, body: bytes, stream: trio.SocketStream, server: _Server, client: trio.CancelScope
+) -> Answer:
+    """What is answered, in any case."""
+    try:
         with trio.fail_after(_WORK) as work:
 
             def allow(seconds: float) -> None:
@@ -248,25 +262,15 @@ async def _answer(
                 work.deadline = max(work.deadline, trio.current_time() + seconds)
 
             path, _, query = asked.target.decode("ascii").partition("?")
-            request = Request(
-                asked.method.decode("ascii"),
-                unquote(path),
-                dict(parse_qsl(query, keep_blank_values=True)),
-                body,
-                stream,
-                allow,
+            fields = dict(parse_qsl(query, keep_blank_values=True))
+            return await server.handle(
+                Request(asked.method.decode("ascii"), unquote(path), fields, body, stream, allow)
             )
-            try:
-                answer = await server.handle(request)
-            except Exception:  # as above
-                _log.exception("an answer on %s failed; this is a bug", server.what)
-                answer = say(500, "this is a bug; the daemon's log has more")
-    try:
-        await _send(stream, connection, answer, waiting, head=asked.method == b"HEAD")
-    finally:
-        if answer.sent is not None:
-            answer.sent()
-    return connection.our_state is h11.DONE and connection.their_state is h11.DONE
+    except trio.TooSlowError:
+        return say(503, "it could not be done in time; is this machine overloaded?")
+    except Exception:  # a surprise costs this request only, never the daemon
+        _log.exception("an answer on %s failed; this is a bug", server.what)
+        return say(500, "this is a bug; the daemon's log has more")
 
 
 async def _receive(stream: trio.SocketStream, connection: h11.Connection) -> tuple[h11.Request, bytes | None] | None:

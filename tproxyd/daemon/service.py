@@ -105,8 +105,7 @@ class Service:
 
     def _pass_on(self) -> None:
         self._to_tell -= 1
-        if not self._to_tell:
-            self._told.set()
+        self._told.set()
 
     async def drain(self) -> None:
         """Takes no new connection, and returns when the last one has ended, `drain.timeout` has passed, or `stop.now` is asked for."""
@@ -125,6 +124,7 @@ class Service:
         if self.interceptor.connections:
             _log.warning("connections that have not ended and are reset: %d", self.interceptor.connections)
         self._drained.set()
-        if self._to_tell:
-            with trio.move_on_after(_LAST_WORDS):
+        with trio.move_on_after(_LAST_WORDS):
+            while self._to_tell:
+                self._told = trio.Event()
                 await self._told.wait()
