@@ -266,7 +266,16 @@ def test_a_connection_is_closed_after_a_question() -> None:
         assert (after.closing, nothing, "not closed" in text(after)) == ("", None, True)
     ended = hear_list(asked, 91.0, [living(1, 91)], more=False)
     assert "it has ended by itself" in text(ended)
+    again = close_ended(asked, asked.closing)
+    assert (again.closing, "closed" in text(again)) == ("", True), "asked for twice, and gone after the first"
     assert press(ended, "y", 10)[1] is None
+
+
+def test_a_message_goes_after_some_seconds_or_with_the_next_key() -> None:
+    state = typed(watched(), "k")
+    assert "choose a connection" in text(hear_status(state, 93.0, serving(93)))
+    assert "choose a connection" not in text(hear_status(state, 95.0, serving(95)))
+    assert "choose a connection" not in text(typed(state, "s"))
 
 
 def test_q_is_the_end_but_not_in_a_filter() -> None:

@@ -32,7 +32,7 @@ from tproxyd.daemon.client import Listed, ask, socket_path
 from tproxyd.daemon.status import Serving
 from tproxyd.daemon.top_screen import frame, rows_shown
 from tproxyd.daemon.top_state import Close, Quit, State, close_ended, hear_list, hear_status, miss, press
-from tproxyd.errors import TproxydError
+from tproxyd.errors import KernelError, TproxydError
 
 __all__ = ["look", "read_keys", "top"]
 
@@ -84,7 +84,13 @@ class _Closed(NamedTuple):
     problem: str
 
 
-_News = _Heard | _Failed | _Closed
+class _Broken(NamedTuple):
+    """A mistake of ours, in the thread that asks."""
+
+    error: Exception
+
+
+_News = _Heard | _Failed | _Closed | _Broken
 
 
 def top(file: Path | None, *, once: bool) -> int:
@@ -151,16 +157,22 @@ def _sequence(data: bytes) -> int:
 
 
 def _look(path: str, *, listing: bool, named: bool = True) -> _Heard:
-    serving = msgspec.json.decode(ask(path, "GET", "/v1/status", "look", patience=_PATIENCE, named=named), type=Serving)
-    listed = None
+    told = ask(path, "GET", "/v1/status", "look", patience=_PATIENCE, named=named)
+    connections = None
     if listing:
-        content = ask(path, "GET", f"/v1/connections?limit={_MOST}", "look", patience=_PATIENCE, named=named)
-        listed = msgspec.json.decode(content, type=Listed)
+        connections = ask(path, "GET", f"/v1/connections?limit={_MOST}", "look", patience=_PATIENCE, named=named)
+    try:
+        serving = msgspec.json.decode(told, type=Serving)
+        listed = msgspec.json.decode(connections, type=Listed) if connections is not None else None
+    except msgspec.MsgspecError as error:
+        raise KernelError(
+            f"the daemon at {path} answers in another way than expected ({error}): is it of another version?"
+        ) from error
     return _Heard(time.monotonic(), serving, listed)
 
 
 class _Asker:
-    """Asks the daemon in a thread of its own, one question at a time; `wake` gets a byte when `news` has an answer."""
+    """Asks the daemon in a thread of its own, one question at a time; `wake` gets a byte when `news` has an answer. `busy`: a look is not answered yet."""
 
     def __init__(self, path: str, wake: socket.socket) -> None:
         self.news: queue.SimpleQueue[_News] = queue.SimpleQueue()
@@ -185,9 +197,10 @@ class _Asker:
         while True:
             self._work.acquire()
             try:
-                news: _News = self._close(self._closings.get_nowait())
-            except queue.Empty:
-                news = self._listen()
+                closing = None if self._closings.empty() else self._closings.get()
+                news: _News = self._listen() if closing is None else self._close(closing)
+            except Exception as error:
+                news = _Broken(error)
             self.news.put(news)
             with suppress(OSError):
                 self._wake.send(bytes([_ANSWER]))
@@ -199,10 +212,6 @@ class _Asker:
         except TproxydError as error:
             self._list_due = 0.0
             return _Failed(error)
-        except msgspec.MsgspecError as error:
-            return _Failed(
-                TproxydError(f"the daemon answers in another way than expected ({error}): is it of another version?")
-            )
         if heard.listed is not None:
             # Less than the period, so that a list that is made at once comes with every status.
             self._list_due = heard.at + _SHARE * (heard.at - began) - _PERIOD / 2
@@ -287,6 +296,8 @@ class _Top:
             case _Closed(identity, problem):
                 self._state = close_ended(self._state, identity, problem)
                 return
+            case _Broken(mistake):
+                raise mistake
             case _Failed(error):
                 self._state = miss(self._state, f"{error}. Trying again")
             case _Heard(at, serving, listed) if not self._state.paused:

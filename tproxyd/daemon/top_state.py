@@ -28,7 +28,8 @@ __all__ = [
     "visible",
 ]
 
-KEPT = 61.0  # seconds of moments that are kept: a minute, and the one before it
+_SAID = 4.0  # seconds for which a message stays
+_KEPT = 61.0  # seconds of moments that are kept: a minute, and the one before it
 
 Sort = Literal["rate", "bytes", "age"]
 SORTS: tuple[Sort, ...] = ("rate", "bytes", "age")
@@ -56,7 +57,7 @@ class Row(NamedTuple):
 class State:
     """`moments`: the oldest first, all of one daemon; `listed_at`: when `rows` were, `more`: there are others than these. `problem`: why the daemon was not
     heard last, empty if it was. `selected`: the id of a connection, empty for none; `closing`: the one of which it is asked whether it is to be closed.
-    `typing`: keys are text of the filter. `message`: the answer to the last key."""
+    `typing`: keys are text of the filter. `message`: the answer to the last key, until the time `until`."""
 
     serving: Serving | None = None
     moments: tuple[Moment, ...] = ()
@@ -71,6 +72,7 @@ class State:
     selected: str = ""
     closing: str = ""
     message: str = ""
+    until: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -88,10 +90,12 @@ def hear_status(state: State, at: float, serving: Serving) -> State:
     """The daemon has told of itself. Of one that has taken another's place nothing is compared with what that one counted."""
     counters = serving.counters
     moment = Moment(at, counters.accepted, counters.outcomes, counters.bytes_from_client, counters.bytes_from_upstream)
+    if state.message and at > state.until:
+        state = replace(state, message="")
     before = state.serving
     if before is None or before.pid != serving.pid or serving.uptime_s < before.uptime_s:
         return replace(state, serving=serving, moments=(moment,), rows=(), problem="", closing="")
-    kept = tuple(one for one in state.moments if at - one.at <= KEPT)
+    kept = tuple(one for one in state.moments if at - one.at <= _KEPT)
     return replace(state, serving=serving, moments=(*kept, moment), problem="")
 
 
@@ -107,7 +111,7 @@ def hear_list(state: State, at: float, connections: Sequence[LivingConnection], 
         rows.append(Row(one, (one.bytes_from_client - sent) / seconds, (one.bytes_from_upstream - received) / seconds))
     heard = replace(state, rows=tuple(rows), listed_at=at, more=more)
     if state.closing and all(one.id != state.closing for one in connections):
-        heard = replace(heard, closing="", message="it has ended by itself")
+        heard = _say(replace(heard, closing=""), "it has ended by itself")
     return _keep_selection(state, heard)
 
 
@@ -119,9 +123,13 @@ def miss(state: State, problem: str) -> State:
 def close_ended(state: State, identity: str, problem: str = "") -> State:
     """A connection was closed, or could not be."""
     if problem:
-        return replace(state, message=problem)
-    heard = replace(state, rows=tuple(row for row in state.rows if row.connection.id != identity))
-    return replace(_keep_selection(state, heard), message="closed")
+        return _say(state, problem)
+    heard = replace(
+        state,
+        rows=tuple(row for row in state.rows if row.connection.id != identity),
+        closing="" if state.closing == identity else state.closing,
+    )
+    return _say(_keep_selection(state, heard), "closed")
 
 
 def visible(state: State) -> list[Row]:
@@ -137,7 +145,7 @@ def press(state: State, key: str, page: int) -> tuple[State, Close | Quit | None
     state = replace(state, message="")
     if state.closing:
         asked, state = state.closing, replace(state, closing="")
-        return (state, Close(asked)) if key in ("y", "Y") else (replace(state, message="not closed"), None)
+        return (state, Close(asked)) if key in ("y", "Y") else (_say(state, "not closed"), None)
     if state.typing:
         return _type(state, key), None
     if key in ("q", "Q"):
@@ -154,7 +162,7 @@ def press(state: State, key: str, page: int) -> tuple[State, Close | Quit | None
         case "escape":
             return replace(state, filter="", selected=""), None
         case "k" if not state.selected:
-            return replace(state, message="choose a connection first, with the arrows"), None
+            return _say(state, "choose a connection first, with the arrows"), None
         case "k":
             return replace(state, closing=state.selected), None
     return state, None
@@ -187,6 +195,10 @@ def _move(state: State, key: str, page: int) -> State:
     # The first of these keys chooses the first row, and moves from there only by more than one.
     to = 0 if at is None and key in ("up", "down") else _MOVES[key](at or 0, page)
     return replace(state, selected=rows[max(0, min(to, len(rows) - 1))].connection.id)
+
+
+def _say(state: State, message: str) -> State:
+    return replace(state, message=message, until=(state.moments[-1].at if state.moments else 0.0) + _SAID)
 
 
 def _type(state: State, key: str) -> State:
