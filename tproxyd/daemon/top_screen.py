@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
-from rich.cells import cell_len, chop_cells, set_cell_size
+from rich.cells import cell_len, set_cell_size
 from rich.text import Text
 
 from tproxyd.config.wording import printable
@@ -300,7 +300,7 @@ def _cut(text: str, width: int) -> str:
 
 def _tail(text: str, width: int) -> str:
     text = printable(text)
-    return text if cell_len(text) <= width else "…" + chop_cells(text[::-1], max(width - 1, 1))[0][::-1]
+    return text if cell_len(text) <= width else "…" + set_cell_size(text[::-1], max(width - 1, 0))[::-1]
 
 
 def _fit(text: str, width: int, *, right: bool, tail: bool) -> str:
