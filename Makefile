@@ -28,7 +28,7 @@ need-root = $(if $(filter 0,$(shell id -u)),,$(error make $@ needs root: type `s
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help venv install uninstall demo nstest nstest-long bench bench-quick test check format docs lock dist deb deb-test clean
+.PHONY: help venv install uninstall demo pictures nstest nstest-long bench bench-quick test check format docs lock dist deb deb-test clean
 
 help:  ## what can be typed here
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F'\t' '{ printf "make %-13s %s\n", $$1, $$2 }'
@@ -49,6 +49,12 @@ demo:  ## the main job at work, in throwaway network namespaces (root)
 	$(need-root)
 	@$(PREPARE) nft curl openssl
 	@$(BIN)/python -m tproxyd.testing.demo
+
+pictures:  ## docs/demo.svg and docs/top.svg anew (root)
+	$(need-root)
+	@$(PREPARE) nft curl openssl
+	@$(BIN)/python packaging/pictures.py
+	@chown --reference=docs docs/*.svg
 
 nstest:  ## every test, in throwaway network namespaces; counted runs divided by 10 (root)
 	$(need-root)

@@ -95,7 +95,7 @@ def test_check_and_plan_load_neither_trio_nor_pyroute2(tmp_path: Path, verb: str
     [
         ((), 64, "required: VERB"),
         (("frobnicate",), 64, "invalid choice: 'frobnicate'"),
-        (("top",), 64, "`tproxyd top` is not in this version"),
+        (("handover",), 64, "`tproxyd handover` is not in this version"),
         (("plan", "--diff", "--format", "json"), 64, "leave --format out"),
         (("connections", "--close", "0", "--json"), 64, "leave --json out"),
         (("connections", "--limit", "0"), 64, "'0' is not a number of connections"),
@@ -143,6 +143,7 @@ async def test_help_shows_what_is_built_and_nothing_else(sidecar_lab: Lab) -> No
         "explain",
         "doctor",
         "connections",
+        "top",
         "reload",
         "drain",
     ]

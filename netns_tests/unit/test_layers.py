@@ -21,6 +21,7 @@ ONLY_THERE = {
     "trio": {"proxy", "interceptor", "daemon", "testing"},
     "h11": {"daemon"},
     "prometheus_client": {"daemon"},
+    "rich": {"daemon"},
     "pytest": {"testing"},
     "asyncio": set(),
 }
@@ -116,7 +117,7 @@ def test_an_early_room_gets_by_on_little(room: str) -> None:
         ("tproxyd.config", ["trio", "pyroute2", "tomllib"]),  # its types, as a relay process needs them
         ("tproxyd.policy", ["trio", "pyroute2", "msgspec"]),
         ("tproxyd.plan", ["trio", "pyroute2"]),
-        ("tproxyd.daemon.client", ["trio", "pyroute2", "h11"]),  # what asks a daemon is typed by people
+        ("tproxyd.daemon.client", ["trio", "pyroute2", "h11", "rich"]),  # what asks a daemon is typed by people
         ("tproxyd.kernel", ["trio", "pyroute2"]),
         (
             "tproxyd.daemon.run",

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from tproxyd.errors import ConfigError, TproxydError, UsageError
+from tproxyd.errors import ConfigError, MissingError, TproxydError, UsageError
 
 if TYPE_CHECKING:
     from tproxyd.config import Config
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["entry", "main"]
 
 # Promised for later versions: refused by name, not mistaken for a typing error.
-_LATER_VERBS = ("handover", "top")
+_LATER_VERBS = ("handover",)
 _DAY = 24 * 3600
 
 
@@ -200,6 +200,8 @@ def _make_parser() -> argparse.ArgumentParser:
     connections.add_argument("--limit", type=_count, metavar="N", help="so many at most")
     connections.add_argument("--close", metavar="ID", help="reset the connection of this id, on both sides")
     connections.add_argument("--json", action="store_true", help="for programs")
+    top = add("top", "show live connections and rates of the running daemon on a screen", ports=False)
+    top.add_argument("--once", action="store_true", help="print it once, as where the output is no terminal")
     add("reload", "have the running daemon read its configuration again", ports=False)
     add("drain", "have the running daemon take no new connections, and end with the last one", ports=False)
     return parser
@@ -253,7 +255,7 @@ def _dispatch(options: argparse.Namespace) -> int:
             return apply_revert.revert_after_exit(clean=successor.ended_well())
         return apply_revert.revert() if options.name is None else apply_revert.revert(options.name)
 
-    if options.verb in ("connections", "reload", "drain"):
+    if options.verb in ("connections", "reload", "drain", "top"):
         return _ask_daemon(options)
 
     from tproxyd.config import load_config
@@ -309,6 +311,8 @@ def _dispatch(options: argparse.Namespace) -> int:
 
 
 def _ask_daemon(options: argparse.Namespace) -> int:
+    if options.verb == "top":
+        return _show_top(options)
     from tproxyd.daemon import client
 
     match options.verb:
@@ -326,3 +330,16 @@ def _ask_daemon(options: argparse.Namespace) -> int:
         limit=options.limit,
         as_json=options.json,
     )
+
+
+def _show_top(options: argparse.Namespace) -> int:
+    try:
+        from tproxyd.daemon.top import top
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "rich":
+            raise
+        raise MissingError(
+            "`tproxyd top` needs the Python package rich, which is not there; install it (Debian: apt-get install python3-rich; pip: tproxyd[top]), "
+            "or use `tproxyd connections` and `tproxyd status`"
+        ) from error
+    return top(options.config, once=options.once)

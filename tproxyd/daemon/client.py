@@ -20,7 +20,17 @@ from tproxyd.daemon.admin_socket import GROUP, admin_path
 from tproxyd.datapath.listing import LivingConnection, read_end
 from tproxyd.errors import CapabilityError, ConfigError, KernelError, MissingError
 
-__all__ = ["close_connection", "drain", "list_connections", "reload"]
+__all__ = [
+    "Listed",
+    "ask",
+    "close_connection",
+    "drain",
+    "list_connections",
+    "reload",
+    "short_age",
+    "short_size",
+    "socket_path",
+]
 
 _PATIENCE = 30.0  # seconds for each piece of an answer
 _RELOAD = 150.0  # seconds for a reload, more than the daemon gives it
@@ -28,7 +38,9 @@ _RELOAD = 150.0  # seconds for a reload, more than the daemon gives it
 _COLUMNS = ("id", "age", "state", "workload", "client", "destination", "upstream", "rule", "sent", "received")
 
 
-class _Listed(msgspec.Struct):
+class Listed(msgspec.Struct):
+    """The answer of /v1/connections; `more`: there are others than these."""
+
     connections: list[LivingConnection]
     more: bool
 
@@ -64,7 +76,7 @@ def list_connections(
     if as_json:
         sys.stdout.write(content.decode())
         return os.EX_OK
-    listed = msgspec.json.decode(content, type=_Listed)
+    listed = msgspec.json.decode(content, type=Listed)
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     for line in _table([_COLUMNS, *map(_row, listed.connections)], width):
         print(line)
@@ -99,16 +111,19 @@ def drain(config: Path | None) -> int:
 
 
 def _ask(file: Path | None, method: str, target: str, purpose: str, *, patience: float = _PATIENCE) -> bytes:
-    """The body of a good answer. Raises MissingError if nobody is there, CapabilityError if this is not for us, and an error with exit
-    code 1 and the daemon's reasons if it refuses."""
-    path = _socket_path(file)
+    return ask(socket_path(file), method, target, purpose, patience=patience, named=file is not None)
+
+
+def ask(path: str, method: str, target: str, purpose: str, *, patience: float = _PATIENCE, named: bool = True) -> bytes:
+    """The body of a good answer of the daemon at a socket; without `named`, the socket is where a daemon is asked by default. Raises MissingError if nobody is
+    there, CapabilityError if this is not for us, and an error with exit code 1 and the daemon's reasons if it refuses."""
     connection = _Connection(path, patience)
     try:
         connection.request(method, target)
         answer = connection.getresponse()
         content = answer.read()
     except (FileNotFoundError, ConnectionRefusedError) as error:
-        hint = "" if file is not None else "; if its configuration names another admin.socket, give that with -c FILE"
+        hint = "" if named else "; if its configuration names another admin.socket, give that with -c FILE"
         raise MissingError(
             f"cannot {purpose}: no daemon is asked at {path} ({error.strerror}); is one running in this network namespace?{hint}"
         ) from error
@@ -140,8 +155,10 @@ def _ask(file: Path | None, method: str, target: str, purpose: str, *, patience:
     raise refused
 
 
-def _socket_path(file: Path | None) -> str:
-    """Of the daemon of a configuration file; without one, of the usual file if that can be read, and else where a daemon of this namespace is asked."""
+def socket_path(file: Path | None) -> str:
+    """Of the daemon of a configuration file; without one, of the usual file if that can be read, and else where a daemon of this namespace is asked.
+
+    Raises TproxydError."""
     setting: str | None = "auto"
     try:
         setting = load_config(file).admin.socket
@@ -176,15 +193,15 @@ def _row(one: LivingConnection) -> tuple[str, ...]:
     elsewhere = one.upstream if one.upstream != one.original_destination else None
     return (
         one.id,
-        _age(one.age_s),
+        short_age(one.age_s),
         one.state,
         one.workload,
         one.source,
         one.original_destination or "-",
         elsewhere or ("-" if one.upstream is None else "="),
         one.rule or "-",
-        _size(one.bytes_from_client),
-        _size(one.bytes_from_upstream),
+        short_size(one.bytes_from_client),
+        short_size(one.bytes_from_upstream),
     )
 
 
@@ -202,13 +219,15 @@ def _table(rows: Sequence[Sequence[str]], width: int | None) -> Iterator[str]:
         yield line if width is None else line[:width]
 
 
-def _age(seconds: float) -> str:
+def short_age(seconds: float) -> str:
+    """For a column: "3.2s", "4m07s", "5h12m"."""
     minutes, left = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{left:02}s" if minutes else f"{seconds:.1f}s"
 
 
-def _size(count: int) -> str:
+def short_size(count: float) -> str:
+    """For a column: "512", "4.2K", "12M"; in powers of 1024."""
     size = float(count)
     for unit in ("", "K", "M", "G"):
         if size < 1024:

@@ -41,25 +41,27 @@ PICTURE = """\
   gateway   client 192.0.2.2 ──── gateway + tproxyd ──── server, which answers for 203.0.113.0/24 and 2001:db8:f::/48
   sidecar   client 192.0.2.2 ──── host + tproxyd + app
 """
-HEADINGS = (
-    "layout",
-    "client",
-    "dialled",
-    "intercepted",
-    "client's own address",
-    "the app saw",
-    "outcome in the log",
-    "for the client",
-)
+TITLES = {
+    "gateway": "the destinations are foreign; the server sees the client's own address and port",
+    "sidecar": "the destinations are this host's; the app sees the client's own address, from another port",
+}
+HEADINGS = ("client", "dialled", "client's own address", "the app saw", "intercepted, outcome", "for the client")
 HTTP, TLS, NOBODY, EXCLUDED = 8080, 8443, 9000, 9050
 CURL_RESET = (7, 56)  # curl's exit codes for a connection that was reset while it was made, and after
 
 
+Paint = Callable[[str, str], str]
+"""Gives a text in the style of a terminal's escape sequence, such as BOLD, or as it is."""
+
+BOLD, GREEN, YELLOW, RED = "1", "32", "33", "1;31"
+
+
 class Row(NamedTuple):
-    """One line of the table, and whether it is what it should be."""
+    """One line of a layout's table, or a fact, and whether it is what it should be."""
 
     cells: tuple[str, ...]
     good: bool
+    layout: str = ""
 
 
 class App:
@@ -100,8 +102,9 @@ class Layout:
         self._requests = 0
         self._ports = iter(range(40001, 50000))
 
-    async def connection(self, client: str, destination: str, port: int, *, note: str = "") -> Row:
-        """Dials as `client` (curl, curl https, openssl) from a port chosen here, and gives the row of the table."""
+    async def connection(self, client: str, destination: str, port: int, *, why_not: str = "not intercepted") -> Row:
+        """Dials as `client` (curl, curl https, openssl) from a port chosen here, and gives the row of the table. `why_not` is the reason where the connection
+        is not to be intercepted."""
         self._requests += 1
         path, source_port = f"/{self.name}/{self._requests}", next(self._ports)
         where = format_address((destination, port))
@@ -126,9 +129,9 @@ class Layout:
         else:
             good = good and answer == f"hello, {seen}" and (kept or self.name == "sidecar")
         came = "answered" if answer else "reset at once" if done.returncode in CURL_RESET else "no answer"
-        intercepted = "yes" if outcome else "no"
-        cells = (self.name, client, where, intercepted, own, "the same" if kept else seen, outcome or "-", came + note)
-        return Row(cells, good)
+        intercepted = f"yes, {outcome}" if outcome else f"no, {why_not}"
+        cells = (client, where, own, "the same" if kept else seen, intercepted, came)
+        return Row(cells, good, self.name)
 
     async def _outcome(self, own: str) -> str | None:
         """From the access log; None if the connection was not intercepted. The log is a moment late, never silent."""
@@ -159,11 +162,11 @@ async def open_layouts(tls: ssl.SSLContext) -> AsyncIterator[tuple[Layout, Layou
         nursery.cancel_scope.cancel()
 
 
-async def show(say: Callable[[str], None]) -> bool:
+async def show(say: Callable[[str], None], paint: Paint) -> bool:
     """Runs the whole demo; whether everything was as it should be."""
     say("Two throwaway networks, the real daemon in each. Nothing of this machine's own network is read or changed.\n")
     say(PICTURE)
-    say("configuration:  " + CONFIG.replace("\n", "\n                ").rstrip())
+    say("configuration:  " + CONFIG.replace("\n", "\n                ").rstrip() + "\n")
     rows: list[Row] = []
     facts: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="tproxyd-demo-") as directory:
@@ -173,7 +176,7 @@ async def show(say: Callable[[str], None]) -> bool:
             async with AsyncExitStack() as stack:
                 for layout in layouts:
                     layout.daemon = await stack.enter_async_context(open_daemon(layout.proxy, CONFIG))
-                    say(f"{layout.name}: {layout.daemon.ready}")
+                    say(f"{paint(layout.name, BOLD)}: {paint(layout.daemon.ready, GREEN)}")
                 say("connecting ...\n")
                 for layout in layouts:
                     for destination in layout.destinations:
@@ -182,7 +185,7 @@ async def show(say: Callable[[str], None]) -> bool:
                             await layout.connection("curl https", destination, TLS),
                             await layout.connection("openssl", destination, TLS),
                             await layout.connection("curl", destination, NOBODY),
-                            await layout.connection("curl", destination, EXCLUDED, note=", directly (excluded port)"),
+                            await layout.connection("curl", destination, EXCLUDED, why_not="excluded port"),
                         ]
                 for layout in layouts:
                     tracked = layout.proxy.call(conntrack_count)
@@ -199,11 +202,7 @@ async def show(say: Callable[[str], None]) -> bool:
                 gateway.daemon.process.send_signal(signal.SIGKILL)
                 await gateway.daemon.process.wait()
                 gateway.daemon = None
-                rows.append(
-                    await gateway.connection(
-                        "curl", gateway.destinations[0], HTTP, note=", directly (the daemon was killed)"
-                    )
-                )
+                rows.append(await gateway.connection("curl", gateway.destinations[0], HTTP, why_not="daemon killed"))
                 sidecar = layouts[1]
                 assert sidecar.daemon is not None
                 facts.append(
@@ -214,12 +213,23 @@ async def show(say: Callable[[str], None]) -> bool:
                 same = await layout.proxy.dump() == state
                 words = "as before" if same else "CHANGED"
                 facts.append(Row((f"{layout.name}: rules, routes, ruleset, sysctls after {how}", words), same))
-    say(table(HEADINGS, [row.cells for row in rows]))
+    wrong = {row.cells for row in rows if not row.good}
+
+    def show_cell(row: Sequence[str], cell: str) -> str:
+        if row is HEADINGS:
+            return paint(cell, BOLD)
+        if row in wrong:
+            return paint(cell, RED)
+        return paint(cell, GREEN if cell.startswith("yes,") else YELLOW if cell.startswith("no,") else "")
+
+    for name, title in TITLES.items():
+        say(f"{paint(name, BOLD)}: {title}\n")
+        say(table(HEADINGS, [row.cells for row in rows if row.layout == name], show_cell))
     for fact in facts:
-        say(f"{fact.cells[0]}: {fact.cells[1]}")
+        say(f"{fact.cells[0]}: {paint(fact.cells[1], GREEN if fact.good else RED)}")
     bad = [row for row in (*rows, *facts) if not row.good]
     for row in bad:
-        say(f"NOT AS IT SHOULD BE: {' | '.join(row.cells)}")
+        say(paint(f"NOT AS IT SHOULD BE: {' | '.join([row.layout, *row.cells] if row.layout else row.cells)}", RED))
     return not bad
 
 
@@ -246,14 +256,29 @@ async def make_tls(directory: Path) -> ssl.SSLContext:
     return context
 
 
-def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Left-aligned columns under their headings."""
-    widths = [max(len(cell) for cell in column) for column in zip(headings, *rows, strict=True)]
+def table(
+    headings: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    show_cell: Callable[[Sequence[str], str], str] = lambda _, cell: cell,
+) -> str:
+    """Left-aligned columns under their headings. `show_cell` makes of a row and one of its cells what is written in that place."""
+    widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
 
-    def line(cells: Sequence[str]) -> str:
-        return "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
+    def line(row: Sequence[str]) -> str:
+        cells = (show_cell(row, cell) + " " * (width - len(cell)) for cell, width in zip(row, widths, strict=True))
+        return "  ".join(cells).rstrip()
 
-    return "\n".join([line(headings), "  ".join("─" * width for width in widths), *(line(row) for row in rows), ""])
+    return "\n".join([line(headings), "  ".join("─" * width for width in widths), *map(line, rows), ""])
+
+
+def in_colour(text: str, style: str) -> str:
+    """For a terminal."""
+    return f"\x1b[{style}m{text}\x1b[0m" if style else text
+
+
+def as_it_is(text: str, _: str) -> str:
+    """For anything else."""
+    return text
 
 
 def main() -> int:
@@ -264,7 +289,9 @@ def main() -> int:
     isolate_this_process()
     good = False
     try:
-        good = trio.run(show, partial(print, flush=True))
+        # https://no-color.org
+        coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+        good = trio.run(show, partial(print, flush=True), in_colour if coloured else as_it_is)
     except* LabError as errors:
         for error in errors.exceptions:
             print(f"tproxyd: {error}", file=sys.stderr)
