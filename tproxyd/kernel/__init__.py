@@ -30,12 +30,14 @@ from tproxyd.kernel.state import (
     make_steps,
     observe,
     planned,
+    remove_steering,
     repair,
     restore,
     revert,
     revert_steps,
     sections,
     stop_capture,
+    without_others,
 )
 from tproxyd.kernel.surroundings import (
     bridge_sysctl,
@@ -93,6 +95,7 @@ __all__ = [
     "open_probe_link",
     "planned",
     "preflight",
+    "remove_steering",
     "repair",
     "require_nf_tables",
     "require_nft",
@@ -101,4 +104,5 @@ __all__ = [
     "revert_steps",
     "sections",
     "stop_capture",
+    "without_others",
 ]
