@@ -3,7 +3,7 @@
 The first byte of a message tells its kind. A loop never waits for its owner: what does not fit is kept for later, and access-log
 lines beyond a bound are dropped and counted. The end of the socket is the end of the other side, however that came about.
 
-    owner ▶ loop    setup (pickled), a workload to serve, or to serve no more, idle?, counters?, stop; about a connection that was handed over: forward it, it has ended
+    owner ▶ loop    setup (pickled), a workload to serve, to take no more of, or to serve no more, idle?, counters?, stop; about a connection that was handed over: forward it, it has ended
     loop ▶ owner    ready, added, removed, records, living connections, counters, log lines, idle; a connection that the program wants to decide about
 """
 
@@ -32,6 +32,7 @@ ENDED = b"D"
 ADD_PART = b"a"  # the setup of a workload, pickled, as much of it as fits
 ADD = b"A"  # the rest of it, with the descriptors of its namespace and its listeners
 REMOVE = b"R"
+RETIRE = b"L"  # a workload's listeners are closed here: others have them
 # Loop to owner.
 READY = b"y"
 RECORDS = b"r"
@@ -44,8 +45,8 @@ HAND_OVER = b"h"  # with a socket
 ADDED = b"A"  # name, and why not
 REMOVED = b"R"
 
-FDS = 4
-"""Descriptors that come with one message at most."""
+FDS = 253
+"""Descriptors that come with one message at most: what the kernel allows (SCM_MAX_FD). After a hand-over a loop may have many listeners."""
 
 MESSAGE = 64 * 1024
 """Bytes of a message at most, the kind included."""
@@ -67,13 +68,15 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class WorkloadSetup(msgspec.Struct, frozen=True, kw_only=True):
-    """What a loop has to know of a workload, besides its sockets. `listen` are the addresses of all its listeners; `dial` is where its
+    """What a loop has to know of a workload, besides its sockets. `listen` are the addresses of all its listeners, `listeners` how many of them come with
+    this, if it is not one an address; `dial` is where its
     upstream sockets are made: in its namespace, or in that of the program."""
 
     name: str
     config: Config
     listen: tuple[tuple[str, int], ...]
     dial: Literal["workload", "agent"] = "workload"
+    listeners: int | None = None
 
 
 class HandedOver(msgspec.Struct):

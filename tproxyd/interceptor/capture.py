@@ -57,10 +57,15 @@ class Capture:
         self._netns = netns
         self._another = another
         self._dial: Literal["workload", "agent"] = dial
+        self._retired = False
+
+    listeners: Listeners
+    """While `open`."""
 
     @asynccontextmanager
     async def open(self, listeners: Listeners) -> AsyncIterator[None]:
         """Captures for the length of the block. On entry the kernel holds what was planned, and the loops have answered."""
+        self.listeners = listeners
         listen = self.keeper.plan().listen
         setup = WorkloadSetup(name=self.name, config=self.config, listen=listen, dial=self._dial)
         try:
@@ -89,9 +94,22 @@ class Capture:
         except TproxydError as error:
             _log.error("capture cannot be switched off: %s", error)
 
+    async def retire(self) -> None:
+        """Leaves everything to a successor that serves already, but for what lives: the listeners are closed here, and of the kernel's state the own
+        steering table alone goes at the end."""
+        self._retired = True
+        await self.keeper.retire()
+        await self._relays.retire(self.name)
+        for listener in [one for group in self.listeners for one in group]:
+            listener.close()
+
     async def drain(self) -> None:
         """Stops capture, and returns when the last connection has ended: see Interceptor.drain."""
         await self.stop()
+        if self._retired:
+            # Handshakes are the successor's, and what it has in the kernel delivers last bytes, too.
+            await self._relays.wait_idle(self.name)
+            return
         config = self.config
         await self._until_gone(half_open_connections, config.arrives_at_port)
         await self._relays.wait_idle(self.name)

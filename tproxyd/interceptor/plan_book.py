@@ -42,16 +42,30 @@ class PlanBook:
         self._files.close()
 
     def plan(
-        self, config: Config, surroundings: Surroundings, *, stays: bool, owned: bool, capturing: bool, name: str
+        self,
+        config: Config,
+        surroundings: Surroundings,
+        *,
+        stays: bool,
+        owned: bool,
+        capturing: bool,
+        name: str,
+        steering: str | None = None,
     ) -> Plan:
         """What `make_plan` makes of these; not to be changed, because others have the same one."""
-        key = (config, surroundings, stays, owned, capturing, name)
+        key = (config, surroundings, stays, owned, capturing, name, steering)
         plan = self._plans.get(key)
         if plan is None:
             if len(self._plans) >= _MOST:
                 self._plans, self._taken = {}, set()
             plan = make_plan(
-                config, surroundings=surroundings, stays=stays, owned=owned, capturing=capturing, name=name
+                config,
+                surroundings=surroundings,
+                stays=stays,
+                owned=owned,
+                capturing=capturing,
+                name=name,
+                steering=steering,
             )
             self._plans[key] = plan
         return plan

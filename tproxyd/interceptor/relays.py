@@ -92,6 +92,11 @@ class Relays:
             for relay in self._relays:
                 nursery.start_soon(relay.remove, name)
 
+    async def retire(self, name: str) -> None:
+        """Accepts nothing of a workload any more, whose listeners somebody else serves; what lives goes on."""
+        for relay in self._relays:
+            await relay.retire(name)
+
     async def serve(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Starts the loops, tells when each has answered, and keeps them running until cancelled; then ends them, which resets
         their connections. Raises KernelError when they cannot be started, or die again and again."""
@@ -254,8 +259,14 @@ class _Relay:
         self.counters.pop(name, None)
         self._before.pop(name, None)
 
+    async def retire(self, name: str) -> None:
+        if name in self._served:
+            # Nor does a loop get them that takes the place of this one.
+            self._served[name] = self._served[name]._replace(listeners=())
+            await self._tell(report.RETIRE + name.encode())
+
     async def _tell_served(self, served: Served) -> None:
-        data = pickle.dumps(served.setup)
+        data = pickle.dumps(msgspec.structs.replace(served.setup, listeners=len(served.listeners)))
         size = report.MESSAGE - 1
         fds = [served.netns, *(listener.fileno() for listener in served.listeners)]
         async with self._adds:  # parts of two must not mix
