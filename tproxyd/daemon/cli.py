@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["entry", "main"]
 
 # Promised for later versions: refused by name, not mistaken for a typing error.
-_LATER_VERBS = ("connections", "drain", "handover", "reload", "top")
+_LATER_VERBS = ("connections", "drain", "reload", "top")
 _LATER_OPTIONS = ("--after-exit",)
 _DAY = 24 * 3600
 
@@ -52,6 +52,10 @@ def main(arguments: Sequence[str]) -> int:
     except TproxydError as error:
         for sentence in error.problems if isinstance(error, ConfigError) else [str(error)]:
             _complain(sentence)
+        if "TPROXYD_HANDOVER" in os.environ:  # a daemon has started this one to take its place, and waits
+            from tproxyd.daemon.handover import tell_refusal  # late: it brings trio
+
+            tell_refusal(error)
         return error.exit_code
     except BrokenPipeError:
         _forget_output()  # its reader left (`tproxyd plan | head`), which is fine
@@ -166,6 +170,7 @@ def _make_parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="of an embedding program that gave its tables this name and has died (default: tproxyd)",
     )
+    add("handover", "start a new generation of the daemon beside it, which takes its place", config=False)
     explain = add("explain", "say which rules decide about a connection, and what happens")
     explain.add_argument("source", metavar="SRC[:PORT]", help="the client; IPv6 with a port: [2001:db8::1]:40000")
     explain.add_argument("destination", metavar="DST:PORT", help="where it wants to go; IPv6: [2001:db8::7]:80")
@@ -204,6 +209,10 @@ def _dispatch(options: argparse.Namespace) -> int:
         from tproxyd.daemon import confirm
 
         return confirm.confirm()
+    if options.verb == "handover":
+        from tproxyd.daemon import handover
+
+        return handover.handover()
     if options.verb == "revert":
         from tproxyd.daemon import apply_revert
 

@@ -47,8 +47,11 @@ Waiting = Callable[[], AbstractContextManager[None]]
 """Makes the block around all that waits for one client: for a whole request, or for taking an answer."""
 
 
-def open_metrics_listener(where: Endpoint) -> trio.SocketListener:
-    """A listener for `serve_metrics`, which closes it. KernelError if the address cannot be had."""
+def open_metrics_listener(where: Endpoint, inherited: socket.socket | None = None) -> trio.SocketListener:
+    """A listener for `serve_metrics`, which closes it; `inherited` is one that is there already. KernelError if the address cannot be had."""
+    if inherited is not None:
+        inherited.setblocking(False)
+        return trio.SocketListener(trio.socket.from_stdlib_socket(inherited))
     sock = socket.socket(socket.AF_INET6 if ":" in where.host else socket.AF_INET, socket.SOCK_STREAM)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -41,7 +41,8 @@ class Counted(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Serving(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="daemon"):
-    """What a daemon tells about itself. `trouble`: why it is not ready, empty if it is; `differences`: between its own plan and the kernel."""
+    """What a daemon tells about itself. `trouble`: why it is not ready, empty if it is; `differences`: between its own plan and the kernel;
+    `draining`: the pid of the generation before it, which still has connections since a hand-over."""
 
     pid: int
     version: str
@@ -54,6 +55,7 @@ class Serving(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="
     repairs: dict[str, int]
     trouble: str
     differences: list[Change]
+    draining: int | None = None
 
 
 class Waiting(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="apply"):
@@ -201,6 +203,8 @@ def _rows(report: _Report) -> Iterator[tuple[str, str]]:
         yield "ended", ", ".join(ended) or "none"
         yield "bytes", f"{counters.bytes_from_client} from clients, {counters.bytes_from_upstream} from upstreams"
         yield "repairs", ", ".join(f"{kind} {number}" for kind, number in sorted(daemon.repairs.items())) or "none"
+        if daemon.draining is not None:
+            yield "draining", f"pid {daemon.draining}, the generation before it, until its connections have ended"
         if daemon.trouble:
             yield "trouble", daemon.trouble
     held = report.observed

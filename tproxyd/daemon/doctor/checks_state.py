@@ -9,7 +9,7 @@ from tproxyd.daemon.doctor.model import Check, Evidence, Finding, of_tproxy_mode
 from tproxyd.kernel.routing import RuleKey, describe_rule, route_key, rule_key
 from tproxyd.net.sock_diag import TcpSocket
 from tproxyd.net.sockets import format_address
-from tproxyd.plan import GUARD, PROTOCOL, Rule, of_others, serving_generation
+from tproxyd.plan import GUARD, PROTOCOL, Rule, serving_generation
 
 __all__ = ["CHECKS"]
 
@@ -224,9 +224,8 @@ def table_changed(e: Evidence) -> Iterator[Finding]:
 def table_left_over(e: Evidence) -> Iterator[Finding]:
     if e.observed is None or not _is_compared(e):
         return
-    draining = of_others(e.observed.tables, e.plan.steering)  # since a hand-over, and going with its owner
     for name in e.observed.tables:
-        if name not in e.plan.tables and name not in draining:
+        if name not in e.plan.tables:
             yield Finding(
                 seen=f"the nft table inet {name} is in the kernel, but not planned",
                 why='it refuses clients after the daemon\'s death, although when_down is "bypass"'

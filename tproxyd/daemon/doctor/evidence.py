@@ -85,6 +85,8 @@ def gather(config: Config, file: str | None) -> Evidence:
     serves = trusted or _is_embedded(config, observed, sockets)
     view = kernel_view(config, observed or _NOTHING, served=serves)
     plan = view.plan()
+    if serves and observed is not None:  # that of a generation that drains since a hand-over goes with it
+        observed = kernel.without_others(observed, plan.steering, plan.name)
     relays = _children(daemon) if serves and daemon is not None else ()
     changed = _changed_tables(plan, observed)
     draining = serves and changed == (plan.steering,) and not _changed_tables(view.plan(capturing=False), observed)
