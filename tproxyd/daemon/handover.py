@@ -40,6 +40,9 @@ _log = logging.getLogger(__name__)
 CHANNEL = "TPROXYD_HANDOVER"
 """The environment variable in which a new generation finds the number of its end of the socket pair."""
 
+# What systemd says to one process alone: inherited files, and whose watchdog it is.
+_OF_ONE_PROCESS = frozenset({"LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "WATCHDOG_PID"})
+
 _START = 10.0  # seconds for a new generation to be ready; it takes half of one
 _END = 3.0  # seconds for an old one to end when it is told to; then it is killed
 _MESSAGE = 1 << 17  # bytes; there are two numbers and two addresses an ip rule in the largest one
@@ -143,6 +146,7 @@ class Old:
             self.may_serve.set()
             if not said:
                 self.gone.set()
+                self._channel.close()
                 return
 
     async def end(self) -> None:
@@ -302,7 +306,8 @@ class Generations:
         async with trio.open_nursery() as nursery:
             if self._old is not None:
                 nursery.start_soon(self._old.listen)
-                await self._old.may_serve.wait()
+                with trio.move_on_after(_END):  # one that stands still would read none either
+                    await self._old.may_serve.wait()
             with self._answering:
                 await answer()
             if self._new is not None:
@@ -407,7 +412,8 @@ class _New:
                 # Whatever interpreter and options this one was started with; no session of its own, so Ctrl-C ends both.
                 self._process = subprocess.Popen(
                     [sys.executable, *sys.orig_argv[1:]],
-                    env={**os.environ, CHANNEL: str(theirs.fileno())},
+                    env={name: value for name, value in os.environ.items() if name not in _OF_ONE_PROCESS}
+                    | {CHANNEL: str(theirs.fileno())},
                     pass_fds=[theirs.fileno()],
                 )
         except OSError as error:
