@@ -194,6 +194,35 @@ async def test_06_a_new_one_that_stands_still_is_ended_after_ten_seconds(way: Wa
 
 
 @SIDECAR_V4
+@pytest.mark.parametrize("milliseconds", [*SWEEP, 900, 1200])
+async def test_a_new_one_that_is_told_to_stop_while_it_starts_leaves_all_to_the_old_one(
+    way: Way, nursery: trio.Nursery, milliseconds: int
+) -> None:
+    """Once it serves, its stop is that of the daemon."""
+    before = await way.proxy.dump()
+    await nursery.start(serve_echo, way.app, 8080)
+    async with open_generations(way, CLOSED) as generations:
+        served = await way.proxy.dump()
+        async with way.proxy.process(*TPROXYD, "handover", collect=True) as verb:
+            new = await begun(generations)
+            await trio.sleep(milliseconds / 1000)
+            with suppress(ProcessLookupError):
+                os.kill(new, signal.SIGTERM)
+            code, said = await answered(verb)
+        await generations.ended(new)
+        print(code, said)
+        if code:
+            assert "SIGTERM" in said or "it was asked to stop while it started" in said
+            assert await way.proxy.dump() == served
+            assert await is_served(way, generations)
+            await generations.stop()
+        await generations.ended(generations.process.pid)
+        assert await generations.process.wait() == 0
+    assert "Traceback" not in generations.process.stderr_text
+    assert await way.proxy.dump() == before
+
+
+@SIDECAR_V4
 @pytest.mark.parametrize("both", [False, True], ids=["the old one alone", "both"])
 async def test_06_a_stop_during_the_start_of_the_new_one_stops_it_all(
     way: Way, nursery: trio.Nursery, both: bool

@@ -103,6 +103,7 @@ async def _serve(
                     "handover": generations.hand_over,
                 }
                 if not generations.begin():
+                    nursery.cancel_scope.cancel()
                     return
                 nursery.start_soon(generations.serve, partial(serve_orders, held, orders))
                 if metrics is not None:
