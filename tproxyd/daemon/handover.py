@@ -44,7 +44,7 @@ CHANNEL = "TPROXYD_HANDOVER"
 _OF_ONE_PROCESS = frozenset({"LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "WATCHDOG_PID"})
 
 _START = 10.0  # seconds for a new generation to be ready; it takes half of one
-_END = 3.0  # seconds for an old one to end when it is told to; then it is killed
+_END = 5.0  # seconds for an old one to end when it is told to; then it is killed
 _MESSAGE = 1 << 17  # bytes; there are two numbers and two addresses an ip rule in the largest one
 _FILES = 200  # descriptors in one message; the kernel takes 253 (SCM_MAX_FD)
 
