@@ -268,6 +268,29 @@ async def test_an_old_one_that_stands_still_keeps_the_new_one_from_nothing(way: 
 
 
 @SIDECAR_V4
+async def test_an_old_one_that_stands_still_when_it_should_leave_keeps_no_order_waiting_for_good(
+    way: Way, nursery: trio.Nursery
+) -> None:
+    """Stopped at the ready line of the new one: before it has let that one answer, or a moment later."""
+    before = await way.proxy.dump()
+    await nursery.start(serve_echo, way.app, 8080)
+    async with open_generations(way, CLOSED) as generations:
+        async with way.proxy.process(*TPROXYD, "handover", collect=True) as verb:
+            new = await begun(generations)
+            generations.pids.append(new)
+            await generations.process.wait_for_output(f"ready pid={new} ")
+            os.kill(generations.process.pid, signal.SIGSTOP)
+            told = json.loads((await way.proxy.run(*TPROXYD, "status", "--json", timeout=15)).stdout)
+            assert told["daemon"]["pid"] == new
+            os.kill(generations.process.pid, signal.SIGCONT)
+            await answered(verb)
+        await generations.ended(generations.process.pid)
+        assert await is_served(way, generations)
+        await generations.stop()
+    assert await way.proxy.dump() == before
+
+
+@SIDECAR_V4
 async def test_access_log_lines_of_two_generations_are_whole(way: Way, nursery: trio.Nursery) -> None:
     await nursery.start(serve_echo, way.app, 8080)
     async with open_generations(way, OPEN) as generations:
