@@ -140,6 +140,7 @@ async def test_help_shows_what_is_built_and_nothing_else(sidecar_lab: Lab) -> No
         "confirm",
         "status",
         "revert",
+        "handover",
         "explain",
         "doctor",
         "connections",

@@ -100,7 +100,7 @@ async def tproxyd(node: Node, *arguments: str, code: int) -> Finished:
 async def test_orders_are_taken_from_nobody_without_cap_net_admin(way: Way, stranger: tuple[str, ...]) -> None:
     async with open_daemon(way.proxy, CONFIG) as daemon:
         served = await way.proxy.dump()
-        for order in ("revert", "status", "confirm"):
+        for order in ("revert", "status", "confirm", "handover"):
             tried = await way.proxy.run(*stranger, sys.executable, "-c", ORDERER, order)
             assert tried.stdout == "Connection refused\nOperation not permitted\n"
         assert await way.proxy.dump() == served

@@ -90,7 +90,11 @@ class AdminSocket:
 
     def __init__(self, path: str, sock: socket.socket) -> None:
         self.path, self.sock = path, sock
-        self._made = _identity(path)
+        self._made: tuple[int, int] | None = _identity(path)
+
+    def leave(self) -> None:
+        """The path is a successor's from now on, who has the same socket."""
+        self._made = None
 
     def __enter__(self) -> AdminSocket:
         return self
@@ -103,13 +107,23 @@ class AdminSocket:
 
 
 @contextmanager
-def open_admin_socket(setting: str | None) -> Iterator[AdminSocket | None]:
+def open_admin_socket(setting: str | None, inherited: socket.socket | None = None) -> Iterator[AdminSocket | None]:
     """Listens where `admin.socket` says, for the length of the block; None where it says "". What a dead daemon has left there is replaced.
+    `inherited` is a living one's, whose place this takes.
 
     Raises KernelError if somebody listens there, something else than a socket is there, or it cannot be had. "auto" is given up with a warning in the last
     case: capturing is worth more than being asked.
     """
     path = admin_path(setting)
+    if inherited is not None:
+        there = inherited.getsockname()
+        if path is not None and there == path and os.path.exists(path):
+            with AdminSocket(path, inherited) as taken:
+                yield taken
+            return
+        inherited.close()
+        with suppress(OSError):
+            os.unlink(there)  # nobody will be asked there any more
     if path is None:
         yield None
         return

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
 __all__ = ["entry", "main"]
 
-# Promised for later versions: refused by name, not mistaken for a typing error.
-_LATER_VERBS = ("handover",)
 _DAY = 24 * 3600
 
 
@@ -52,6 +50,10 @@ def main(arguments: Sequence[str]) -> int:
     except TproxydError as error:
         for sentence in error.problems if isinstance(error, ConfigError) else [str(error)]:
             _complain(sentence)
+        if "TPROXYD_HANDOVER" in os.environ:  # a daemon has started this one to take its place, and waits
+            from tproxyd.daemon.handover import tell_refusal  # late: it brings trio
+
+            tell_refusal(error)
         return error.exit_code
     except BrokenPipeError:
         _forget_output()  # its reader left (`tproxyd plan | head`), which is fine
@@ -178,6 +180,7 @@ def _make_parser() -> argparse.ArgumentParser:
         action="store_true",
         help='for ExecStopPost=: after a crash keep what refuses (when_down = "refuse"); nothing where a successor starts',
     )
+    add("handover", "start a new generation of the daemon beside it, which takes its place", config=False)
     explain = add("explain", "say which rules decide about a connection, and what happens")
     explain.add_argument("source", metavar="SRC[:PORT]", help="the client; IPv6 with a port: [2001:db8::1]:40000")
     explain.add_argument("destination", metavar="DST:PORT", help="where it wants to go; IPv6: [2001:db8::7]:80")
@@ -220,9 +223,6 @@ def _seconds(text: str) -> int:
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    verb = next((word for word in arguments if not word.startswith("-")), None)
-    if verb in _LATER_VERBS:
-        raise UsageError(f"`tproxyd {verb}` is not in this version of tproxyd; see `tproxyd --help` for what is")
     options = _make_parser().parse_args(arguments)
     if options.verb == "connections" and options.close is not None:
         filters = [
@@ -242,6 +242,10 @@ def _dispatch(options: argparse.Namespace) -> int:
         from tproxyd.daemon import confirm
 
         return confirm.confirm()
+    if options.verb == "handover":
+        from tproxyd.daemon import handover
+
+        return handover.handover()
     if options.verb == "revert":
         if options.after_exit:
             from tproxyd.daemon import successor

@@ -18,13 +18,13 @@ from tproxyd.net.capabilities import require_capabilities
 from tproxyd.net.sockets import format_address
 from tproxyd.plan import (
     STATE,
-    STEERING,
     SUPPORTED_MARKS,
     Plan,
     Surroundings,
     is_owned,
     make_plan,
     match_mark,
+    serving_generation,
     spared_in,
     unified_diff,
 )
@@ -68,13 +68,15 @@ class KernelView(msgspec.Struct, frozen=True):
     def plan(self, *, capturing: bool = True) -> Plan:
         """What would be there on the same occasion: a daemon owns its steering table and leaves no word that it is to stay, unless
         `tproxyd apply` was here before it."""
-        steering = self.observed.tables.get(STEERING)
+        name = serving_generation(self.observed.tables)
+        steering = self.observed.tables.get(name)
         return make_plan(
             self.config,
             surroundings=self.surroundings,
             stays=not self.served or STATE in self.observed.tables,
             owned=self.served and (steering is None or is_owned(steering)),
             capturing=capturing,
+            steering=name,
         )
 
 
@@ -113,7 +115,7 @@ def kernel_view(config: Config, observed: kernel.Observed, *, served: bool) -> K
     Who else uses which marks by now is a question for the next start, and a daemon knows of the SSH ports that it saw at its own.
     """
     surroundings = surroundings_here(config)
-    steering = observed.tables.get(STEERING)
+    steering = observed.tables.get(serving_generation(observed.tables))
     served = served or (steering is not None and is_owned(steering))
     if served and steering is not None:
         surroundings = msgspec.structs.replace(surroundings, ssh_ports=spared_in(steering))
@@ -135,7 +137,8 @@ def diff_kernel(config: Config) -> int:
     require_capabilities("looking at the ruleset", ("CAP_NET_ADMIN",))
     holder = find_holder()
     found = compare(config, served=holder is not None and holder.trusted)
-    before, after = kernel.sections(found.observed), kernel.sections(found.expected)
+    observed = kernel.without_others(found.observed, found.plan.steering, found.plan.name)
+    before, after = kernel.sections(observed), kernel.sections(found.expected)
     return _print(unified_diff(before, after, names=("kernel", "plan")), "no difference: the kernel holds the plan")
 
 
@@ -160,7 +163,7 @@ def _print(diff: str, same: str) -> int:
 
 def _with_held_marks(config: Config, observed: kernel.Observed) -> Config:
     held = {(value, mask) for _, _, value, mask, *_ in observed.rules}
-    text = "" if held else observed.tables.get(STEERING, "")  # redirect mode has no ip rules
+    text = "" if held else observed.tables.get(serving_generation(observed.tables), "")  # redirect mode has no ip rules
     for steering, upstream in SUPPORTED_MARKS:
         both = {(steering.value, steering.mask), (upstream.value, upstream.mask)}
         if both <= held or match_mark(steering) in text:

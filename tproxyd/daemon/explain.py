@@ -25,7 +25,7 @@ from tproxyd.net.locality import Locality, Lookup, type_of_ipv4
 from tproxyd.net.proc_net import is_listening
 from tproxyd.net.processes import read_process, socket_holders
 from tproxyd.net.sock_diag import LISTEN, tcp_sockets
-from tproxyd.plan import STATE, Surroundings
+from tproxyd.plan import STATE, STEERING, Surroundings, serving_generation
 from tproxyd.plan.explain import Explanation, Machine, Route, explain
 from tproxyd.plan.ruleset import listen_addresses
 from tproxyd.plan.selectors import AddressType, Packet
@@ -144,6 +144,7 @@ def explain_connection(config: Config, request: Request) -> Account:
             held.kernel != "draining",
             held.tables,
             _listener(config, packet) if strange else None,
+            held.steering,
         )
         return Account(
             packet=packet,
@@ -287,6 +288,7 @@ class _Held(NamedTuple):
     tables: frozenset[str] | None
     differences: tuple[str, ...] = ()
     unseen: str = ""
+    steering: str = STEERING
 
 
 def _held(config: Config, *, served: bool) -> _Held:
@@ -299,7 +301,8 @@ def _held(config: Config, *, served: bool) -> _Held:
             drains = bool(missing) and not kernel.differences(view.plan(capturing=False), view.observed, nft)
     except TproxydError as error:
         return _Held(config, surroundings_here(config), "unseen", None, unseen=str(error))
-    observed, found = view.observed, partial(_Held, view.config, view.surroundings)
+    observed = view.observed
+    found = partial(_Held, view.config, view.surroundings, steering=serving_generation(observed.tables))
     names = frozenset(observed.tables)
     if not missing or drains:
         return found("draining" if drains else "as planned", names)

@@ -39,8 +39,10 @@ class LineWriter:
     def __init__(self, fd: int, convert: Callable[[bytes], bytes] | None = None) -> None:
         self._fd = fd
         self.is_journal = is_journal(fd)
-        # Into a pipe, into which others may write, too, no more at a time than it takes in one piece.
-        self._batch = _PIPE_BATCH if stat.S_ISFIFO(os.fstat(fd).st_mode) else _BATCH
+        # Into a pipe or a socket (the journal's), into which others may write, too, another generation at least, no more at a time than it
+        # takes in one piece.
+        mode = os.fstat(fd).st_mode
+        self._batch = _PIPE_BATCH if stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode) else _BATCH
         self.convert = convert
         self._chunks: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._taken = self._done = 0

@@ -31,9 +31,12 @@ __all__ = ["open_metrics_listener", "open_metrics_socket", "serve_metrics"]
 _BACKLOG = 64
 
 
-def open_metrics_listener(where: Endpoint) -> trio.SocketListener:
-    """A listener for `serve_metrics`, which closes it. KernelError if the address cannot be had."""
-    return trio.SocketListener(trio.socket.from_stdlib_socket(open_metrics_socket(where)))
+def open_metrics_listener(where: Endpoint, inherited: socket.socket | None = None) -> trio.SocketListener:
+    """A listener for `serve_metrics`, which closes it; `inherited` is one that is there already, perhaps elsewhere. KernelError if the address cannot be had."""
+    if inherited is not None and inherited.getsockname()[:2] != (where.host, where.port):
+        inherited.close()
+        inherited = None
+    return trio.SocketListener(trio.socket.from_stdlib_socket(inherited or open_metrics_socket(where)))
 
 
 def open_metrics_socket(where: Endpoint) -> socket.socket:

@@ -36,16 +36,21 @@ class Seen(NamedTuple):
     warnings: tuple[str, ...]
 
 
-def give_up_privileges(config: Config, inherited: Sequence[socket.socket] = ()) -> Seen:
-    """Keeps what the daemon needs for its config, for good. While there is one thread. `inherited`: listeners that it has been given.
+def give_up_privileges(config: Config, inherited: Sequence[socket.socket] = (), *, alone: bool = True) -> Seen:
+    """Keeps what the daemon needs for its config, for good. While there is one thread. `inherited`: listeners that it has been given; `alone`: there is no predecessor
+    that lives, and has the namespace and the ports.
 
     Raises CapabilityError where something is missing, and KernelError that names who has the namespace or a port.
     """
     require_needs(config)
-    _name_who_is_in_the_way(config, inherited)
+    if alone:
+        _name_who_is_in_the_way(config, inherited)
     seen = Seen(frozenset(ssh_ports_here()), tuple(_unseen(config)))
     _join_readers()
-    keep_capabilities([*(need.capability for need in needs_here(config)), *to_read_code()], pass_on=True)
+    # A successor has no more than this one, and may have relay processes where this one has none.
+    successors = () if config.redirects else ("CAP_NET_RAW",)
+    needed = [need.capability for need in needs_here(config)]
+    keep_capabilities({*needed, *successors, *to_read_code()}, pass_on=True)
     return seen
 
 

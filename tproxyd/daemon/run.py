@@ -12,13 +12,16 @@ from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
 from functools import partial
 from itertools import chain
+from typing import NamedTuple
 
+import msgspec
 import trio
 
 from tproxyd import __version__
 from tproxyd.config import Config
 from tproxyd.daemon import successor
 from tproxyd.daemon.admin_socket import AdminSocket, open_admin_socket
+from tproxyd.daemon.handover import Generations, Old, take_over
 from tproxyd.daemon.lock import Orders, namespace_lock, reverted, serve_orders
 from tproxyd.daemon.logs import AccessLog, LineWriter, encode_line, set_up_logging
 from tproxyd.daemon.privileges import give_up_privileges
@@ -36,6 +39,8 @@ __all__ = ["run"]
 
 _log = logging.getLogger(__name__)
 
+_ADMIN, _METRICS = "admin", "metrics"  # what else is handed over, by these names
+
 _STOP = (signal.SIGTERM, signal.SIGINT)
 _RESTART = signal.SIGUSR1
 """RestartKillSignal= of the unit: SIGTERM in a restart, so whoever gets it knows that a successor comes. Without systemd it is SIGTERM."""
@@ -43,22 +48,52 @@ _RESTART = signal.SIGUSR1
 _LAST_STEPS = 20.0  # seconds that a stop may take besides the drain; it takes some tenths
 
 
+class _Start(NamedTuple):
+    """What a daemon begins with. `load` reads the configuration again; None where it came from the command line alone. `held` is the lock of the
+    namespace."""
+
+    config: Config
+    load: Callable[[], Config] | None
+    stderr: LineWriter
+    access_log: AccessLog
+    held: socket.socket
+    ssh_ports: Collection[int]
+    manager: Manager
+    old: Old | None
+
+
 def run(config: Config, load: Callable[[], Config] | None = None) -> int:
     """Serves until SIGTERM or SIGINT and drains; a second one ends it at once. SIGUSR1 says, under systemd, that a successor comes. 0 after a clean
     stop. Raises TproxydError.
 
-    `load` reads the configuration again at SIGHUP; None where it came from the command line alone."""
+    `load` reads the configuration again at SIGHUP; None where it came from the command line alone. Takes the place of a generation that has started it for
+    that (handover.py)."""
     manager = find_manager()  # before any other program is started, which would inherit what it takes
+    old = take_over()
+    try:
+        return _run(config, load, manager, old)
+    except TproxydError as error:
+        if old is not None:
+            old.refuse(error)
+        raise
+    finally:
+        if old is not None:
+            old.close()
+
+
+def _run(config: Config, load: Callable[[], Config] | None, manager: Manager, old: Old | None) -> int:
     _allow_all_files()
-    seen = give_up_privileges(config, manager.passed)  # before there is another thread
+    # Before there is another thread.
+    inherited = manager.passed if old is None else old.predecessor.listeners
+    seen = give_up_privileges(config, inherited, alone=old is None)
     stderr = LineWriter(sys.stderr.fileno())
     set_up_logging(config, stderr)
     for warning in seen.warnings:
         _log.warning("%s", warning)
     access_log = AccessLog(config, sys.stdout.fileno())
     try:
-        with namespace_lock("start") as held:
-            trio.run(_serve, config, load, stderr, access_log, held, seen.ssh_ports, manager)
+        with namespace_lock("start") if old is None else old.lock as held:
+            trio.run(_serve, _Start(config, load, stderr, access_log, held, seen.ssh_ports, manager, old))
     except BaseExceptionGroup as group:
         error = _only(group)
         if error is None:
@@ -74,102 +109,118 @@ def run(config: Config, load: Callable[[], Config] | None = None) -> int:
     return os.EX_OK
 
 
-async def _serve(
-    config: Config,
-    load: Callable[[], Config] | None,
-    stderr: LineWriter,
-    access_log: AccessLog,
-    held: socket.socket,
-    ssh_ports: Collection[int],
-    manager: Manager,
-) -> None:
+async def _serve(start: _Start) -> None:
+    config, manager, old = start.config, start.manager, start.old
     stop, reloads = Stop(), Reloads()
-    manager.empty_store()
+    if old is None:
+        manager.empty_store()
     with (
         trio.open_signal_receiver(*_STOP, _RESTART, signal.SIGHUP) as signals,
-        open_admin_socket(config.admin.socket) as admin,
+        open_admin_socket(config.admin.socket, old.service(_ADMIN) if old is not None else None) as admin,
     ):
-        async with trio.open_nursery() as nursery, _metrics_listener(config) as metrics:
+        async with trio.open_nursery() as nursery, _metrics_listener(config, old) as metrics:
             can_restart = manager.listens and successor.can_be_announced()
             nursery.start_soon(partial(_listen_to_signals, signals, stop, reloads, can_restart=can_restart))
             # A signal that comes while this starts is answered as soon as it has: that takes a fraction of a second.
             async with open_interceptor(
                 config,
-                on_lines=access_log.write,
+                on_lines=start.access_log.write,
                 own_namespace=True,
-                ssh_ports=[*ssh_ports],
+                ssh_ports=[*start.ssh_ports],
                 namespace_held=True,
                 inherited=manager.passed,
+                predecessor=old.predecessor if old is not None else None,
             ) as interceptor:
-                path = admin.path if admin is not None else None
                 service = Service(
                     config,
                     interceptor,
                     stop,
-                    access_log,
-                    admin_socket=path,
-                    load=load,
+                    start.access_log,
+                    admin_socket=admin.path if admin is not None else None,
+                    load=start.load,
                     reloads=reloads,
                     on_reload=lambda begins: _tell_reload(manager, service, begins=begins),
                 )
-                orders: Orders = {
-                    "revert": partial(_revert, service),
-                    "status": partial(_status, service),
-                    "reload": service.reload,
-                }
-                nursery.start_soon(serve_orders, held, orders)
-                if metrics is not None:
-                    nursery.start_soon(_serve_metrics, metrics, service)
+                services = {_METRICS: metrics.socket.fileno()} if metrics is not None else {}
                 if admin is not None:
-                    nursery.start_soon(_serve_admin, admin, service)
+                    services[_ADMIN] = admin.sock.fileno()
+                generations = Generations(interceptor, stop, start.held, services, manager, old)
+                if not generations.begin():
+                    nursery.cancel_scope.cancel()
+                    return
+                orders: Orders = {
+                    "revert": partial(_revert, service, generations),
+                    "status": partial(_status, service, generations),
+                    "reload": service.reload,
+                    "handover": partial(service.change, generations.hand_over),
+                }
+                nursery.start_soon(generations.serve, partial(serve_orders, start.held, orders))
+                if metrics is not None:
+                    nursery.start_soon(generations.while_serving, partial(_serve_metrics, metrics, service))
+                if admin is not None:
+                    nursery.start_soon(generations.while_serving, partial(_serve_admin, admin, service))
                 nursery.start_soon(service.obstacles.watch)
                 nursery.start_soon(service.serve_reloads)
                 # At any log level, and on one line: others wait for it.
                 listen = ",".join(format_address(address) for address in interceptor.listen)
-                stderr.write(encode_line(f"tproxyd: ready pid={os.getpid()} listen={listen}"))
-                manager.notify(READY=1, STATUS=service.line)
-                nursery.start_soon(manager.feed_watchdog, interceptor.until_answered)
-                nursery.start_soon(manager.tell_status, lambda: service.line)
+                start.stderr.write(encode_line(f"tproxyd: ready pid={os.getpid()} listen={listen}"))
+                generations.say_ready()
+                nursery.start_soon(_tell_manager, manager, service, generations)
                 await stop.drain.wait()
-                seconds = config.drain.timeout
+                if generations.handed_over and admin is not None:
+                    admin.leave()
+                seconds = service.config.drain.timeout
+                deadline = trio.current_time() + seconds
                 manager.notify(STOPPING=1, EXTEND_TIMEOUT_USEC=int((seconds + _LAST_STEPS) * 1e6))
                 if stop.restarts:
                     await service.hand_on()
                     interceptor.leave_to_successor(lambda groups: manager.store(chain.from_iterable(groups)))
                 else:
                     await service.drain()
+                await generations.outlive(deadline)
             if interceptor.left:
                 try:
                     successor.announce()
-                except (
-                    OSError
-                ) as error:  # then all is removed before it comes, which harms it as little as a first start
+                # Then all is removed before it comes, which harms it as little as a first start.
+                except OSError as error:
                     _log.error("cannot announce a successor: %s", error)
             elif stop.restarts:
                 manager.empty_store()
             nursery.cancel_scope.cancel()
 
 
-async def _revert(service: Service) -> str:
+async def _tell_manager(manager: Manager, service: Service, generations: Generations) -> None:
+    """Feeds the watchdog and tells how things stand, once this is the process that systemd listens to."""
+    await generations.until_serving()
+    manager.notify(READY=1, STATUS=service.line)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(manager.feed_watchdog, service.interceptor.until_answered)
+        nursery.start_soon(manager.tell_status, lambda: service.line)
+
+
+async def _revert(service: Service, generations: Generations) -> str:
+    ended = await generations.end_old()  # its connections need what goes now
     return reverted(
         await service.revert(),
-        "serves this network namespace and captures nothing from now on; restart or stop it",
+        "serves this network namespace and captures nothing from now on; restart or stop it"
+        + (f" (pid {ended}, which still drained since a hand-over, has ended with its connections)" if ended else ""),
     )
 
 
-async def _status(service: Service) -> str:
-    return tell_serving(await service.status())
+async def _status(service: Service, generations: Generations) -> str:
+    return tell_serving(msgspec.structs.replace(await service.status(), draining=generations.draining))
 
 
 @asynccontextmanager
-async def _metrics_listener(config: Config) -> AsyncIterator[trio.SocketListener | None]:
+async def _metrics_listener(config: Config, old: Old | None) -> AsyncIterator[trio.SocketListener | None]:
     """Open before anything else: that its address is taken is to be known while nothing has been changed."""
     if config.admin.metrics is None:
         yield None
     else:
         from tproxyd.daemon.metrics import open_metrics_listener  # late: who has no metrics need not load it
 
-        async with open_metrics_listener(config.admin.metrics) as listener:
+        inherited = old.service(_METRICS) if old is not None else None
+        async with open_metrics_listener(config.admin.metrics, inherited) as listener:
             yield listener
 
 
@@ -206,7 +257,7 @@ def _tell_reload(manager: Manager, service: Service, *, begins: bool) -> None:
 async def _listen_to_signals(signals: AsyncIterator[int], stop: Stop, reloads: Reloads, *, can_restart: bool) -> None:
     async for number in signals:
         if number == signal.SIGHUP:
-            reloads.ask()  # what comes of it is told in the log
+            reloads.ask()
         else:
             stop.ask(restart=number == _RESTART and can_restart)
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import TypeVar
 
 import trio
 
@@ -25,6 +27,8 @@ from tproxyd.kernel import Change
 __all__ = ["Service", "Stop"]
 
 _log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _LAST_WORDS = 0.5  # seconds for those who wait for the end of the drain to be told
 
@@ -77,6 +81,7 @@ class Service:
         self._load = load
         self._reloads = reloads or Reloads()
         self._on_reload = on_reload
+        self._changes = trio.Lock()
         self.obstacles = Obstacles(config, interceptor)
         self._stop = stop
         self._access_log = access_log
@@ -139,14 +144,12 @@ class Service:
         await self._reloads.serve(self._reload_once)
 
     async def _reload_once(self) -> str:
-        if self._stop.drain.is_set():
-            raise KernelError("the daemon is stopping, and reloads nothing any more; start it again")
         if self._load is None:
             _log.info("nothing to reload: there is no file to read, as this daemon was started with --port alone")
             return "nothing changed: this daemon was started with --port alone, and there is no file to read"
         self._on_reload(True)
         try:
-            changes = await self._change(self._load)
+            changes = await self.change(partial(self._change, self._load))
         except TproxydError as error:
             self.last_reload_ok, self.last_reload_error = False, "; ".join(_sentences(error))
             _log.error("not reloaded, the old configuration stays in force: %s", self.last_reload_error)
@@ -158,8 +161,15 @@ class Service:
         _log.info("reloaded: %s", "; ".join(changes) or "nothing changed")
         return "\n".join(changes) or "nothing changed"
 
+    async def change(self, step: Callable[[], Awaitable[T]]) -> T:
+        """Takes a step for which what is served must stay as it is: a reload, or a hand-over. One at a time."""
+        async with self._changes:
+            return await step()
+
     async def _change(self, load: Callable[[], Config]) -> list[str]:
         try:
+            if self._stop.drain.is_set():
+                raise KernelError("the daemon is stopping, and reloads nothing any more; start it again")
             config = await in_thread(load)
             require_needs(config, given_up=True)
             changes = await self.interceptor.reload(config)

@@ -42,7 +42,8 @@ class Counted(msgspec.Struct, frozen=True, kw_only=True):
 
 class Serving(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="daemon"):
     """What a daemon tells about itself. `trouble`: why it is not ready, empty if it is; `differences`: between its own plan and the kernel;
-    `admin_socket` is where the administrator asks it; `last_reload_error`: why the configuration in force is an older one, empty if it is not."""
+    `admin_socket` is where the administrator asks it; `last_reload_error`: why the configuration in force is an older one, empty if it is not;
+    `draining`: the pid of the generation before it, which still has connections since a hand-over."""
 
     pid: int
     version: str
@@ -57,6 +58,7 @@ class Serving(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="
     differences: list[Change]
     admin_socket: str | None = None
     last_reload_error: str = ""
+    draining: int | None = None
 
 
 class Waiting(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="apply"):
@@ -214,6 +216,8 @@ def _rows(report: _Report) -> Iterator[tuple[str, str]]:
         yield "ended", ", ".join(ended) or "none"
         yield "bytes", f"{counters.bytes_from_client} from clients, {counters.bytes_from_upstream} from upstreams"
         yield "repairs", ", ".join(f"{kind} {number}" for kind, number in sorted(daemon.repairs.items())) or "none"
+        if daemon.draining is not None:
+            yield "draining", f"pid {daemon.draining}, the generation before it, until its connections have ended"
         if daemon.trouble:
             yield "trouble", daemon.trouble
         if daemon.last_reload_error:

@@ -48,6 +48,17 @@ class Manager:
         self._given = {_inode(sock) for name, sock in passed if name != _STORED}
         self._was_stored = any(name == _STORED for name, _ in passed)
 
+    @property
+    def environment(self) -> dict[str, str]:
+        """What another process has to be told to speak with the same manager, once it is the service's main one."""
+        found = {"NOTIFY_SOCKET": self._address.replace("\0", "@", 1)} if self._address is not None else {}
+        return found | ({"WATCHDOG_USEC": str(int(self._watchdog * 1e6))} if self._watchdog is not None else {})
+
+    def move_to(self, pid: int) -> None:
+        """This process is the service's main one no more; it has nothing to say from then on."""
+        self.notify(MAINPID=pid)
+        self._address = None
+
     def notify(self, *, fds: Sequence[int] = (), **fields: object) -> bool:
         """Says all of it in one datagram: `notify(READY=1, STATUS="serves")`. Whether it was taken; if not, that is logged. Never waits for more than a second."""
         if self._address is None:

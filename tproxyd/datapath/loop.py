@@ -557,6 +557,14 @@ class RelayLoop:
         workload.close()
         self._share_out()
 
+    def _retire(self, workload: Workload) -> None:
+        """Accepts nothing of it any more: whoever waits is served by others, who have the same listeners. What lives goes on."""
+        if self._accepting and workload not in self._sated:
+            self._turn_away(workload)
+        for listener in workload.listeners:
+            self._ready.pop(listener, None)
+        workload.close_listeners()
+
     def _on_news(self, locality: Locality) -> Callable[[int], None]:
         def take(_: int) -> None:
             # What is asked meanwhile is asked of the kernel, and kept by nobody.
@@ -720,6 +728,9 @@ class RelayLoop:
                 if name in self._workloads:
                     self._remove(self._workloads[name])
                 self._books.tell(report.REMOVED, content)
+            case report.RETIRE:
+                if (workload := self._workloads.get(content.decode())) is not None:
+                    self._retire(workload)
             case report.TELL_IDLE:
                 workload = self._workloads.get(content.decode())
                 if workload is not None and not workload.asked_idle:
@@ -767,7 +778,7 @@ class RelayLoop:
         """The setup of a workload, and with it the descriptors of its namespace and its listeners."""
         setup: WorkloadSetup = pickle.loads(data)  # noqa: S301  # from the owner alone, over a socket that has no name
         try:
-            if len(fds) != 1 + len(setup.listen):
+            if len(fds) != 1 + (len(setup.listen) if setup.listeners is None else setup.listeners):
                 for fd in fds:
                     os.close(fd)
                 raise OSError(errno.EMFILE, "the kernel had no descriptors for it here; raise LimitNOFILE (ulimit -n)")

@@ -3,7 +3,7 @@
 The first byte of a message tells its kind. A loop never waits for its owner: what does not fit is kept for later, and access-log
 lines beyond a bound are dropped and counted. The end of the socket is the end of the other side, however that came about.
 
-    owner ▶ loop    setup (pickled), a workload to serve, or to serve no more, or whose clients are to wait, idle?, have those that live now
+    owner ▶ loop    setup (pickled), a workload to serve, to take no more of, or to serve no more, or whose clients are to wait, idle?, have those that live now
                     ended?, counters?, living ones?, close one, stop; about a connection that was handed over: forward it, relay it to this upstream,
                     reset what is relayed so, it has ended; when the configuration has changed: the setup again, a workload again, what it does not
                     capture any more is to go, listeners that are to close
@@ -56,6 +56,7 @@ LIST = b"L"  # a page of living connections
 CLOSE = b"X"  # a connection, by its identity
 LET_GO = b"g"  # name, and seconds: connections of older setups that the present one would not capture
 SHED = b"s"  # name, and addresses of listeners that are to close when nobody waits there any more
+RETIRE = b"w"  # a workload's listeners are closed here: others have them
 # Loop to owner.
 READY = b"y"
 RECORDS = b"r"
@@ -75,8 +76,8 @@ RETIRED = b"g"  # name, and the generation of which no connection lives any more
 SHEDDED = b"s"
 END_HANDLER = b"H"
 
-FDS = 8
-"""Descriptors that come with one message at most."""
+FDS = 253
+"""Descriptors that come with one message at most: what the kernel allows (SCM_MAX_FD). After a hand-over a loop may have many listeners."""
 
 MESSAGE = 64 * 1024
 """Bytes of a message at most, the kind included."""
@@ -99,7 +100,8 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class WorkloadSetup(msgspec.Struct, frozen=True, kw_only=True):
-    """What a loop has to know of a workload, besides its sockets. `listen` are the addresses of all its listeners; `dial` is where its
+    """What a loop has to know of a workload, besides its sockets. `listen` are the addresses of all its listeners, `listeners` how many of them come with
+    this, if it is not one an address; `dial` is where its
     upstream sockets are made: in its namespace, or in that of the program. `paused`: clients are to wait in the listeners' queues until it is told
     otherwise. Of the same name it takes the place of what the loop has: connections that live stay under the `generation` to which they came.
     `closing` are the listeners' ports that are soon to be no more."""
@@ -111,6 +113,7 @@ class WorkloadSetup(msgspec.Struct, frozen=True, kw_only=True):
     paused: bool = False
     generation: int = 0
     closing: tuple[int, ...] = ()
+    listeners: int | None = None
 
 
 class HandedOver(msgspec.Struct):

@@ -81,11 +81,15 @@ class Capture:
         self._keep: Callable[[Sequence[Sequence[socket.socket]]], bool] | None = None
         self.left = False
         """Whether it was left to a successor."""
+        self._retired = False
+
+    listeners: Listeners
+    """While `open`."""
 
     @asynccontextmanager
     async def open(self, listeners: Listeners) -> AsyncIterator[None]:
         """Captures for the length of the block. On entry the kernel holds what was planned, and the loops have answered."""
-        self._listeners = listeners
+        self.listeners = listeners
         try:
             # A state that steers may be there, of `tproxyd apply` or of a predecessor, and clients that wait. They go on waiting until ours has taken
             # its place: what that one remembers of connections is not in ours, and to local apps they would hang.
@@ -131,7 +135,7 @@ class Capture:
         before = self.config
         if same_interception(before, config):
             self.config = config
-            self._share_by_source(self._listeners, config)
+            self._share_by_source(self.listeners, config)
             return
         moves = config.listen.port != before.listen.port
         if moves and self._given:
@@ -140,7 +144,7 @@ class Capture:
             )
         await self.keeper.check(config)
         with ExitStack() as stack:
-            listeners = old = self._listeners
+            listeners = old = self.listeners
             if moves:
                 families = [host for host, _ in self.keeper.plan().listen]
                 opening = open_listeners(
@@ -178,7 +182,7 @@ class Capture:
 
     async def _change(self, before: Config, config: Config, listeners: Listeners) -> None:
         """First what connections under the new config will need, then the loops, which may have some at once, then capture."""
-        old, generation = self._listeners, self._generation
+        old, generation = self.listeners, self._generation
         living = [*self._living.values()]
         fresh = listeners if listeners is old else [[*new, *left] for new, left in zip(listeners, old, strict=True)]
         addresses = _addresses(old)
@@ -213,7 +217,7 @@ class Capture:
             if scope.cancelled_caught:
                 _log.warning("whoever waited at the old listen.port for more than %g s is reset", _SHED)
         finally:
-            self._listeners = listeners
+            self.listeners = listeners
             with trio.CancelScope(shield=True), trio.move_on_after(_PUT_BACK):
                 # Without the old port, at which from now on whoever likes may listen.
                 generation, self._generation = self._generation, self._generation + 1
@@ -272,6 +276,15 @@ class Capture:
         except TproxydError as error:
             _log.error("capture cannot be switched off: %s", error)
 
+    async def retire(self) -> None:
+        """Leaves everything to a successor that serves already, but for what lives: the listeners are closed here, and of the kernel's state the own
+        steering table alone goes at the end."""
+        self._retired = True
+        await self.keeper.retire()
+        await self._relays.retire(self.name)
+        for listener in [one for group in self.listeners for one in group]:
+            listener.close()
+
     async def drain(self) -> None:
         """Stops capture, and returns when the last connection has ended: see Interceptor.drain. So it has when `open` ends."""
         if self._ended:
@@ -286,6 +299,10 @@ class Capture:
 
     async def _drain(self) -> None:
         await self.stop()
+        if self._retired:
+            # Handshakes are the successor's, and what it has in the kernel delivers last bytes, too.
+            await self._relays.wait_idle(self.name)
+            return
         configs = [self.config, *self._living.values()]
         await self._until_gone(half_open_connections, self.config.arrives_at_port)
         await self._relays.wait_idle(self.name)

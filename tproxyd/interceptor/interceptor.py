@@ -25,9 +25,11 @@ from tproxyd.datapath.listing import Filter, read_end
 from tproxyd.errors import ConfigError, KernelError, MissingError
 from tproxyd.interceptor.capture import Capture, Listeners, open_listeners
 from tproxyd.interceptor.changes import make_changes, require_changeable
+from tproxyd.interceptor.heritage import Heritage
 from tproxyd.interceptor.keeper import Keeper
 from tproxyd.interceptor.privileges import require_needs, tell_lacking
 from tproxyd.interceptor.relays import OnLines, Relays
+from tproxyd.interceptor.succession import Predecessor, distinct, take_listeners
 from tproxyd.interceptor.threads import in_thread
 from tproxyd.interceptor.workloads import Event, Workload, Workloads
 from tproxyd.net.namespaces import NamespaceLike, call_in_namespace, open_namespace
@@ -306,6 +308,27 @@ class Interceptor:
         counted = await self._relays.count()
         return counted.get(OWN, Counters())
 
+    # Hand-over, for the daemon alone.
+
+    def heritage(self) -> tuple[Heritage, list[socket.socket]]:
+        """What a successor has to be given: in words, and the listeners. Raises KernelError where there can be none."""
+        assert self._own is not None
+        return self._own.keeper.heritage, distinct(self._own.listeners)
+
+    def keeping_still(self) -> AbstractAsyncContextManager[None]:
+        """The block in which a successor puts its state into the kernel: nothing is repaired."""
+        return self.own.keeping_still()
+
+    def settle(self) -> None:
+        """The predecessor will not go on any more: all that is left of its kernel state goes with this one."""
+        self.own.settle()
+
+    async def retire(self) -> None:
+        """A successor serves: the listeners are closed here, nothing is captured or repaired any more, and at the end the own steering table alone goes.
+        What lives goes on: `drain` waits for it."""
+        assert self._own is not None
+        await self._own.retire()
+
     @property
     def repairs(self) -> Mapping[str, int]:
         """How often the kernel's state was put right there after somebody else had changed it, by kind."""
@@ -359,6 +382,7 @@ async def open_interceptor(
     ssh_ports: Sequence[int] = (),
     namespace_held: bool = False,
     inherited: Sequence[socket.socket] = (),
+    predecessor: Predecessor | None = None,
 ) -> AsyncIterator[Interceptor]:
     """Serves until the block ends: workloads (`Interceptor.add_workload`), each in a network namespace of its own, and with `own_namespace` the one that the
     calling thread is in. Then nothing of ours is left in any kernel state, unless `tproxyd apply` had put it there: then its place is taken,
@@ -375,8 +399,9 @@ async def open_interceptor(
     `listeners` are listening TCP sockets of the program that are served as they are, as workload "host": with `own_namespace` they take the place of
     those that would be opened, and have to be where the plan says. They stay the program's. `ssh_ports`: at which this host's administrator
     comes in, besides those at which an SSH server is seen to listen; they are captured only if they are named singly. `namespace_held`: the caller
-    has taken the own namespace already (net/ownership.py), as the daemon has. `inherited` are sockets of a predecessor's or of systemd's: taken
-    as the own namespace's listeners where they are as those would be, closed otherwise.
+    has taken the own namespace already (net/ownership.py), as the daemon has. `inherited` are sockets of a dead predecessor's or of systemd's: taken
+    as the own namespace's listeners where they are as those would be, closed otherwise. `predecessor` is the daemon's, too: the generation whose place
+    this takes while it lives.
 
     On entry capture in the own namespace is on and checked, and the relay loops have answered. On exit, living connections are reset; call
     `drain` before to let them end. Cancelled anywhere, all is taken away before Cancelled leaves.
@@ -397,7 +422,9 @@ async def open_interceptor(
         if own_namespace:
             if not namespace_held:
                 stack.callback(hold_namespace("capture here").close)
-            keeper = await in_thread(partial(Keeper, config, name=name, ssh_ports=ssh_ports))
+            keeper = await in_thread(
+                partial(Keeper, config, name=name, ssh_ports=ssh_ports, before=predecessor and predecessor.heritage)
+            )
             stack.callback(keeper.close)
             _tell_ssh(config, keeper.surroundings)
         room = _make_room(config, asks=policy is not None)
@@ -406,7 +433,10 @@ async def open_interceptor(
             served = _copies(stack, listeners, len(setups))
         else:
             listen = keeper.plan().listen if keeper is not None else ()
-            served = stack.enter_context(open_listeners(config, listen, len(setups), inherited=inherited))
+            if predecessor is not None:
+                served = stack.enter_context(take_listeners(config, listen, len(setups), predecessor.listeners))
+            else:
+                served = stack.enter_context(open_listeners(config, listen, len(setups), inherited=inherited))
         netns = open_namespace("/proc/thread-self/ns/net")
         stack.callback(os.close, netns)
         relays = Relays(setups, _lines_to(on_record, on_lines), policy=policy, policy_timeout=policy_timeout)

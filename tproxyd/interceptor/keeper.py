@@ -15,21 +15,35 @@ import random
 import socket
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable, MutableMapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, MutableMapping, Sequence
+from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any, Literal, TypeVar
 
+import msgspec
 import trio
 
 from tproxyd import kernel
 from tproxyd.config import Config, is_interface
 from tproxyd.config.wording import few
 from tproxyd.errors import KernelError, MissingError, TproxydError
+from tproxyd.interceptor.heritage import Heritage, make_heritage, require_same
 from tproxyd.interceptor.plan_book import PlanBook
 from tproxyd.interceptor.threads import in_thread
 from tproxyd.net.namespaces import call_in_namespace
 from tproxyd.net.ownership import hold_namespace
-from tproxyd.plan import DEFAULT_NAME, Marks, Plan, Surroundings, make_marks, remove_tables, table_names, waiting_table
+from tproxyd.plan import (
+    DEFAULT_NAME,
+    Marks,
+    Plan,
+    Surroundings,
+    free_generation,
+    make_marks,
+    next_generation,
+    remove_tables,
+    table_names,
+    waiting_table,
+)
 
 __all__ = ["KINDS", "Keeper"]
 
@@ -71,6 +85,7 @@ class Keeper:
     `on_event` is told of each, in the task of `watch`; it must not block. `others` is set, and another one takes its place, when somebody else's ruleset has changed.
     `ssh_ports` are known to the caller, besides those that are found here: in a namespace that is not the caller's own, where none of this
     host's administrators comes in, port 22 alone is looked at.
+    `before` is what a predecessor leaves that lives and still has its table (heritage.py): ConfigError where they do not fit together.
     """
 
     def __init__(
@@ -83,6 +98,7 @@ class Keeper:
         book: PlanBook | None = None,
         threads: trio.CapacityLimiter | None = None,
         ssh_ports: Iterable[int] = (),
+        before: Heritage | None = None,
         on_event: Callable[[Literal["drift", "trouble"], str], None] = lambda kind, what: None,
     ) -> None:
         table_names(name)  # raises ConfigError
@@ -102,6 +118,14 @@ class Keeper:
         self._held: socket.socket | None = None
         self._nft: kernel.Nft | None = None  # of another namespace: opened for each step
         self._listed: tuple[int, dict[str, str]] | None = None
+        self._before = before
+        # Which name is free is looked for when the table is put there.
+        self._steering = table_names(name).steering if before is None else next_generation(before.steering, name)
+        self._stays = False
+        self._capturing = True
+        self._left = True  # nothing to keep
+        self._still = self._retired = False
+        self._is_guest = before is not None
         try:
             if netns is None:
                 self._begin()
@@ -112,9 +136,12 @@ class Keeper:
             self.close()
             raise
         self._owned = isinstance(self._nft, kernel.Library)
-        self._stays = False
-        self._capturing = True
-        self._left = True  # nothing to keep
+        if before is not None:
+            try:
+                require_same(before, config, self.plan())
+            except BaseException:
+                self.close()
+                raise
         self._lock = trio.Lock()
         self._repaired: defaultdict[str, deque[float]] = defaultdict(deque)
         self._rested = -math.inf  # when the next look may begin, and of which kind a repair is due, on time.monotonic()
@@ -230,6 +257,47 @@ class Keeper:
                 await self._step(self._stop_capture)
             self._capturing = False
 
+    @property
+    def heritage(self) -> Heritage:
+        """What a successor has to know. Raises KernelError where there can be none."""
+        if not self._owned:
+            raise KernelError(
+                "the steering table is nobody's without libnftables.so.1, so there cannot be one for each of two generations; install it (on Debian "
+                "libnftables1), and restart the daemon"
+            )
+        if not self.capturing:
+            raise KernelError("nothing is captured here any more, so there is nothing to hand over; restart the daemon")
+        return make_heritage(self._config, self.plan(), self._surroundings.taken_marks)
+
+    def settle(self) -> None:
+        """From now on the kernel's state is this one's to take away. Until then a predecessor may go on with it, and has it put right then."""
+        self._is_guest = False
+
+    @asynccontextmanager
+    async def keeping_still(self) -> AsyncIterator[None]:
+        """For the length of the block nothing is repaired: a successor puts its own state there, which is otherwise. At the end, unless this has
+        retired, it is looked at once."""
+        async with self._lock:
+            self._still = True
+        try:
+            yield
+        finally:
+            self._still = False
+            if not self._retired:
+                with trio.CancelScope(shield=True):
+                    await self._look_and_repair()
+
+    async def retire(self) -> None:
+        """A successor has it all: nothing is taken and nothing repaired any more, and `leave` takes the own steering table alone."""
+        async with self._lock:
+            self._retired = True
+            try:
+                if not self._left:
+                    await self._step(partial(kernel.stop_capture, self._wanted(self._surroundings)))
+            except TproxydError as error:
+                self._log.error("capture cannot be switched off beside the successor, which does the same: %s", error)
+            self._capturing = False
+
     async def revert(self) -> list[kernel.Change]:
         """Takes everything away, now and for good, for `tproxyd revert`. What was removed. Raises TproxydError; then what is missing is put
         there again."""
@@ -243,7 +311,9 @@ class Keeper:
         async with self._lock:
             if self._left:
                 return
-            if self._stays:
+            if self._retired or self._is_guest:
+                await self._step(partial(kernel.remove_steering, self._wanted(self._surroundings)))
+            elif self._stays:
                 plan = self._book.plan(
                     self._config, self._surroundings, stays=True, owned=False, capturing=True, name=self._name
                 )
@@ -296,7 +366,10 @@ class Keeper:
         self._ssh_ports = tuple(sorted({*kernel.find_ssh_ports(usual_alone=another), *self._ssh_ports}))
         found = self._look_ahead(self._config)
         self._warn(found.warnings)
-        self._surroundings = self._book.same(found.surroundings)
+        surroundings = found.surroundings
+        if self._before is not None:  # its marks are chosen, and living connections have them
+            surroundings = msgspec.structs.replace(surroundings, taken_marks=self._before.taken_marks)
+        self._surroundings = self._book.same(surroundings)
         self._links: dict[int, str] = dict(socket.if_nameindex())
         self._look_at_bridges()
 
@@ -316,6 +389,8 @@ class Keeper:
 
     def _put(self, nft: kernel.Nft) -> list[kernel.Change]:
         self._stays = kernel.is_applied(self._name)
+        if self._netns is None and self._before is None:
+            self._steering = free_generation(kernel.observe(nft, self._name).tables, self._name)
         return self._book.apply(self._wanted(self._surroundings), nft)
 
     def _stop_capture(self, nft: kernel.Nft) -> None:
@@ -335,10 +410,11 @@ class Keeper:
             )
             kernel.apply(applied, nft)
         else:
-            nft.run(remove_tables({self._name: plan.tables[self._name]}))
+            nft.run(remove_tables({plan.steering: plan.tables[plan.steering]}))
 
     def _remove(self, nft: kernel.Nft) -> list[kernel.Change]:
-        return kernel.revert(nft, self._name, checked=self._netns is not None)
+        own = self._steering if self._netns is None else None
+        return kernel.revert(nft, self._name, checked=self._netns is not None, steering=own)
 
     def _wanted(self, surroundings: Surroundings, *, capturing: bool = True) -> Plan:
         return self._plan(self._config, self._living, surroundings, capturing=capturing)
@@ -354,6 +430,7 @@ class Keeper:
             owned=self._owned,
             capturing=capturing and self._capturing,
             name=self._name,
+            steering=self._steering,
         )
 
     def _look_around(self) -> Surroundings:
@@ -428,7 +505,7 @@ class Keeper:
         """
         began = time.monotonic()
         self._look_at_bridges()
-        if self._left or not kernel.is_loopback_up():
+        if self._left or self._still or self._retired or not kernel.is_loopback_up():
             return None, None
         surroundings = self._look_around()
         plan = self._wanted(surroundings)

@@ -51,9 +51,10 @@ class PlanBook:
         capturing: bool,
         name: str,
         living: tuple[Config, ...] = (),
+        steering: str | None = None,
     ) -> Plan:
         """What `make_plan` makes of these; not to be changed, because others have the same one."""
-        key = (config, surroundings, stays, owned, capturing, name, living)
+        key = (config, surroundings, stays, owned, capturing, name, living, steering)
         plan = self._plans.get(key)
         if plan is None:
             if len(self._plans) >= _MOST:
@@ -66,6 +67,7 @@ class PlanBook:
                 capturing=capturing,
                 name=name,
                 living=living,
+                steering=steering,
             )
             self._plans[key] = plan
         return plan

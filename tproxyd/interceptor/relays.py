@@ -153,6 +153,11 @@ class Relays:
             for relay in self._relays:
                 nursery.start_soon(relay.remove, name)
 
+    async def retire(self, name: str) -> None:
+        """Accepts nothing of a workload any more, whose listeners somebody else serves; what lives goes on."""
+        for relay in self._relays:
+            await relay.retire(name)
+
     async def serve(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Starts the loops, tells when each has answered, and keeps them running until cancelled; then ends them, which resets
         their connections. Raises KernelError when they cannot be started, or die again and again."""
@@ -445,6 +450,12 @@ class _Relay:
         self.counters.pop(name, None)
         self._before.pop(name, None)
 
+    async def retire(self, name: str) -> None:
+        if name in self._served:
+            # Nor does a loop get them that takes the place of this one.
+            self._served[name] = self._served[name]._replace(listeners=())
+            await self._tell(report.RETIRE + name.encode())
+
     async def _tell_served(self, served: Served) -> None:
         """Unless the loop has been told, or it is served no more: a loop that has just been started is told of all by one task, while others add and
         remove. What it is told twice, or of what is gone, it would hold for good."""
@@ -453,7 +464,8 @@ class _Relay:
             if self._channel is None or self._served.get(name) is not served or self._told.get(name) is served:
                 return
             self._told[name] = served
-            data = pickle.dumps(msgspec.structs.replace(served.setup, paused=name in self._paused))
+            setup = msgspec.structs.replace(served.setup, paused=name in self._paused, listeners=len(served.listeners))
+            data = pickle.dumps(setup)
             size = report.MESSAGE - 1
             fds = [served.netns, *(listener.fileno() for listener in served.listeners)]
             with trio.CancelScope(shield=True):  # a part without the rest would be the beginning of the next one's

@@ -32,12 +32,14 @@ from tproxyd.kernel.state import (
     make_steps,
     observe,
     planned,
+    remove_steering,
     repair,
     restore,
     revert,
     revert_steps,
     sections,
     stop_capture,
+    without_others,
 )
 from tproxyd.kernel.surroundings import (
     bridge_sysctl,
@@ -97,6 +99,7 @@ __all__ = [
     "packet_counts",
     "planned",
     "preflight",
+    "remove_steering",
     "repair",
     "require_nf_tables",
     "require_nft",
@@ -105,4 +108,5 @@ __all__ = [
     "revert_steps",
     "sections",
     "stop_capture",
+    "without_others",
 ]

@@ -28,6 +28,7 @@ from tproxyd.plan import (
     Plan,
     exchange_tables,
     is_owned,
+    of_others,
     remove_tables,
     table_names,
     waiting_table,
@@ -46,12 +47,14 @@ __all__ = [
     "make_steps",
     "observe",
     "planned",
+    "remove_steering",
     "repair",
     "restore",
     "revert",
     "revert_steps",
     "sections",
     "stop_capture",
+    "without_others",
 ]
 
 Kind = Literal["route", "rule", "ruleset"]
@@ -215,16 +218,24 @@ def restore(before: Observed) -> None:
 
 
 def revert(
-    nft: Nft = _PROGRAM, name: str = DEFAULT_NAME, *, checked: bool = False, but: Collection[str] = ()
+    nft: Nft = _PROGRAM,
+    name: str = DEFAULT_NAME,
+    *,
+    checked: bool = False,
+    but: Collection[str] = (),
+    steering: str | None = None,
 ) -> list[Change]:
     """Removes all that is ours in this namespace, with tables of this name, whatever config put it there, and gives what was removed. Tables
     in `but` stay.
 
     Looks first, and raises with nothing changed if it cannot, if a table of this name is not of ours, or if one is owned by somebody who lives: then all of it is. Then a step that fails does not keep the others from being taken;
-    the first error is raised at the end. `checked`: it is known that nobody owns them.
+    the first error is raised at the end. `checked`: it is known that nobody owns them. `steering`: for who owns the table of this name; those of other
+    generations go with their owners.
     """
     observed = observe(nft, name)
     require_ours(name, observed.tables)
+    if steering is not None:
+        observed = without_others(observed, steering, name)
     tables = {one: text for one, text in observed.tables.items() if one not in but}
     steps = revert_steps(msgspec.structs.replace(observed, tables=tables), nft)
     for step in steps:
@@ -250,12 +261,29 @@ def stop_capture(plan: Plan, stopped: Plan, nft: Nft = _PROGRAM) -> None:
         _learn_spellings(stopped, observe(nft, plan.name), nft)
 
 
+def remove_steering(plan: Plan, nft: Nft) -> None:
+    """Takes the steering table away, and leaves all that another generation may need."""
+    tables = list_tables(nft, plan.name)
+    if plan.steering in tables:
+        nft.run(remove_tables({plan.steering: tables[plan.steering]}))
+
+
 def make_steps(plan: Plan, observed: Observed, nft: Nft = _PROGRAM, *, unsure: bool = True) -> list[Step]:
     """From what is to what should be: add routes, add rules, exchange changed tables at once, remove what is left over.
 
     `unsure` is whether a table counts as changed of which it cannot be told (see `_changed_tables`).
     """
+    observed = without_others(observed, plan.steering, plan.name)
     return _steps(planned(plan), observed, _changed_tables(plan, observed, nft, unsure=unsure), nft)
+
+
+def without_others(observed: Observed, steering: str, name: str) -> Observed:
+    """What is there but for the steering tables of other generations, which go with their owners."""
+    others = of_others(observed.tables, steering, name)
+    if not others:
+        return observed
+    tables = {one: listing for one, listing in observed.tables.items() if one not in others}
+    return msgspec.structs.replace(observed, tables=tables)
 
 
 def _steps(wanted: Observed, observed: Observed, changed: list[str], nft: Nft) -> list[Step]:

@@ -188,7 +188,7 @@ def _refused() -> KernelError:
 
 
 def _bits(names: Collection[str]) -> int:
-    return sum(1 << CAPABILITIES[name] for name in names)
+    return sum(1 << CAPABILITIES[name] for name in {*names})
 
 
 def _each(bits: int) -> list[int]:

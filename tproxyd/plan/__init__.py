@@ -7,6 +7,7 @@ The text that is shown is the text that is applied.
 """
 
 from tproxyd.plan.diff import Sections, unified_diff
+from tproxyd.plan.generations import free_generation, generations, next_generation, of_others, serving_generation
 from tproxyd.plan.model import Family, LocalRoute, Marks, Plan, Rule, Surroundings
 from tproxyd.plan.plan import PROTOCOL, SUPPORTED_MARKS, UNOWNED_BYPASS, make_marks, make_plan
 from tproxyd.plan.privileges import Need, needs_of, relay_capabilities
@@ -45,14 +46,19 @@ __all__ = [
     "Sections",
     "Surroundings",
     "exchange_tables",
+    "free_generation",
+    "generations",
     "is_owned",
     "make_marks",
     "make_plan",
     "match_mark",
     "needs_of",
+    "next_generation",
+    "of_others",
     "relay_capabilities",
     "remove_tables",
     "render",
+    "serving_generation",
     "spared_in",
     "ssh_remarks",
     "table_names",

@@ -82,6 +82,7 @@ class Machine(NamedTuple):
     `arrives(mark)`: what its routing does with the packet in question, bearing this mark; `leaves(host, port)`: with a packet of its own to
     there, port 0 being any. `listening`: whether there is a listener of the packet's family, `listener`: whose, if it is no tproxyd's. `capturing`: not so while a daemon drains. `tables`:
     the names of our tables in the kernel; None if it could not be asked, and they are taken to be as planned.
+    `steering`: which of them captures.
     """
 
     arrives: Callable[[int], Route]
@@ -90,6 +91,7 @@ class Machine(NamedTuple):
     capturing: bool = True
     tables: frozenset[str] | None = None
     listener: str | None = None
+    steering: str = STEERING
 
 
 class Stage(msgspec.Struct, frozen=True, kw_only=True):
@@ -130,6 +132,7 @@ class _Account:
         self.config, self.surroundings, self.packet, self.machine = config, surroundings, packet, machine
         self.plan = make_plan(config, surroundings=surroundings)
         self.marks = self.plan.marks
+        self.steering = machine.steering
         self.listener = Endpoint(listen_addresses(config)[packet.family], config.listen.port)
         self.destination = Endpoint(str(packet.destination), packet.port)
         self.stages: list[Stage] = []
@@ -143,24 +146,26 @@ class _Account:
         if self.packet.interface is None:
             self.add("prerouting", "(nothing arrives)", True, "this host sends it elsewhere; captured is what arrives")
             return self.bypassed()
-        arrived = self.walk(STEERING, "intercept", arrival_rules(self.config, self.surroundings))
+        arrived = self.walk(self.steering, "intercept", arrival_rules(self.config, self.surroundings))
         if arrived is not None and arrived.verdict == OPENS.verdict:
-            chosen = self.walk(STEERING, CAPTURE_CHAIN, capture_rules(self.config, self.surroundings))
+            chosen = self.walk(self.steering, CAPTURE_CHAIN, capture_rules(self.config, self.surroundings))
             if chosen is not None and chosen.verdict == "goto take":
                 return self.selected()
             if chosen is None:
-                self.add(f"inet {STEERING} {CAPTURE_CHAIN}", "(end of the chain)", True, "not a captured destination")
+                self.add(
+                    f"inet {self.steering} {CAPTURE_CHAIN}", "(end of the chain)", True, "not a captured destination"
+                )
         return self.not_taken()
 
     # In the kernel.
 
     def selected(self) -> Explanation:
-        take = f"inet {STEERING} take"
+        take = f"inet {self.steering} take"
         rules = take_rules(self.config, self.marks, self.surroundings.families)
-        if not self.is_held(STEERING):
-            self.add(f"inet {STEERING}", "(the table)", False, "is not in the kernel: nothing is steered")
+        if not self.is_held(self.steering):
+            self.add(f"inet {self.steering}", "(the table)", False, "is not in the kernel: nothing is steered")
         elif not self.machine.capturing:
-            self.add(f"inet {STEERING} {CAPTURE_CHAIN}", "(the chain)", False, "is empty while the daemon stops")
+            self.add(f"inet {self.steering} {CAPTURE_CHAIN}", "(the chain)", False, "is empty while the daemon stops")
         elif not any(rule.test(self.packet).matches for rule in rules):
             self.add(
                 take, "(end of the chain)", True, f"IPv{self.packet.family} is switched off here: nothing is steered"
@@ -169,7 +174,7 @@ class _Account:
             tproxy = next(rule for rule in reversed(rules) if rule.test(self.packet).matches)
             self.add(take, tproxy.match, False, f"nobody listens on {self.listener}: the rule breaks off")
         else:
-            taken = self.walk(STEERING, "take", rules)
+            taken = self.walk(self.steering, "take", rules)
             self.decide()
             if taken is not None and "reject" in taken.verdict:
                 what = "a special destination, which is never relayed unless policy.allow_special lists it"
@@ -179,7 +184,9 @@ class _Account:
 
     def redirected(self) -> Explanation:
         nat = f"{match_mark(self.marks.steering)} redirect to :{self.listener.port}"
-        self.add(f"inet {STEERING} divert", nat, True, "NAT brings it here, unless another program's NAT comes first")
+        self.add(
+            f"inet {self.steering} divert", nat, True, "NAT brings it here, unless another program's NAT comes first"
+        )
         if self.machine.listening:
             return self.accepted()
         self.add("listener", str(self.listener), False, "nobody listens, and NAT does not look for that")

@@ -94,10 +94,12 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
     `tables` maps a table's name to its body in the spelling of `nft -s list table`, so that what is observed can be
     compared with it. `routes` and `rules` are in the order in which they are added; the tables come last, in one
-    transaction. `listen` is where the listeners have to be, as (address, port). `name`: what the tables' names begin with.
+    transaction. `listen` is where the listeners have to be, as (address, port). `name`: what the tables' names begin with; `steering`: what
+    the steering table is called, of which there may be one a generation.
     """
 
     name: str
+    steering: str
     listen: tuple[tuple[str, int], ...]
     marks: Marks
     routes: tuple[LocalRoute, ...]

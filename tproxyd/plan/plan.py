@@ -93,6 +93,7 @@ def make_plan(
     capturing: bool = True,
     name: str = DEFAULT_NAME,
     living: Sequence[Config] = (),
+    steering: str | None = None,
 ) -> Plan:
     """What the kernel should hold for this Config, in a namespace with these surroundings.
 
@@ -100,10 +101,12 @@ def make_plan(
     `stays` is for `tproxyd apply`, whose state outlives every daemon; a daemon's own goes with it. `owned` is for who holds a
     kernel.Library: the steering table goes with it and is safe from everybody else. Not `capturing`, what lives is delivered and
     nothing new is taken. `name` is that of the tables; rules and routes have none. `living` are configs, with the same marks, mode and routing, under
-    which connections were taken that live: they go on being delivered. A Config that captures nothing gives a plan with
+    which connections were taken that live: they go on being delivered. `steering` is the name of the steering table, where it is another one's
+    (generations.py). A Config that captures nothing gives a plan with
     no table, rule or route. Raises ConfigError when the marks do not fit together, or for a name that is none.
     """
     marks, names = make_marks(config, surroundings.taken_marks), table_names(name)
+    names = names._replace(steering=steering or names.steering)
     table, first = config.routing.table, config.routing.priority
     # NAT changes the destination to an address of this host, so there is nothing to be routed.
     families = surroundings.families if config.captures and not config.redirects else ()
@@ -128,6 +131,7 @@ def make_plan(
             tables[names.state] = state_table(names.state)
     return Plan(
         name=name,
+        steering=names.steering,
         listen=tuple(
             (listen[family], config.listen.port) for family in (surroundings.sockets if config.captures else ())
         ),
@@ -139,8 +143,10 @@ def make_plan(
         ruleset=transaction(tables, names),
         # With `add` before it, `flush` succeeds where somebody has flushed the whole ruleset: capture is off there already. A table
         # with an owner cannot be flushed by others, nor added again.
-        capture_off=("" if owned else f"add table inet {name}\nadd chain inet {name} {CAPTURE_CHAIN}\n")
-        + f"flush chain inet {name} {CAPTURE_CHAIN}\n",
+        capture_off=(
+            "" if owned else f"add table inet {names.steering}\nadd chain inet {names.steering} {CAPTURE_CHAIN}\n"
+        )
+        + f"flush chain inet {names.steering} {CAPTURE_CHAIN}\n",
         sources=_sources(config) if config.captures else (),
         losses=_losses(config, owned=owned) if config.captures and config.redirects else (),
     )

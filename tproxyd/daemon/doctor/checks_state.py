@@ -9,7 +9,7 @@ from tproxyd.daemon.doctor.model import Check, Evidence, Finding, of_tproxy_mode
 from tproxyd.kernel.routing import RuleKey, describe_rule, route_key, rule_key
 from tproxyd.net.sock_diag import TcpSocket
 from tproxyd.net.sockets import format_address
-from tproxyd.plan import GUARD, PROTOCOL, STEERING, Rule, needs_of
+from tproxyd.plan import GUARD, PROTOCOL, Rule, needs_of, serving_generation
 
 __all__ = ["CHECKS"]
 
@@ -57,7 +57,7 @@ def left_by_the_dead(e: Evidence) -> Iterator[Finding]:
     if not (e.is_meant_to_capture or e.is_reverted) and _left(e):
         tables = e.observed.tables if e.observed is not None else {}
         # In redirect mode there is a guard's table in any case, and NAT does not look for a listener.
-        refuses = "reject" in tables.get(GUARD, "") or "redirect to" in tables.get(STEERING, "")
+        refuses = "reject" in tables.get(GUARD, "") or "redirect to" in tables.get(serving_generation(tables), "")
         yield Finding(
             seen=f"no daemon serves this network namespace, but its state is here: {', '.join(_left(e))}",
             why='a daemon has died: new connections are refused (when_down = "refuse")'

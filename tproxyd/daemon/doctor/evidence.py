@@ -30,7 +30,7 @@ from tproxyd.net.locality import Locality
 from tproxyd.net.namespaces import call_in_namespace, new_namespace
 from tproxyd.net.processes import Process, processes_here, read_process, socket_holders
 from tproxyd.net.sock_diag import LISTEN, TcpSocket, tcp_sockets
-from tproxyd.plan import STATE, STEERING, Plan, is_owned
+from tproxyd.plan import STATE, Plan, is_owned, serving_generation
 
 __all__ = ["gather"]
 
@@ -87,9 +87,11 @@ def gather(config: Config, file: str | None) -> Evidence:
     serves = trusted or _is_embedded(config, observed, sockets)
     view = kernel_view(config, observed or _NOTHING, served=serves)
     plan = view.plan()
+    if serves and observed is not None:  # that of a generation that drains since a hand-over goes with it
+        observed = kernel.without_others(observed, plan.steering, plan.name)
     relays = _relay_processes(daemon) if serves and daemon is not None else ()
     changed = _changed_tables(plan, observed)
-    draining = serves and changed == (STEERING,) and not _changed_tables(view.plan(capturing=False), observed)
+    draining = serves and changed == (plan.steering,) and not _changed_tables(view.plan(capturing=False), observed)
     has_own_rules = look("our ip rules", lambda: bool(dump_rules()), False)
     idle = not (serves or holder is not None or view.observed != _NOTHING or has_own_rules)
     no_rules: tuple[kernel.ForeignRule, ...] = ()
@@ -141,7 +143,7 @@ def gather(config: Config, file: str | None) -> Evidence:
 
 def _is_embedded(config: Config, observed: kernel.Observed | None, sockets: list[TcpSocket]) -> bool:
     """Whether a program that embeds tproxyd serves here, which holds no name: one that lives owns the table, or listens to what it steers."""
-    steering = observed.tables.get(STEERING) if observed is not None else None
+    steering = observed.tables.get(serving_generation(observed.tables)) if observed is not None else None
     if steering is None or (observed is not None and STATE in observed.tables):
         return False
     listening = any(
