@@ -276,6 +276,7 @@ async def test_reloads_under_load_lose_no_connection(way: Way, nursery: trio.Nur
         assert failed == []
         # Those that were under way when the load ended were given up by their clients.
         await until(lambda: len(served.daemon.records()) >= count + 2)
+        await until(lambda: any(one["bytes_from_upstream"] == size for one in served.daemon.records()))
         assert {record["outcome"] for record in served.daemon.records()} <= {"closed", "client_reset"}
         (whole,) = (one for one in served.daemon.records() if one["bytes_from_upstream"] == size)
         assert whole["outcome"] == "closed"
