@@ -1,10 +1,11 @@
 """Whoever asks a daemon badly: its administrator's socket and its metrics' port, all kinds at once or some of them.
 
-    python -m bench.abuse SOCKET PORT [flood] [slow] [huge] [storm]
+    python -m bench.abuse SOCKET PORT [decoy] [flood] [slow] [huge] [storm]
 
 Says `up` when 1,000 connections have been made (or what else there is has begun), goes on until stdin ends, and then tells as a line of JSON what it has
 done: connections made, answers got. Who starts it sees to it that it takes no CPU from what is measured (chrt, nice): it stands in for programs on
-other cores, and what it costs the daemon is the daemon's own time.
+other cores, and what it costs the daemon is the daemon's own time. With `decoy` it listens there itself, and answers all alike: what the same abuse costs the
+machine when it is nobody's.
 """
 
 from __future__ import annotations
@@ -106,8 +107,45 @@ async def _connect(path: str) -> trio.SocketStream:
         raise
 
 
+_CLIENTS = 64  # whom a decoy serves at once, as the daemon does
+_ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\nConnection: close\r\n\r\nok\n"
+
+
+async def _decoy(listener: trio.SocketListener) -> None:
+    """Answers whoever has sent a head, and sends away whoever has not for a tenth of a second."""
+    room = trio.CapacityLimiter(_CLIENTS)
+
+    async def serve(stream: trio.SocketStream) -> None:
+        async with room, stream:
+            with suppress(OSError, trio.BrokenResourceError), trio.move_on_after(0.1):
+                head = b""
+                while b"\r\n\r\n" not in head and len(head) < 16384 and (data := await stream.receive_some(8192)):
+                    head += data
+                await stream.send_all(_ANSWER)
+
+    async with trio.open_nursery() as nursery:
+        while True:
+            nursery.start_soon(serve, await listener.accept())
+
+
 async def main(path: str, port: int, kinds: list[str]) -> None:
     """Until stdin ends."""
+    async with trio.open_nursery() as decoys:
+        if "decoy" in kinds:
+            kinds = [kind for kind in kinds if kind != "decoy"] or [*KINDS]
+            with socket.socket(socket.AF_UNIX) as sock:
+                sock.bind(path)
+                sock.listen(128)
+                sock.setblocking(False)
+                here = trio.SocketListener(trio.socket.from_stdlib_socket(sock.dup()))
+            decoys.start_soon(_decoy, here)
+            for listener in await trio.open_tcp_listeners(port, host="127.0.0.1"):
+                decoys.start_soon(_decoy, listener)
+        await _ask_badly(path, port, kinds)
+        decoys.cancel_scope.cancel()
+
+
+async def _ask_badly(path: str, port: int, kinds: list[str]) -> None:
     places: list[Connect] = [partial(_connect, path), partial(trio.open_tcp_stream, "127.0.0.1", port)]
     abuse = _Abuse(places)
     async with trio.open_nursery() as nursery:

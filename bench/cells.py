@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass
@@ -114,49 +115,53 @@ async def idle(lengths: Lengths, visit: Visit) -> tuple[dict[str, float], dict[s
 
 async def admin(lengths: Lengths, visit: Visit) -> tuple[dict[str, float], dict[str, object]]:
     """The same requests alone and beside programs that ask the daemon badly, at its socket and at its metrics' port: slow clients, huge headers, 1,000
-    connections, a storm of scrapes. Alone, beside, beside, alone: what drifts meanwhile hurts both alike."""
+    connections, a storm of scrapes; and beside the same programs when they ask a decoy of their own, which tells what of that is the machine's. There and back
+    again: what drifts meanwhile hurts all alike."""
     cells: dict[str, Cell] = {}
     abused: dict[str, int] = {}
-    for number, beside in enumerate((False, True, True, False)):
-        async with _abuse(visit, abused) if beside else nullcontext():
+    for number, how in enumerate(("alone", "decoy", "beside", "beside", "decoy", "alone")):
+        async with _abuse(visit, abused, decoy=how == "decoy") if how != "alone" else nullcontext():
             for name, connections in (("ka1", 1), ("ka64", 64)):
-                what = f"{name} {'beside' if beside else 'alone'} {number}"
+                what = f"{name} {how} {number}"
                 cells[what] = await visit.measure("requests", connections, lengths.requests)
     figures = {}
     for name in ("ka1", "ka64"):
         p99 = {
             how: sum(cell.client["p99_us"] for what, cell in cells.items() if what.startswith(f"{name} {how}"))
-            for how in ("alone", "beside")
+            for how in ("alone", "decoy", "beside")
         }
         figures[f"abuse_{name}_p99"] = p99["beside"] / p99["alone"]
+        figures[f"decoy_{name}_p99"] = p99["beside"] / p99["decoy"]
     return figures, {**_raw(cells), "abuse": abused}
 
 
 @asynccontextmanager
-async def _abuse(visit: Visit, done: dict[str, int]) -> AsyncIterator[None]:
-    """All kinds of it; adds to `done` what there was. Raises UnprovenError if that is less than there should be."""
+async def _abuse(visit: Visit, done: dict[str, int], *, decoy: bool) -> AsyncIterator[None]:
+    """All kinds of it, of the daemon or of a decoy; adds to `done` what there was. Raises UnprovenError if that is less than there should be."""
     node, rig = visit.rig.gateway, visit.rig
-    path = node.call(admin_path, "auto")
-    assert path is not None
-    # Only when no other program wants the CPU.
-    words = ("chrt", "--idle", "0", sys.executable, "-m", "bench.abuse", path, str(METRICS_PORT))
-    checkout = str(Path(__file__).parent.parent)
-    async with node.process(*words, stdin=subprocess.PIPE, collect=True, cwd=checkout) as abuse:
-        await abuse.wait_for_output("up", timeout=60)
-        rig.helpers.append(abuse.pid)
-        try:
-            yield
-        finally:
-            rig.helpers.remove(abuse.pid)
-        assert abuse.stdin is not None
-        await abuse.stdin.aclose()
-        with trio.fail_after(10):
-            await abuse.wait()
-        told = json.loads(abuse.stdout_text.splitlines()[-1])
-    if told["connections"] < _ABUSERS or not told.get("answers"):
-        raise UnprovenError(f"{visit.peer.name}: it was hardly asked: {told}")
-    for name, number in told.items():
-        done[name] = done.get(name, 0) + number
+    with tempfile.TemporaryDirectory() as directory:
+        path = f"{directory}/decoy.sock" if decoy else node.call(admin_path, "auto")
+        assert path is not None
+        port, kinds = (METRICS_PORT + 1, ("decoy",)) if decoy else (METRICS_PORT, ())
+        # Only when no other program wants the CPU.
+        words = ("chrt", "--idle", "0", sys.executable, "-m", "bench.abuse", path, str(port), *kinds)
+        checkout = str(Path(__file__).parent.parent)
+        async with node.process(*words, stdin=subprocess.PIPE, collect=True, cwd=checkout) as abuse:
+            await abuse.wait_for_output("up", timeout=60)
+            rig.helpers.append(abuse.pid)
+            try:
+                yield
+            finally:
+                rig.helpers.remove(abuse.pid)
+            assert abuse.stdin is not None
+            await abuse.stdin.aclose()
+            with trio.fail_after(10):
+                await abuse.wait()
+            told = json.loads(abuse.stdout_text.splitlines()[-1])
+        if told["connections"] < _ABUSERS or not told.get("answers"):
+            raise UnprovenError(f"{visit.peer.name}: it was hardly asked: {told}")
+        for name, number in told.items() if not decoy else ():
+            done[name] = done.get(name, 0) + number
 
 
 async def push(visit: Visit) -> tuple[dict[str, float], dict[str, object]]:

@@ -59,6 +59,12 @@ FIGURES: Mapping[str, Figure] = {
     "abuse_ka64_p99": Figure(
         "kept alive, 64 connections, p99 beside abuse, of that without", "x", 2, more_is_better=False
     ),
+    "decoy_ka1_p99": Figure(
+        "kept alive, 1 connection, p99 beside abuse, of that beside the same of a decoy", "x", 2, more_is_better=False
+    ),
+    "decoy_ka64_p99": Figure(
+        "kept alive, 64 connections, p99 beside abuse, of that beside the same of a decoy", "x", 2, more_is_better=False
+    ),
     "start": Figure("start to ready", "ms", 0, more_is_better=False),
 }
 
