@@ -1,4 +1,4 @@
-"""What the documents claim and a program can check: the README's configuration and commands, the rows of docs/faults.md."""
+"""What the documents claim and a program can check: the guide's configuration, the rows of docs/faults.md."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from tproxyd.config.schema import keys_of
 from tproxyd.daemon.doctor import CHECKS, PROBE_CHECKS, check_name
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+GUIDE = (ROOT / "docs/guide.md").read_text(encoding="utf-8")
 
 
-def test_the_readme_shows_every_key_with_its_default() -> None:
-    (block,) = (text for text in re.findall(r"```toml\n(.*?)```", README, re.S) if "[listen]" in text)
+def test_the_guide_shows_every_key_with_its_default() -> None:
+    (block,) = (text for text in re.findall(r"```toml\n(.*?)```", GUIDE, re.S) if "[listen]" in text)
     shown = tomllib.loads(block)
     assert config_from_mapping(shown) == Config()
     assert {table: set(keys) for table, keys in shown.items()} == {
@@ -23,8 +23,8 @@ def test_the_readme_shows_every_key_with_its_default() -> None:
     }
 
 
-def test_the_readme_shows_a_rule_with_every_key() -> None:
-    (block,) = (text for text in re.findall(r"```toml\n(.*?)```", README, re.S) if text.startswith("[[policy.rule]]"))
+def test_the_guide_shows_a_rule_with_every_key() -> None:
+    (block,) = (text for text in re.findall(r"```toml\n(.*?)```", GUIDE, re.S) if text.startswith("[[policy.rule]]"))
     shown = tomllib.loads(block)
     (rule,) = shown["policy"]["rule"]
     assert len(config_from_mapping(shown).policy.rule) == 1

@@ -22,7 +22,7 @@ def markdown() -> str:
         "Made from the types of `tproxyd/config/schema.py` by `make docs`; a test compares. Without `-c`, `/etc/tproxyd/tproxyd.toml` is read,",
         "then `conf.d/*.toml` beside it in byte order: tables merge by key, lists replace, rules are added. Every key has a default but those",
         "that a rule must have; `tproxyd check` names all that is wrong at once. A time is a number and one of us, ms, s, m, h. [tproxyd.schema.json](tproxyd.schema.json) is the same for",
-        "editors, and the [README](../README.md#configuration) shows it as one file and says what belongs together.",
+        "editors, and the [guide](guide.md) shows it as one file and says what belongs together.",
     ]
     for table in tables():
         lines += [
