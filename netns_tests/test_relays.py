@@ -16,7 +16,7 @@ from netns_tests.both_ends import Bench, Seen, read, read_exactly
 from netns_tests.watch import relay_processes, reset, until, workers
 from tproxyd.config import Config
 from tproxyd.datapath import Setup, WorkloadSetup, report
-from tproxyd.interceptor import homes, relays
+from tproxyd.interceptor import homes, loop_channel, loop_owner
 from tproxyd.interceptor.relays import Relays
 from tproxyd.net.namespaces import open_namespace
 from tproxyd.testing import SIDECAR
@@ -79,13 +79,13 @@ async def test_a_loop_may_answer_before_the_question_is_through(
     monkeypatch: pytest.MonkeyPatch, alone: bool, question: str
 ) -> None:
     """`count` fails so within some calls also undelayed (AttributeError); `wait_idle` needs a busy machine, for which a pause stands."""
-    tell = relays._Relay._tell
+    tell = loop_owner.LoopOwner._tell
 
-    async def tell_slowly(self: relays._Relay, order: bytes, fds: Sequence[int] = ()) -> None:
+    async def tell_slowly(self: loop_owner.LoopOwner, order: bytes, fds: Sequence[int] = ()) -> None:
         await tell(self, order, fds)
         await trio.sleep(0.05)
 
-    monkeypatch.setattr(relays._Relay, "_tell", tell_slowly)
+    monkeypatch.setattr(loop_owner.LoopOwner, "_tell", tell_slowly)
     with unused_listener() as listener, closing_fd(open_namespace("/proc/thread-self/ns/net")) as netns:
         relay = Relays([setup(alone)], ignore)
         async with trio.open_nursery() as nursery:
@@ -121,16 +121,14 @@ class Pauses:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.words = Counter[bytes]()
-        send = relays._Orders.send
+        send = loop_channel.Orders.send
 
-        async def send_slowly(
-            self_: relays._Orders, order: bytes, rights: Sequence[tuple[int, int, bytes]] = ()
-        ) -> None:
-            await send(self_, order, rights)
+        async def send_slowly(self_: loop_channel.Orders, order: bytes, fds: Sequence[int] = ()) -> None:
+            await send(self_, order, fds)
             self.words[order[:1]] += 1
             await trio.sleep(0.05)
 
-        monkeypatch.setattr(relays._Orders, "send", send_slowly)
+        monkeypatch.setattr(loop_channel.Orders, "send", send_slowly)
 
 
 @pytest.mark.parametrize("what", ["removed", "added"])

@@ -28,8 +28,9 @@ from tproxyd.interceptor.changes import make_changes, require_changeable
 from tproxyd.interceptor.heritage import Heritage
 from tproxyd.interceptor.keeper import Keeper
 from tproxyd.interceptor.privileges import require_needs, tell_lacking
-from tproxyd.interceptor.relays import OnLines, Relays
+from tproxyd.interceptor.relays import Relays
 from tproxyd.interceptor.succession import Predecessor, distinct, take_listeners
+from tproxyd.interceptor.tally import OnLines
 from tproxyd.interceptor.threads import in_thread
 from tproxyd.interceptor.workloads import Event, Workload, Workloads
 from tproxyd.net.namespaces import NamespaceLike, call_in_namespace, open_namespace
