@@ -23,10 +23,11 @@ from tproxyd.config import Config, config_from_mapping, load_config
 from tproxyd.datapath import Counters, LivingConnection, Record, Setup, WorkloadSetup, splice_error
 from tproxyd.datapath.listing import Filter, read_end
 from tproxyd.errors import ConfigError, KernelError, MissingError
-from tproxyd.interceptor.capture import Capture, Listeners, open_listeners
+from tproxyd.interceptor.capture import Capture
 from tproxyd.interceptor.changes import make_changes, require_changeable
 from tproxyd.interceptor.heritage import Heritage
 from tproxyd.interceptor.keeper import Keeper
+from tproxyd.interceptor.listeners import Listeners, open_listeners
 from tproxyd.interceptor.privileges import require_needs, tell_lacking
 from tproxyd.interceptor.relays import Relays
 from tproxyd.interceptor.succession import Predecessor, distinct, take_listeners
