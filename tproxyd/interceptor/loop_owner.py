@@ -439,7 +439,7 @@ class LoopOwner:
                 key = msgspec.msgpack.decode(content, type=tuple[str, int])
                 if (retired := self._retiring.pop(key, None)) is not None:
                     retired.set()
-            case report.SHEDDED:
+            case report.LISTENERS_CLOSED:
                 if (shed := self._shedding.pop(content.decode(), None)) is not None:
                     shed.set()
             case report.END_HANDLER:
