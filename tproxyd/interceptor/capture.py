@@ -280,8 +280,7 @@ class Capture:
         self._retired = True
         await self.keeper.retire()
         await self._relays.retire(self.name)
-        for listener in [one for group in self.listeners for one in group]:
-            listener.close()
+        _close(self.listeners)
 
     async def drain(self) -> None:
         """Stops capture, and returns when the last connection has ended: see Interceptor.drain. So it has when `open` ends."""

@@ -20,8 +20,9 @@ import trio
 
 from tproxyd.datapath import EndedOrder, LivingConnection, Outcome, Record, report
 from tproxyd.datapath.listing import Filter
+from tproxyd.datapath.record import wall_clock
 from tproxyd.interceptor.loop_channel import Orders
-from tproxyd.interceptor.tally import Tally, wall_clock
+from tproxyd.interceptor.tally import Tally
 from tproxyd.net.sockets import abort, format_address
 from tproxyd.proxy import Complaints, Connection, ConnectionStream, Policy, Receivers, Sides, serve_handed
 

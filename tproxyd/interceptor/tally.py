@@ -13,8 +13,9 @@ import msgspec
 import trio
 
 from tproxyd.datapath import Counters, Outcome, Record
+from tproxyd.datapath.record import wall_clock
 
-__all__ = ["OnLines", "Tally", "merge_counters", "wall_clock"]
+__all__ = ["OnLines", "Tally", "merge_counters"]
 
 OnLines = Callable[[bytes], None]
 
@@ -123,11 +124,6 @@ def merge_counters(many: Sequence[Counters]) -> Counters:
         total.connect_seconds = [a + b for a, b in zip(total.connect_seconds, one.connect_seconds, strict=True)]
         total.connect_seconds_sum += one.connect_seconds_sum
     return total
-
-
-def wall_clock(now: float) -> str:
-    """RFC 3339 in UTC with milliseconds, as in the records of the loops."""
-    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(now))}.{int(now % 1 * 1000):03d}Z"
 
 
 def _identity(line: bytes) -> str:
