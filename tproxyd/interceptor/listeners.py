@@ -120,7 +120,11 @@ def _listen(config: Config, address: str, port: int, *, backlog: int | None, sha
     except OSError as error:
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         holder = port_holder(port, family=family) if error.errno == errno.EADDRINUSE else None
+        way_out = (
+            "is the machine out of files or memory?"
+            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+            else "choose another listen.port or stop what uses it"
+        )
         raise KernelError(
-            f"cannot listen on {format_address((address, port))}: {error.strerror}{f', by {holder}' if holder else ''}; "
-            "choose another listen.port or stop what uses it"
+            f"cannot listen on {format_address((address, port))}: {error.strerror}{f', by {holder}' if holder else ''}; {way_out}"
         ) from error
