@@ -366,7 +366,7 @@ class RelayLoop:
             # Who waited for room while others lived is served before it is said that nobody is left.
             if workload.tells_idle and not workload.connections and not self._accepting.take_all(workload):
                 self._asked.discard(workload)
-                workload.asked_idle = workload.tells_idle = False
+                workload.tells_idle = False
                 books.tell(report.IDLE, workload.name.encode())
                 there = books.report()
         for workload, old in list(self._old.items()):
@@ -419,7 +419,6 @@ class RelayLoop:
         if before in self._asked:
             self._asked.discard(before)
             self._asked.add(workload)
-            workload.asked_idle = True
         if not before.living:
             self._books.retire(before)
 
@@ -545,8 +544,7 @@ class RelayLoop:
                     self._accepting.close_listeners(workload)
             case report.TELL_IDLE:
                 workload = self._workloads.get(content.decode())
-                if workload is not None and not workload.asked_idle:
-                    workload.asked_idle = True
+                if workload is not None:
                     self._asked.add(workload)
             case report.TELL_OLD:
                 workload = self._workloads.get(content.decode())

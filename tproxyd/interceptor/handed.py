@@ -26,7 +26,7 @@ from tproxyd.interceptor.tally import Tally
 from tproxyd.net.sockets import abort, format_address
 from tproxyd.proxy import Complaints, Connection, ConnectionStream, Policy, Receivers, Sides, serve_handed
 
-__all__ = ["Handed", "HandedConnections"]
+__all__ = ["HandedConnections"]
 
 _log = logging.getLogger(__name__)
 
