@@ -72,6 +72,7 @@ mkdir -p /etc/systemd/system
 systemd-sysusers /run/lab/sysusers.conf
 mkdir -p /etc/tproxyd
 cp /run/lab/etc/* /etc/tproxyd/
+systemd-tmpfiles --create /run/lab/tmpfiles.conf
 cp -R /run/lab/units/. /run/units/
 install -m 755 /run/lab/tproxyd /usr/sbin/tproxyd
 for place in /tmp /var/tmp /var/lib /var/log; do
@@ -237,7 +238,8 @@ def _fill(directory: Path, code: Path, config: str, netns: Mapping[str, Node]) -
         drop_in = directory / "units" / f"{unit}.d"
         drop_in.mkdir()
         (drop_in / "lab.conf").write_text(edit)
-    shutil.copy(UNITS / "sysusers.d" / "tproxyd.conf", directory / "sysusers.conf")
+    for kind in ("sysusers", "tmpfiles"):
+        shutil.copy(UNITS / f"{kind}.d" / "tproxyd.conf", directory / f"{kind}.conf")
     (directory / "etc" / "tproxyd.toml").write_text(config)
     for other_name, other in netns.items():
         (directory / "netns" / other_name).write_text(f"/proc/{os.getpid()}/fd/{other.netns}")

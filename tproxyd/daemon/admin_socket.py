@@ -162,7 +162,8 @@ def _listen(path: str) -> socket.socket:
         gid = readers_gid()
         if gid is not None and ours:
             with suppress(PermissionError):  # without CAP_CHOWN: root, and who runs as a member, can ask all the same
-                os.chown(path, -1, gid, follow_symlinks=False)
+                if os.lstat(path).st_gid != gid:  # the unit's sandbox forbids the call, whatever it would do
+                    os.chown(path, -1, gid, follow_symlinks=False)
                 os.chmod(path, 0o660)
         sock.listen(_BACKLOG)  # nobody could connect before
     except BaseException:
