@@ -141,7 +141,7 @@ class System:
         seen = ""
         with trio.move_on_after(timeout):
             while (seen := await self.show(name, unit)) != value:
-                await trio.sleep(0.02)
+                await trio.sleep(0.05)  # each look is two programs, which the daemon has to wait for on a small machine
             return
         raise LabError(f"{name} of {unit} is {seen!r} and not {value!r} after {timeout:g} s\n{self.log()}")
 
