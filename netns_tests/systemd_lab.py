@@ -10,7 +10,6 @@ from __future__ import annotations
 import compileall
 import itertools
 import os
-import re
 import shutil
 import signal
 import sys
@@ -186,32 +185,6 @@ class System:
         """What units and systemd have said so far."""
         said = [file.read_text(errors="replace") for file in sorted(self.path("/run/lab/log").glob("*.err"))]
         return "".join(said) + self.process.stderr_text
-
-    @asynccontextmanager
-    async def journal(self) -> AsyncIterator[list[str]]:
-        """What systemd itself says for the length of the block, as it comes, warnings and worse."""
-        said: list[str] = []
-        path = self.path("/run/systemd/journal/socket")
-        path.parent.mkdir(parents=True, exist_ok=True)
-
-        async def read(sock: trio.socket.SocketType) -> None:
-            while True:
-                record = (await sock.recv(1 << 16)).decode(errors="replace")
-                if re.search(r"^PRIORITY=[0-4]$", record, re.MULTILINE):
-                    said.append(record)
-
-        with trio.socket.socket(trio.socket.AF_UNIX, trio.socket.SOCK_DGRAM) as sock:
-            await sock.bind(str(path))
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(read, sock)  # always: systemd waits for who does not
-                await self.ctl("log-target", "journal")
-                try:
-                    yield said
-                finally:
-                    with trio.CancelScope(shield=True):
-                        await self.ctl("log-target", "null")
-                    nursery.cancel_scope.cancel()
-            path.unlink()
 
     def records(self) -> str:
         """The access log of `tproxyd.service`."""
