@@ -12,8 +12,10 @@ reason that is told; from there on it is the new one that serves, and the end of
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -21,6 +23,7 @@ import sys
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from functools import partial
+from typing import Protocol
 
 import msgspec
 import trio
@@ -350,7 +353,15 @@ class Generations:
         heritage, listeners = self._interceptor.heritage()
         async with self._interceptor.keeping_still():
             new = await in_thread(
-                partial(_New, heritage, self._lock, self._services, listeners, self._manager.environment)
+                partial(
+                    _New,
+                    heritage,
+                    self._lock,
+                    self._services,
+                    listeners,
+                    self._manager.environment,
+                    start=_start_orphan if self._manager.listens else _start_child,
+                )
             )
             try:
                 await self._until_ready(new)
@@ -423,6 +434,8 @@ class _New:
         services: Mapping[str, int],
         listeners: list[socket.socket],
         environment: Mapping[str, str],
+        *,
+        start: Callable[[list[str], dict[str, str], int], _Process],
     ) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._channel = ours
@@ -435,11 +448,11 @@ class _New:
                 for begin in range(0, len(numbers), _FILES):
                     _send(ours, _Listeners(), numbers[begin : begin + _FILES])
                 # Whatever interpreter and options this one was started with; no session of its own, so Ctrl-C ends both.
-                self._process = subprocess.Popen(
+                self._process = start(
                     [sys.executable, *sys.orig_argv[1:]],
-                    env={name: value for name, value in os.environ.items() if name not in _OF_ONE_PROCESS}
+                    {name: value for name, value in os.environ.items() if name not in _OF_ONE_PROCESS}
                     | {**environment, CHANNEL: str(theirs.fileno())},
-                    pass_fds=[theirs.fileno()],
+                    theirs.fileno(),
                 )
         except OSError as error:
             ours.close()
@@ -491,7 +504,84 @@ class _New:
             code = self._process.wait(_END)
         except subprocess.TimeoutExpired:
             return "it says no more"
+        if code is None:
+            return "it is another process's child, and that one knows how"
         return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+
+
+class _Process(Protocol):
+    @property
+    def pid(self) -> int: ...
+
+    def kill(self) -> None: ...
+
+    def wait(self, timeout: float | None = None) -> int | None:
+        """Its exit code, None if that cannot be known. Raises subprocess.TimeoutExpired."""
+
+
+def _start_child(argv: list[str], environment: dict[str, str], channel: int) -> _Process:
+    """Raises OSError."""
+    return subprocess.Popen(argv, env=environment, pass_fds=[channel])
+
+
+class _Orphan:
+    """A process that is nobody's child here."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self._pidfd = os.pidfd_open(pid)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_pidfd"):
+            os.close(self._pidfd)
+
+    def kill(self) -> None:
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+
+    def wait(self, timeout: float | None = None) -> None:
+        poll = select.poll()
+        poll.register(self._pidfd, select.POLLIN)
+        if not poll.poll(None if timeout is None else int(timeout * 1000)):
+            raise subprocess.TimeoutExpired(str(self.pid), timeout or 0)
+
+
+# argv: where the pid is to be written, and the command.
+_LET_GO = """
+import os, sys
+fd = int(sys.argv[1])
+os.set_inheritable(fd, False)
+pid = os.fork()
+if pid:
+    os.write(fd, b"%d" % pid)
+else:
+    os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
+def _start_orphan(argv: list[str], environment: dict[str, str], channel: int) -> _Process:
+    """A child of the service manager, as whose parent goes is: a main process that is not is one for whose end systemd does not wait at a stop, but kills it
+    at once, and does not hear of when it dies. It has to be one when systemd is told of it. Raises OSError."""
+    ours, theirs = os.pipe()
+    try:
+        try:
+            subprocess.run(
+                [sys.executable, "-I", "-S", "-c", _LET_GO, str(theirs), *argv],
+                env=environment,
+                pass_fds=[channel, theirs],
+                timeout=_START,
+                check=False,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT)) from error
+        finally:
+            os.close(theirs)
+        said = os.read(ours, 32)
+    finally:
+        os.close(ours)
+    if not said:
+        raise OSError(errno.ECHILD, "it could not be started from a process in between")
+    return _Orphan(int(said))
 
 
 # The verb.

@@ -115,6 +115,11 @@ async def _serve(start: _Start) -> None:
     stop, reloads = Stop(), Reloads()
     if old is None:
         manager.empty_store()
+        try:
+            successor.arrive()
+        # Then a clean end of this one, too, will be taken for half of a restart, and leave what steers until the next start.
+        except OSError as error:
+            _log.error("cannot take back the announcement of a successor: %s", error)
     with (
         trio.open_signal_receiver(*_STOP, _RESTART, signal.SIGHUP) as signals,
         open_admin_socket(config.admin.socket, old.service(_ADMIN) if old is not None else None) as admin,

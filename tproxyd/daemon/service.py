@@ -121,6 +121,7 @@ class Service:
                 f"{self.interceptor.connections} connections",
                 *([f"{workloads} workloads"] if workloads else []),
                 *([f"trouble: {self.trouble}"] if self.trouble else []),
+                *([f"not reloaded: {self.last_reload_error}"] if self.last_reload_error else []),
             ]
         )
 
