@@ -270,6 +270,36 @@ async def test_06_what_cannot_be_served_is_refused_and_the_old_one_goes_on(
 
 
 @SIDECAR_V4
+@pytest.mark.parametrize("place", ["same", "another", "none"])
+async def test_06_the_old_one_is_asked_by_its_administrator_after_a_refusal(
+    way: Way, tmp_path: Path, place: str
+) -> None:
+    """The new one was refused when it had the socket already, or had opened another one in its place."""
+    (tmp_path / "run").mkdir()
+    path = f"{tmp_path}/run/admin.sock"
+    later = {"same": path, "another": f"{tmp_path}/run/other.sock", "none": ""}[place]
+    config = f'{CLOSED}[admin]\nsocket = "{path}"\n'
+    async with open_generations(way, config) as generations:
+        ask = (*TPROXYD, "connections", "-c", str(way.file(config)))
+        await way.proxy.run(*ask)
+        generations.file.write_text(f'{CLOSED}[listen]\nport = 15007\n[admin]\nsocket = "{later}"\n', encoding="utf-8")
+        assert "`listen.port` cannot change" in await generations.refused()
+        generations.file.write_text(config, encoding="utf-8")
+        await way.proxy.run(*ask)
+        assert os.listdir(tmp_path / "run") == ["admin.sock"]
+        # And when it is not refused, it is the new one that is asked, there alone.
+        moved = f'{CLOSED}[admin]\nsocket = "{later}"\n'
+        old = generations.serving
+        await generations.hand_over(moved)
+        await generations.ended(old)
+        assert os.listdir(tmp_path / "run") == [os.path.basename(later)] * bool(later)
+        if later:
+            await way.proxy.run(*ask)
+        await generations.stop()
+    assert os.listdir(tmp_path / "run") == []
+
+
+@SIDECAR_V4
 async def test_another_one_while_the_old_one_drains_is_refused_and_then_done_by_the_next_name(
     way: Way, nursery: trio.Nursery
 ) -> None:

@@ -118,6 +118,11 @@ class Old:
         copy.setblocking(False)
         return copy
 
+    def place(self, name: str) -> str | None:
+        """The path of its listener for that, if it has one."""
+        found = self._services.get(name)
+        return str(found.getsockname()) if found is not None else None
+
     def close_files(self) -> None:
         """What is wanted of them has been copied by now. A listener that stays open is one to which clients may be brought that nobody serves."""
         for file in self._files:
