@@ -218,6 +218,26 @@ async def test_the_new_generation_captures_what_the_files_say_now(way: Way, nurs
     assert await way.proxy.dump() == before
 
 
+@BOTH_LAYOUTS
+@pytest.mark.parametrize("mode", ["tproxy", "redirect"])
+async def test_what_the_files_leave_out_now_is_not_taken_while_the_old_one_drains(
+    way: Way, nursery: trio.Nursery, mode: str
+) -> None:
+    await nursery.start(serve_identity, way.app, 8080)
+    both = f'[capture]\nports = ["8080", "8081"]\nwhen_down = "bypass"\nmode = "{mode}"\n'
+    async with open_generations(way, both) as generations, await way.client.connect(way.address, 8080) as lives:
+        await lives.receive_some()
+        await generations.hand_over(both.replace('"8080", ', ""))
+        async with await way.client.connect(way.address, 8080) as stream:  # the app itself
+            own = format_address(stream.socket.getsockname())
+            assert json.loads(await stream.receive_some())["peer"] == own
+        assert alive(generations.pids[0])
+        await lives.aclose()
+        await generations.stop()
+    assert own not in [record["source"] for record in generations.records()]
+    assert "error" not in generations.process.stderr_text
+
+
 REFUSED = {
     "syntax": ("[capture", "tproxyd.toml"),
     "unknown key": (CLOSED + "colour = 1\n", "colour"),

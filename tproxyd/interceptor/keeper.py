@@ -293,7 +293,7 @@ class Keeper:
             self._retired = True
             try:
                 if not self._left:
-                    await self._step(partial(kernel.stop_capture, self._wanted(self._surroundings)))
+                    await self._step(self._stop_capture)
             except TproxydError as error:
                 self._log.error("capture cannot be switched off beside the successor, which does the same: %s", error)
             self._capturing = False
