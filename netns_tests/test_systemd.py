@@ -351,6 +351,31 @@ async def test_60_connections_of_before_a_restart_drain_and_new_ones_are_served_
 
 
 @SIDECAR_V4
+async def test_08_a_stop_after_a_hand_over_drains_as_well(
+    way: Way, nursery: trio.Nursery, tmp_path: Path, code: Path
+) -> None:
+    """systemd waits for the end of a main process alone that is its child."""
+    await nursery.start(serve_echo, way.app, 8080)
+    async with open_service(way, code, tmp_path, OPEN) as system:
+        first = await system.main_pid()
+        await system.run("tproxyd", "handover")
+        assert await system.main_pid() != first
+        async with await way.client.connect(way.address, 8080) as stream:
+            await stream.send_all(b"x")
+            assert await stream.receive_some() == b"x"
+            await system.ctl("stop", "--no-block", "tproxyd")
+            await system.until("StatusText", "stopping; 1 connections")
+            await stream.send_all(b"y")
+            assert await stream.receive_some() == b"y"
+            await stream.send_eof()
+            assert await stream.receive_some() == b""
+        await system.until("ActiveState", "inactive")
+        assert await system.show("Result") == "success"
+        assert set(re.findall(r'"outcome":"(\w+)"', system.records())) == {"closed"}
+        assert await tables(way) == []
+
+
+@SIDECAR_V4
 async def test_60_a_restart_ends_at_the_drain_timeout(
     way: Way, nursery: trio.Nursery, tmp_path: Path, code: Path
 ) -> None:
