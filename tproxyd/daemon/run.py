@@ -176,7 +176,7 @@ async def _serve(start: _Start) -> None:
                 deadline = trio.current_time() + seconds
                 manager.notify(STOPPING=1, EXTEND_TIMEOUT_USEC=int((seconds + _LAST_STEPS) * 1e6))
                 if stop.restarts:
-                    await service.hand_on()
+                    await service.hand_on(partial(generations.outlive, deadline))
                     interceptor.leave_to_successor(lambda groups: manager.store(chain.from_iterable(groups)))
                 else:
                     await service.drain()
