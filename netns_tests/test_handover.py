@@ -238,6 +238,42 @@ async def test_what_the_files_leave_out_now_is_not_taken_while_the_old_one_drain
     assert "error" not in generations.process.stderr_text
 
 
+@SIDECAR_V4
+async def test_who_came_before_a_reload_ends_after_a_hand_over_and_nothing_is_put_right_for_it(
+    way: Way, nursery: trio.Nursery
+) -> None:
+    """What the kernel is to hold without it is not the old generation's any more."""
+    before = await way.proxy.dump()
+    await nursery.start(serve_echo, way.app, 8080)
+    async with open_generations(way, CLOSED) as generations:
+        old = generations.serving
+        async with (
+            await way.client.connect(way.address, 8080) as later,
+            await way.client.connect(way.address, 8080) as first,
+        ):
+            await works(first)
+            generations.file.write_text(f'{CLOSED}[upstream]\ntarget = "loopback"\n', encoding="utf-8")
+            await way.proxy.run(*TPROXYD, "reload", "-c", str(generations.file))
+            await works(later)  # was accepted before
+            async with await way.client.connect(way.address, 8080) as last:
+                await works(last)
+                await generations.hand_over(OPEN + '[upstream]\ntarget = "loopback"\n')
+                held = await way.proxy.dump()
+                await works(first)
+                for stream in (first, later):
+                    own = format_address(stream.socket.getsockname())
+                    await stream.aclose()
+                    await generations.process.wait_for_output(f'"source":"{own}"')
+                await trio.sleep(1)  # nothing is what is waited for
+                assert await way.proxy.dump() == held
+                await works(last)
+        await generations.ended(old)
+        told = json.loads((await way.proxy.run(*TPROXYD, "status", "--json")).stdout)["daemon"]
+        assert told["repairs"] == {}
+        await generations.stop()
+    assert await way.proxy.dump() == before
+
+
 REFUSED = {
     "syntax": ("[capture", "tproxyd.toml"),
     "unknown key": (CLOSED + "colour = 1\n", "colour"),
