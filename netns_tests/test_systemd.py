@@ -645,6 +645,22 @@ async def test_a_socket_unit_keeps_the_listeners_and_starts_the_daemon(
 
 
 @SIDECAR_V4
+async def test_60_the_listeners_of_a_socket_unit_are_taken_once_after_a_hand_over_and_a_restart(
+    way: Way, nursery: trio.Nursery, tmp_path: Path, code: Path
+) -> None:
+    """The new generation does not know that systemd keeps them, and stores them, too."""
+    await nursery.start(serve_identity, way.app, 8080)
+    async with open_systemd(way.proxy, tmp_path / "system", code, OPEN + "[relay]\nworkers = 1\n") as system:
+        await system.ctl("start", "tproxyd.socket", "tproxyd.service")
+        await system.run("tproxyd", "handover")
+        await system.ctl("restart", "tproxyd")
+        assert "a socket that systemd has passed" not in system.log()
+        await expect_captured(way, system)
+        await system.until("NFileDescriptorStore", "0")
+        await system.ctl("stop", "tproxyd.socket", "tproxyd.service")
+
+
+@SIDECAR_V4
 async def test_a_socket_that_is_no_listener_of_the_configuration_is_refused_in_a_sentence(
     way: Way, nursery: trio.Nursery, tmp_path: Path, code: Path
 ) -> None:
