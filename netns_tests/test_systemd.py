@@ -284,6 +284,63 @@ async def test_60_connections_of_before_a_restart_drain_and_new_ones_are_served_
 
 
 @SIDECAR_V4
+async def test_60_nobody_waits_in_a_restart_for_a_generation_that_still_drains(
+    way: Way, nursery: trio.Nursery, tmp_path: Path, code: Path
+) -> None:
+    """After a hand-over: what lives has its time to drain with the old one, and new clients are served meanwhile."""
+    await nursery.start(serve_echo, way.app, 8080)
+    async with open_service(way, code, tmp_path, OPEN + '[drain]\ntimeout = "20s"\n') as system:
+        async with await way.client.connect(way.address, 8080) as old:
+            await old.send_all(b"x")
+            assert await old.receive_some() == b"x"
+            await system.run("tproxyd", "handover")
+            serving = await system.main_pid()
+            await system.ctl("restart", "--no-block", "tproxyd")
+            with trio.fail_after(10):
+                while "restarting: up to" not in system.log():
+                    await trio.sleep(0.01)
+            for _ in range(20):
+                async with await way.client.connect(way.address, 8080) as new:
+                    await new.send_all(b"y")
+                    with trio.fail_after(3):
+                        assert await new.receive_some() == b"y"
+                    await new.send_eof()
+                    assert await new.receive_some() == b""
+                await trio.sleep(0.1)  # more than the restart of a daemon takes that has nothing to wait for
+            assert await system.main_pid() == serving
+            await old.send_all(b"z")
+            assert await old.receive_some() == b"z"
+        await system.until("SubState", "running")
+        assert await system.main_pid() != serving
+        assert set(re.findall(r'"outcome":"(\w+)"', system.records())) == {"closed"}
+
+
+@SIDECAR_V4
+async def test_08_a_stop_after_a_hand_over_drains_as_well(
+    way: Way, nursery: trio.Nursery, tmp_path: Path, code: Path
+) -> None:
+    """systemd waits for the end of a main process alone that is its child."""
+    await nursery.start(serve_echo, way.app, 8080)
+    async with open_service(way, code, tmp_path, OPEN) as system:
+        first = await system.main_pid()
+        await system.run("tproxyd", "handover")
+        assert await system.main_pid() != first
+        async with await way.client.connect(way.address, 8080) as stream:
+            await stream.send_all(b"x")
+            assert await stream.receive_some() == b"x"
+            await system.ctl("stop", "--no-block", "tproxyd")
+            await system.until("StatusText", "stopping; 1 connections")
+            await stream.send_all(b"y")
+            assert await stream.receive_some() == b"y"
+            await stream.send_eof()
+            assert await stream.receive_some() == b""
+        await system.until("ActiveState", "inactive")
+        assert await system.show("Result") == "success"
+        assert set(re.findall(r'"outcome":"(\w+)"', system.records())) == {"closed"}
+        assert await tables(way) == []
+
+
+@SIDECAR_V4
 async def test_60_a_restart_ends_at_the_drain_timeout(
     way: Way, nursery: trio.Nursery, tmp_path: Path, code: Path
 ) -> None:
@@ -520,6 +577,22 @@ async def test_a_socket_unit_keeps_the_listeners_and_starts_the_daemon(
         await system.until("ActiveState", "active")
         await system.ctl("stop", "tproxyd.socket", "tproxyd.service")
         assert await way.proxy.dump() == before
+
+
+@SIDECAR_V4
+async def test_60_the_listeners_of_a_socket_unit_are_taken_once_after_a_hand_over_and_a_restart(
+    way: Way, nursery: trio.Nursery, tmp_path: Path, code: Path
+) -> None:
+    """The new generation does not know that systemd keeps them, and stores them, too."""
+    await nursery.start(serve_identity, way.app, 8080)
+    async with open_systemd(way.proxy, tmp_path / "system", code, OPEN + "[relay]\nworkers = 1\n") as system:
+        await system.ctl("start", "tproxyd.socket", "tproxyd.service")
+        await system.run("tproxyd", "handover")
+        await system.ctl("restart", "tproxyd")
+        assert "a socket that systemd has passed" not in system.log()
+        await expect_captured(way, system)
+        await system.until("NFileDescriptorStore", "0")
+        await system.ctl("stop", "tproxyd.socket", "tproxyd.service")
 
 
 @SIDECAR_V4
