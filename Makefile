@@ -96,14 +96,16 @@ docs:  ## the references that are made from the config types: docs/configuration
 	@$(PREPARE)
 	$(AS_OWNER) $(BIN)/python packaging/generate docs
 
-COMPILE := $(AS_OWNER) $(BIN)/uv pip compile -q --upgrade --universal --generate-hashes --no-emit-index-url --no-emit-find-links \
+# With new versions of everything; with those that stand in the locks unless something asks for others: make lock UPGRADE=
+UPGRADE := --upgrade
+COMPILE := $(AS_OWNER) $(BIN)/uv pip compile -q $(UPGRADE) --universal --generate-hashes --no-emit-index-url --no-emit-find-links \
     --python-version 3.11 --custom-compile-command "make lock"
 
 lock:  ## requirements.lock, requirements-dev.lock and requirements-bench.lock anew, from pyproject.toml
 	@$(PREPARE)
 	$(COMPILE) --group dev -o requirements-dev.lock pyproject.toml
 	$(COMPILE) --group bench -o requirements-bench.lock
-	$(COMPILE) -c requirements-dev.lock -o requirements.lock pyproject.toml
+	$(COMPILE) --extra top -c requirements-dev.lock -o requirements.lock pyproject.toml
 
 dist:  ## wheel and source archive, in dist
 	@$(PREPARE)

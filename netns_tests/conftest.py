@@ -121,3 +121,11 @@ def _is_timed(item: pytest.Item) -> bool:
 
 def _is_unit(path: Path) -> bool:
     return path.resolve().is_relative_to(_UNIT)
+
+
+@pytest.fixture(scope="session")
+def code(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The program as a systemd of a test has it installed."""
+    from netns_tests.systemd_lab import compile_program  # late: tests without it need none of the lab
+
+    return compile_program(tmp_path_factory.mktemp("program"))

@@ -86,12 +86,16 @@ async def open_generations(
 
 
 def descendants(pid: int) -> list[int]:
-    """Daemons that a daemon has started to take its place, as far as they live."""
+    """Daemons that a daemon has started to take its place, as far as they live and are not ready yet: until then each has a parent of its own."""
+    return [child for parent in _children(pid) for child in _children(parent) if alive(child) and _is_daemon(child)]
+
+
+def _children(pid: int) -> list[int]:
     found: list[int] = []
     with suppress(FileNotFoundError, ProcessLookupError):
         for task in Path(f"/proc/{pid}/task").iterdir():
             found += map(int, (task / "children").read_text().split())
-    return [child for child in found if alive(child) and _is_daemon(child)]
+    return found
 
 
 def _is_daemon(pid: int) -> bool:

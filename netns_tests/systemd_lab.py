@@ -72,6 +72,7 @@ mkdir -p /etc/systemd/system
 systemd-sysusers /run/lab/sysusers.conf
 mkdir -p /etc/tproxyd
 cp /run/lab/etc/* /etc/tproxyd/
+systemd-tmpfiles --create /run/lab/tmpfiles.conf
 cp -R /run/lab/units/. /run/units/
 install -m 755 /run/lab/tproxyd /usr/sbin/tproxyd
 for place in /tmp /var/tmp /var/lib /var/log; do
@@ -139,7 +140,7 @@ class System:
         seen = ""
         with trio.move_on_after(timeout):
             while (seen := await self.show(name, unit)) != value:
-                await trio.sleep(0.02)
+                await trio.sleep(0.05)  # each look is two programs, which the daemon has to wait for on a small machine
             return
         raise LabError(f"{name} of {unit} is {seen!r} and not {value!r} after {timeout:g} s\n{self.log()}")
 
@@ -237,7 +238,8 @@ def _fill(directory: Path, code: Path, config: str, netns: Mapping[str, Node]) -
         drop_in = directory / "units" / f"{unit}.d"
         drop_in.mkdir()
         (drop_in / "lab.conf").write_text(edit)
-    shutil.copy(UNITS / "sysusers.d" / "tproxyd.conf", directory / "sysusers.conf")
+    for kind in ("sysusers", "tmpfiles"):
+        shutil.copy(UNITS / f"{kind}.d" / "tproxyd.conf", directory / f"{kind}.conf")
     (directory / "etc" / "tproxyd.toml").write_text(config)
     for other_name, other in netns.items():
         (directory / "netns" / other_name).write_text(f"/proc/{os.getpid()}/fd/{other.netns}")

@@ -782,6 +782,29 @@ async def test_59_huge_heads_and_bodies_are_refused_and_hurt_nobody(way: Way, nu
         assert "stopping" not in daemon.process.stderr_text
 
 
+@SIDECAR_V4
+async def test_59_a_long_configuration_is_put_into_words_once_for_all_who_ask(way: Way) -> None:
+    """Each time it costs some milliseconds of the thread that repairs, too; any member of the group may ask."""
+    sources = ", ".join(f'"10.{high}.{low}.0/24"' for high in range(10) for low in range(200))
+    async with open_daemon(way.proxy, f"{CONFIG}\n".replace("[admin]", f"sources = [{sources}]\n[admin]")) as daemon:
+        await ask(auto(way.proxy), "/v1/config", within=10)
+        used = cpu_seconds(daemon.process.pid)
+        answers: list[Http] = []
+
+        async def keep_asking() -> None:
+            for _ in range(10):
+                answers.append(await ask(auto(way.proxy), "/v1/config", within=20))
+
+        async with trio.open_nursery() as asking:
+            for _ in range(20):
+                asking.start_soon(keep_asking)
+        used = cpu_seconds(daemon.process.pid) - used
+        print(f"{len(answers)} answers in {used:.2f} CPU seconds")
+    assert {answer.status for answer in answers} == {200}
+    assert len({bytes(answer.body) for answer in answers}) == 1
+    assert used < 0.4
+
+
 @pytest.mark.timed
 @GATEWAY_V4
 async def test_59_a_storm_of_scrapes_takes_little_of_the_daemon_s_time(way: Way, nursery: trio.Nursery) -> None:

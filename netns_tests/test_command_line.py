@@ -95,7 +95,6 @@ def test_check_and_plan_load_neither_trio_nor_pyroute2(tmp_path: Path, verb: str
     [
         ((), 64, "required: VERB"),
         (("frobnicate",), 64, "invalid choice: 'frobnicate'"),
-        (("handover",), 64, "`tproxyd handover` is not in this version"),
         (("plan", "--diff", "--format", "json"), 64, "leave --format out"),
         (("connections", "--close", "0", "--json"), 64, "leave --json out"),
         (("connections", "--limit", "0"), 64, "'0' is not a number of connections"),

@@ -218,6 +218,62 @@ async def test_the_new_generation_captures_what_the_files_say_now(way: Way, nurs
     assert await way.proxy.dump() == before
 
 
+@BOTH_LAYOUTS
+@pytest.mark.parametrize("mode", ["tproxy", "redirect"])
+async def test_what_the_files_leave_out_now_is_not_taken_while_the_old_one_drains(
+    way: Way, nursery: trio.Nursery, mode: str
+) -> None:
+    await nursery.start(serve_identity, way.app, 8080)
+    both = f'[capture]\nports = ["8080", "8081"]\nwhen_down = "bypass"\nmode = "{mode}"\n'
+    async with open_generations(way, both) as generations, await way.client.connect(way.address, 8080) as lives:
+        await lives.receive_some()
+        await generations.hand_over(both.replace('"8080", ', ""))
+        async with await way.client.connect(way.address, 8080) as stream:  # the app itself
+            own = format_address(stream.socket.getsockname())
+            assert json.loads(await stream.receive_some())["peer"] == own
+        assert alive(generations.pids[0])
+        await lives.aclose()
+        await generations.stop()
+    assert own not in [record["source"] for record in generations.records()]
+    assert "error" not in generations.process.stderr_text
+
+
+@SIDECAR_V4
+async def test_who_came_before_a_reload_ends_after_a_hand_over_and_nothing_is_put_right_for_it(
+    way: Way, nursery: trio.Nursery
+) -> None:
+    """What the kernel is to hold without it is not the old generation's any more."""
+    before = await way.proxy.dump()
+    await nursery.start(serve_echo, way.app, 8080)
+    async with open_generations(way, CLOSED) as generations:
+        old = generations.serving
+        async with (
+            await way.client.connect(way.address, 8080) as later,
+            await way.client.connect(way.address, 8080) as first,
+        ):
+            await works(first)
+            generations.file.write_text(f'{CLOSED}[upstream]\ntarget = "loopback"\n', encoding="utf-8")
+            await way.proxy.run(*TPROXYD, "reload", "-c", str(generations.file))
+            await works(later)  # was accepted before
+            async with await way.client.connect(way.address, 8080) as last:
+                await works(last)
+                await generations.hand_over(OPEN + '[upstream]\ntarget = "loopback"\n')
+                held = await way.proxy.dump()
+                await works(first)
+                for stream in (first, later):
+                    own = format_address(stream.socket.getsockname())
+                    await stream.aclose()
+                    await generations.process.wait_for_output(f'"source":"{own}"')
+                await trio.sleep(1)  # nothing is what is waited for
+                assert await way.proxy.dump() == held
+                await works(last)
+        await generations.ended(old)
+        told = json.loads((await way.proxy.run(*TPROXYD, "status", "--json")).stdout)["daemon"]
+        assert told["repairs"] == {}
+        await generations.stop()
+    assert await way.proxy.dump() == before
+
+
 REFUSED = {
     "syntax": ("[capture", "tproxyd.toml"),
     "unknown key": (CLOSED + "colour = 1\n", "colour"),
@@ -267,6 +323,36 @@ async def test_06_what_cannot_be_served_is_refused_and_the_old_one_goes_on(
             await lives.aclose()
             await generations.stop()
     assert await way.proxy.dump() == before
+
+
+@SIDECAR_V4
+@pytest.mark.parametrize("place", ["same", "another", "none"])
+async def test_06_the_old_one_is_asked_by_its_administrator_after_a_refusal(
+    way: Way, tmp_path: Path, place: str
+) -> None:
+    """The new one was refused when it had the socket already, or had opened another one in its place."""
+    (tmp_path / "run").mkdir()
+    path = f"{tmp_path}/run/admin.sock"
+    later = {"same": path, "another": f"{tmp_path}/run/other.sock", "none": ""}[place]
+    config = f'{CLOSED}[admin]\nsocket = "{path}"\n'
+    async with open_generations(way, config) as generations:
+        ask = (*TPROXYD, "connections", "-c", str(way.file(config)))
+        await way.proxy.run(*ask)
+        generations.file.write_text(f'{CLOSED}[listen]\nport = 15007\n[admin]\nsocket = "{later}"\n', encoding="utf-8")
+        assert "`listen.port` cannot change" in await generations.refused()
+        generations.file.write_text(config, encoding="utf-8")
+        await way.proxy.run(*ask)
+        assert os.listdir(tmp_path / "run") == ["admin.sock"]
+        # And when it is not refused, it is the new one that is asked, there alone.
+        moved = f'{CLOSED}[admin]\nsocket = "{later}"\n'
+        old = generations.serving
+        await generations.hand_over(moved)
+        await generations.ended(old)
+        assert os.listdir(tmp_path / "run") == [os.path.basename(later)] * bool(later)
+        if later:
+            await way.proxy.run(*ask)
+        await generations.stop()
+    assert os.listdir(tmp_path / "run") == []
 
 
 @SIDECAR_V4

@@ -70,8 +70,10 @@ async def test_06_the_new_one_is_killed_at_any_moment_and_somebody_serves(
         async with way.proxy.process(*TPROXYD, "handover", collect=True) as verb:
             new = await begun(generations)
             await trio.sleep(milliseconds / 1000)
+            loops = relay_processes(new)
             os.kill(new, signal.SIGKILL)
             code, said = await answered(verb)
+        await until(lambda: not any(map(alive, loops)))  # for some milliseconds they accept, and reset
         await works(lives)
         if code:
             assert code == 1

@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 import pytest
 import trio
 
-from netns_tests.systemd_lab import UNITS, System, compile_program, open_systemd
+from netns_tests.service import (
+    CLIENTS,
+    CLOSED,
+    OPEN,
+    Load,
+    expect_captured,
+    expect_when_down,
+    kill,
+    open_service,
+    peer_seen,
+    tables,
+)
+from netns_tests.systemd_lab import UNITS, open_systemd
+from netns_tests.watch import METRICS, metrics, works
 from netns_tests.way import BOTH_LAYOUTS, GATEWAY_V4, SIDECAR_V4, Way, median_ms
 from tproxyd.daemon.lock import LOCK_PORT
 from tproxyd.net.sockets import format_address
@@ -24,59 +36,7 @@ from tproxyd.testing import SIDECAR, serve_echo, serve_identity
 from tproxyd.testing.daemon import TPROXYD, open_daemon
 from tproxyd.testing.plugin import OpenLab
 
-OPEN = '[capture]\nports = ["8080"]\nwhen_down = "bypass"\n'
-CLOSED = '[capture]\nports = ["8080"]\nwhen_down = "refuse"\n'
-CLIENTS = 8
 CAPABILITIES = 1 << 10 | 1 << 12 | 1 << 13  # CAP_NET_BIND_SERVICE, CAP_NET_ADMIN, CAP_NET_RAW
-
-
-@pytest.fixture(scope="module")
-def code(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return compile_program(tmp_path_factory.mktemp("program"))
-
-
-@asynccontextmanager
-async def open_service(way: Way, code: Path, directory: Path, config: str, *, edit: str = "") -> AsyncIterator[System]:
-    """systemd in the proxy's node, `tproxyd.service` (with what `edit` has for [Service]) started in it; at the end of the block stopped, and nothing of it is left."""
-    async with open_systemd(way.proxy, directory / "system", code, config) as system:
-        if edit:
-            await system.drop_in(f"[Service]\n{edit}\n")
-        before = await way.proxy.dump()
-        await system.ctl("start", "tproxyd")
-        yield system
-        await system.ctl("stop", "tproxyd")
-        assert await way.proxy.dump() == before
-
-
-async def peer_seen(way: Way) -> tuple[str, str]:
-    """The client's own address and the one that the app sees."""
-    async with await way.client.connect(way.address, 8080, timeout=20) as stream:
-        own = format_address(stream.socket.getsockname())
-        with trio.fail_after(20):
-            answer = await stream.receive_some()
-            await stream.send_eof()
-            while await stream.receive_some():
-                pass
-    return own, json.loads(answer)["peer"]
-
-
-async def expect_captured(way: Way, system: System) -> None:
-    own, _ = await peer_seen(way)
-    with trio.fail_after(5):
-        while f'"source":"{own}"' not in system.records():
-            await trio.sleep(0.01)
-
-
-async def expect_direct(way: Way, system: System) -> None:
-    """Nobody is steered anywhere: the app itself answers."""
-    own, peer = await peer_seen(way)
-    assert peer == own
-    await trio.sleep(0.1)
-    assert f'"source":"{own}"' not in system.records()
-
-
-async def tables(way: Way) -> list[str]:
-    return sorted(re.findall(r"tproxyd\w*", (await way.proxy.run("nft", "list", "tables")).stdout))
 
 
 @BOTH_LAYOUTS
@@ -122,19 +82,40 @@ async def test_trouble_is_in_the_status(way: Way, nursery: trio.Nursery, tmp_pat
         await way.proxy.run("nft", "delete", "table", "inet", "wall")
 
 
-@GATEWAY_V4
-async def test_a_reload_of_a_bad_file_fails_and_changes_nothing(
+@BOTH_LAYOUTS
+async def test_10_a_reload_returns_when_the_kernel_holds_it_and_of_a_bad_file_changes_nothing(
     way: Way, nursery: trio.Nursery, tmp_path: Path, code: Path
 ) -> None:
-    await nursery.start(serve_identity, way.app, 8080)
-    async with open_service(way, code, tmp_path, OPEN) as system:
+    for port in (8080, 8081):
+        await nursery.start(serve_echo, way.app, port)
+    async with open_service(way, code, tmp_path, CLOSED + METRICS) as system:
         pid = await system.main_pid()
-        system.configure("[capture]\nprots = 1\n")
-        assert (await system.ctl("reload", "tproxyd", check=False)).returncode == 1
-        assert "capture.prots" in system.log()
+        async with await way.client.connect(way.address, 8080) as lives:
+            await works(lives)
+            system.configure(CLOSED.replace('"8080"', '"8080", "8081"') + METRICS)
+            await system.ctl("reload", "tproxyd")
+            async with await way.client.connect(way.address, 8081) as added:  # at once
+                await works(added)
+                await system.until("StatusText", "captures TCP 8080, 8081; 2 connections")
+            await works(lives)
+            held = (await way.proxy.run("nft", "list", "table", "inet", "tproxyd_guard")).stdout
+            system.configure("[capture]\nprots = 1\n")
+            assert (await system.ctl("reload", "tproxyd", check=False)).returncode == 1
+            assert "capture.prots" in system.log()
+            assert "; not reloaded: " in (said := await system.show("StatusText"))
+            assert "capture.prots" in said
+            assert (await metrics(way.proxy))["tproxyd_config_last_reload_success"] == 0
+            assert (await way.proxy.run("nft", "list", "table", "inet", "tproxyd_guard")).stdout == held
+            await works(lives)
+            async with await way.client.connect(way.address, 8081) as added:
+                await works(added)
+            system.configure(CLOSED + METRICS)
+            await system.ctl("reload", "tproxyd")
+            assert "not reloaded" not in await system.show("StatusText")
+            assert (await metrics(way.proxy))["tproxyd_config_last_reload_success"] == 1
+            await works(lives)
         assert await system.show("ActiveState") == "active"
         assert await system.main_pid() == pid
-        await expect_captured(way, system)
 
 
 @SIDECAR_V4
@@ -185,54 +166,6 @@ async def test_04_05_sigkill_is_what_when_down_says_and_then_restarted(
         await expect_captured(way, system)
     # The goal is 100 ms, which test_death.py has; here systemd and its children want the CPU at that very moment.
     assert median_ms(f"after SIGKILL under systemd, {way}", took) < 300
-
-
-async def expect_when_down(way: Way, system: System, config: str) -> None:
-    if config == OPEN:
-        own, peer = await peer_seen(way)
-        assert peer == own
-    else:
-        for _ in range(5):
-            with pytest.raises(ConnectionRefusedError):
-                await way.client.connect(way.address, 8080, timeout=3)
-
-
-async def kill(pid: int) -> float:
-    """SIGKILL; when it was sent. Returns when the process has ended."""
-    pidfd = os.pidfd_open(pid)
-    try:
-        began = time.perf_counter()
-        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-        await trio.lowlevel.wait_readable(pidfd)
-    finally:
-        os.close(pidfd)
-    return began
-
-
-class Load:
-    """Clients in a loop; `waits` are how long each connection took from dial to end, `errors` what went wrong."""
-
-    def __init__(self, way: Way) -> None:
-        self._way = way
-        self.waits: list[float] = []
-        self.errors: list[str] = []
-        self.sources: list[str] = []
-
-    async def dial(self) -> None:
-        while True:
-            began = time.perf_counter()
-            try:
-                own, _ = await peer_seen(self._way)
-            except (OSError, trio.BrokenResourceError, trio.TooSlowError, ValueError) as error:
-                self.errors.append(repr(error))
-            else:
-                self.sources.append(own)
-            self.waits.append(time.perf_counter() - began)
-
-    async def until(self, count: int) -> None:
-        with trio.fail_after(120):
-            while len(self.waits) < count:
-                await trio.sleep(0.01)
 
 
 @pytest.mark.parametrize(
@@ -351,6 +284,63 @@ async def test_60_connections_of_before_a_restart_drain_and_new_ones_are_served_
 
 
 @SIDECAR_V4
+async def test_60_nobody_waits_in_a_restart_for_a_generation_that_still_drains(
+    way: Way, nursery: trio.Nursery, tmp_path: Path, code: Path
+) -> None:
+    """After a hand-over: what lives has its time to drain with the old one, and new clients are served meanwhile."""
+    await nursery.start(serve_echo, way.app, 8080)
+    async with open_service(way, code, tmp_path, OPEN + '[drain]\ntimeout = "20s"\n') as system:
+        async with await way.client.connect(way.address, 8080) as old:
+            await old.send_all(b"x")
+            assert await old.receive_some() == b"x"
+            await system.run("tproxyd", "handover")
+            serving = await system.main_pid()
+            await system.ctl("restart", "--no-block", "tproxyd")
+            with trio.fail_after(10):
+                while "restarting: up to" not in system.log():
+                    await trio.sleep(0.01)
+            for _ in range(20):
+                async with await way.client.connect(way.address, 8080) as new:
+                    await new.send_all(b"y")
+                    with trio.fail_after(3):
+                        assert await new.receive_some() == b"y"
+                    await new.send_eof()
+                    assert await new.receive_some() == b""
+                await trio.sleep(0.1)  # more than the restart of a daemon takes that has nothing to wait for
+            assert await system.main_pid() == serving
+            await old.send_all(b"z")
+            assert await old.receive_some() == b"z"
+        await system.until("SubState", "running")
+        assert await system.main_pid() != serving
+        assert set(re.findall(r'"outcome":"(\w+)"', system.records())) == {"closed"}
+
+
+@SIDECAR_V4
+async def test_08_a_stop_after_a_hand_over_drains_as_well(
+    way: Way, nursery: trio.Nursery, tmp_path: Path, code: Path
+) -> None:
+    """systemd waits for the end of a main process alone that is its child."""
+    await nursery.start(serve_echo, way.app, 8080)
+    async with open_service(way, code, tmp_path, OPEN) as system:
+        first = await system.main_pid()
+        await system.run("tproxyd", "handover")
+        assert await system.main_pid() != first
+        async with await way.client.connect(way.address, 8080) as stream:
+            await stream.send_all(b"x")
+            assert await stream.receive_some() == b"x"
+            await system.ctl("stop", "--no-block", "tproxyd")
+            await system.until("StatusText", "stopping; 1 connections")
+            await stream.send_all(b"y")
+            assert await stream.receive_some() == b"y"
+            await stream.send_eof()
+            assert await stream.receive_some() == b""
+        await system.until("ActiveState", "inactive")
+        assert await system.show("Result") == "success"
+        assert set(re.findall(r'"outcome":"(\w+)"', system.records())) == {"closed"}
+        assert await tables(way) == []
+
+
+@SIDECAR_V4
 async def test_60_a_restart_ends_at_the_drain_timeout(
     way: Way, nursery: trio.Nursery, tmp_path: Path, code: Path
 ) -> None:
@@ -464,8 +454,10 @@ async def test_60_a_restart_with_other_relay_processes_or_another_port_serves_as
             assert system.log().count("a socket that systemd has passed") == refused
             if verb != "stop":
                 assert len(await system.workers()) == workers
-                for _ in range(10):
-                    await expect_captured(way, system)
+                owns = {(await peer_seen(way))[0] for _ in range(10)}
+                with trio.fail_after(5):
+                    while not all(f'"source":"{own}"' in system.records() for own in owns):
+                        await trio.sleep(0.01)
         system.configure(OPEN + "[listen]\nport = 15010\n")
         await system.ctl("restart", "tproxyd")
         assert "listens on 127.0.0.1:15006, and is closed" in system.log()
@@ -588,6 +580,22 @@ async def test_a_socket_unit_keeps_the_listeners_and_starts_the_daemon(
 
 
 @SIDECAR_V4
+async def test_60_the_listeners_of_a_socket_unit_are_taken_once_after_a_hand_over_and_a_restart(
+    way: Way, nursery: trio.Nursery, tmp_path: Path, code: Path
+) -> None:
+    """The new generation does not know that systemd keeps them, and stores them, too."""
+    await nursery.start(serve_identity, way.app, 8080)
+    async with open_systemd(way.proxy, tmp_path / "system", code, OPEN + "[relay]\nworkers = 1\n") as system:
+        await system.ctl("start", "tproxyd.socket", "tproxyd.service")
+        await system.run("tproxyd", "handover")
+        await system.ctl("restart", "tproxyd")
+        assert "a socket that systemd has passed" not in system.log()
+        await expect_captured(way, system)
+        await system.until("NFileDescriptorStore", "0")
+        await system.ctl("stop", "tproxyd.socket", "tproxyd.service")
+
+
+@SIDECAR_V4
 async def test_a_socket_that_is_no_listener_of_the_configuration_is_refused_in_a_sentence(
     way: Way, nursery: trio.Nursery, tmp_path: Path, code: Path
 ) -> None:
@@ -634,6 +642,72 @@ async def test_an_instance_serves_another_network_namespace(
             assert await system.show("ActiveState") == "active"
             await system.ctl("stop", "tproxyd")
             assert (await host.dump()) == states[0]
+
+
+async def test_root_and_the_group_ask_the_daemons_of_both_units_whichever_of_them_stops(
+    open_lab: OpenLab, nursery: trio.Nursery, tmp_path: Path, code: Path
+) -> None:
+    """From outside of the sandbox. Every unit may be the first and the last one."""
+    async with open_lab(SIDECAR) as host_lab, open_lab(SIDECAR) as pod_lab:
+        nodes = {"tproxyd": host_lab["host"], "tproxyd@pod": pod_lab["host"]}
+        clients = {"tproxyd": host_lab["client"], "tproxyd@pod": pod_lab["client"]}
+        files = {"tproxyd": [], "tproxyd@pod": ["-c", "/etc/tproxyd/pod.toml"]}
+        for node in nodes.values():
+            await nursery.start(serve_echo, node, 8080)
+        async with open_systemd(
+            nodes["tproxyd"], tmp_path / "system", code, OPEN, netns={"pod": pod_lab["host"]}
+        ) as system:
+            system.configure(OPEN, "pod")
+
+            async def ask(unit: str, *arguments: str, user: str = "") -> str:
+                where = [] if unit == "tproxyd" else ["nsenter", "--net=/run/netns/pod"]
+                as_whom = ["setpriv", "--reuid=65534", f"--regid={user}", "--clear-groups"] if user else []
+                verb, *rest = arguments
+                return (await system.run(*where, *as_whom, "tproxyd", verb, *files[unit], *rest)).stdout
+
+            def sockets() -> set[str]:
+                return {file.name for file in system.path("/run/tproxyd").iterdir() if file.is_socket()}
+
+            names = {unit: f"netns-{node.inode}.sock" for unit, node in nodes.items()}
+            await system.ctl("start", *nodes)
+            assert sockets() == {*names.values()}
+            for unit, node in nodes.items():
+                async with await clients[unit].connect(node.v4, 8080) as stream:
+                    await works(stream)
+                    own = format_address(stream.socket.getsockname())
+                    assert own in await ask(unit, "connections", "--json")
+                    assert own in await ask(unit, "connections", user="tproxyd")
+                    assert own in await ask(unit, "top", "--once")
+                assert f"/run/tproxyd/{names[unit]}" in await ask(unit, "status")
+                assert await ask(unit, "reload") == "nothing changed\n"
+                name = unit.rpartition("@")[2]
+                system.configure("[capture]\nprots = 1\n", name)
+                assert (await system.ctl("reload", unit, check=False)).returncode == 1
+                assert "not reloaded: " in await system.show("StatusText", f"{unit}.service")
+                system.configure(OPEN, name)
+                await system.ctl("reload", unit)
+                assert await system.show("StatusText", f"{unit}.service") == "captures TCP 8080; 0 connections"
+            for first in nodes:
+                other = next(unit for unit in nodes if unit != first)
+                await system.ctl("stop", first)
+                assert sockets() == {names[other]}
+                await ask(other, "connections")
+                await system.ctl("start", first)
+                assert sockets() == {*names.values()}
+            for unit in nodes:
+                await ask(unit, "drain")
+                await system.until("ActiveState", "inactive", f"{unit}.service")
+                assert await system.show("Result", f"{unit}.service") == "success"
+            assert sockets() == set()
+            # Whoever is killed, and not started again, leaves none either.
+            for unit in nodes:
+                await system.drop_in(
+                    "[Service]\nRestart=no\n", "tproxyd@.service" if "@" in unit else f"{unit}.service"
+                )
+                await system.ctl("start", unit)
+                await kill(await system.main_pid(f"{unit}.service"))
+                await system.until("ActiveState", "failed", f"{unit}.service")
+            assert sockets() == set()
 
 
 def look(pid: int, file: str) -> str:

@@ -10,6 +10,7 @@ import http.client
 import http.server
 import json
 import os
+import pty
 import resource
 import signal
 import statistics
@@ -17,8 +18,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 CONFIG = Path("/etc/tproxyd/tproxyd.toml")
@@ -101,8 +102,67 @@ def lab() -> Iterator[int]:
         client.wait()
 
 
+@contextmanager
+def living_connection(client: int) -> Iterator[Callable[[], str]]:
+    """From that process's namespace to the server. What it gives asks once more on it, and returns the answer; empty where it has ended."""
+    asking = subprocess.Popen(
+        ["nsenter", "-t", str(client), "-n", "python3", "-uc", ASKING, HERE],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with asking:
+        assert asking.stdin is not None
+        assert asking.stdout is not None
+        sent, heard = asking.stdin, asking.stdout
+
+        def ask() -> str:
+            sent.write("\n")
+            sent.flush()
+            return heard.readline().strip()
+
+        yield ask
+        sent.close()  # the end of it
+
+
+ASKING = """
+import http.client, sys
+connection = http.client.HTTPConnection(sys.argv[1], 8080)
+connection.connect()
+connection.auto_open = 0
+for _ in sys.stdin:
+    connection.request("GET", "/")
+    print(connection.getresponse().read().decode())
+"""
+
+
+def on_terminal(*command: str, until: str, key: str) -> None:
+    """On a terminal of its own it has to write that; then the key is pressed, and it has to end well."""
+    terminal, its_end = pty.openpty()
+    shown = subprocess.Popen(
+        command,
+        stdin=its_end,
+        stdout=its_end,
+        stderr=its_end,
+        env={**os.environ, "TERM": "xterm", "COLUMNS": "120", "LINES": "40"},
+        start_new_session=True,
+    )
+    os.close(its_end)
+    written, pressed = "", False
+    with suppress(OSError):  # EIO: it has ended
+        while True:
+            written += os.read(terminal, 4096).decode(errors="replace")
+            if not pressed and until in written:
+                os.write(terminal, key.encode())
+                pressed = True
+    os.close(terminal)
+    expect(shown.wait() == 0 and pressed, f"{' '.join(command)}, on a terminal, up to the key {key}", written)
+
+
 class Greeting(http.server.BaseHTTPRequestHandler):
-    """Answers with the address that it sees."""
+    """Answers with the address that it sees. A connection may ask more than once."""
+
+    protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
         body = self.client_address[0].encode()
@@ -161,6 +221,12 @@ def test_capture() -> None:
         said = [*iter_until("tproxyd: ready", daemon.stderr)]
         expect(said and "tproxyd: ready" in said[-1], "the daemon is ready", said)
         code = f"import urllib.request; print(urllib.request.urlopen('http://{HERE}:8080/').read().decode())"
+        with living_connection(client) as ask:
+            ask()
+            shown = run("tproxyd", "top", "--once")
+            expect(CLIENT in shown, "tproxyd top --once shows the connection", shown)
+            on_terminal("tproxyd", "top", until=CLIENT, key="q")
+        daemon.stdout.readline()
         answer = run("nsenter", "-t", str(client), "-n", "python3", "-c", code).strip()
         expect(answer == CLIENT, f"the server sees its client, {answer}")
         record = json.loads(daemon.stdout.readline())
@@ -229,9 +295,35 @@ def test_service() -> None:
     run("systemctl", "enable", "--now", "tproxyd")
     first = serving()
     expect(first, f"enabled and started: process {first} captures", run("systemctl", "status", "tproxyd", code=0))
-    run("dpkg", "-i", "/packages/next.deb")
-    second = serving()
-    expect(second not in ("0", first), f"upgraded: process {second} captures")
+    with lab() as client:
+        with living_connection(client) as ask:
+            expect(ask() == CLIENT, "a connection lives")
+            run("dpkg", "-i", "/packages/next.deb")
+            second = serving()
+            expect(second not in ("0", first), f"upgraded: process {second} is the service")
+            expect(os.path.exists(f"/proc/{first}"), f"process {first} serves what lives")
+            expect(ask() == CLIENT, "the connection lives on")
+            with living_connection(client) as ask_anew:
+                expect(ask_anew() == CLIENT, "a new one is served")
+                member = ("setpriv", "--reuid=nobody", "--regid=nogroup", "--groups=tproxyd")
+                shown = run(*member, "tproxyd", "connections")
+                expect(CLIENT in shown, "a member of the group tproxyd may look", shown)
+            said = run("tproxyd", "status")
+            expect(f"pid {second}," in said and f"pid {first}," in said, "tproxyd status names both", said)
+        wait_until(lambda: not os.path.exists(f"/proc/{first}"), f"process {first} has ended with its last connection")
+        # A daemon that cannot hand over, as one of a version that had it not yet.
+        old_one = Path("/packages/old/tproxyd")
+        old_one.parent.mkdir()
+        old_one.write_text('#!/bin/sh\n[ "$1" != handover ] || exit 1\nexec /usr/sbin/tproxyd "$@"\n', encoding="utf-8")
+        old_one.chmod(0o755)
+        path = os.environ["PATH"]
+        os.environ["PATH"] = f"{old_one.parent}:{path}"
+        run("dpkg", "-i", "/packages/first.deb")
+        os.environ["PATH"] = path
+        third = serving()
+        expect(third not in ("0", first, second), f"without a hand-over: restarted, as process {third}")
+        with living_connection(client) as ask:
+            expect(ask() == CLIENT, "and captures")
     run("dpkg", "-r", "tproxyd")
     expect(kernel_state() == bare, "removed: the service has stopped, the kernel holds nothing of it")
     run("dpkg", "-P", "tproxyd")
@@ -240,16 +332,17 @@ def test_service() -> None:
 
 def serving() -> str:
     """The service's main process once the kernel holds what it has put there."""
-    deadline = time.monotonic() + 20
-    while "table inet tproxyd" not in run("nft", "list", "tables"):
-        expect_time(deadline)
+    wait_until(lambda: "table inet tproxyd" in run("nft", "list", "tables"), "captures")
     return run("systemctl", "show", "-P", "MainPID", "tproxyd").strip()
 
 
-def expect_time(deadline: float) -> None:
-    if time.monotonic() > deadline:
-        sys.exit(f"NOT SO: captures\n{run('systemctl', 'status', 'tproxyd', code=3)}")
-    time.sleep(0.05)
+def wait_until(is_so: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + 20
+    while not is_so():
+        if time.monotonic() > deadline:
+            status = subprocess.run(["systemctl", "status", "tproxyd"], capture_output=True, text=True, check=False)
+            sys.exit(f"NOT SO: {what}\n{status.stdout}")
+        time.sleep(0.05)
 
 
 def main() -> None:

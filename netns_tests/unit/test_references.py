@@ -194,6 +194,7 @@ def test_a_manual_page_has_only_requests_that_are_meant(name: str) -> None:
         ".EX",
         ".EE",
         ".in",
+        ".ti",
         ".br",
         ".nh",
         ".hy",

@@ -69,7 +69,8 @@ def _usage(verb: Command) -> str:
     for argument in verb.arguments:
         if argument.names and "--help" not in argument.names:
             shortest = argument._replace(names=argument.names[:1])
-            parts.append(f"[{_named(shortest)}]{'...' if argument.is_repeated else ''}")
+            whole = _named(shortest).replace(" ", r"\~")  # on one line
+            parts.append(f"[{whole}]{'...' if argument.is_repeated else ''}")
         elif not argument.names:
             parts.append(_named(argument))
     return " ".join(parts)
@@ -78,8 +79,8 @@ def _usage(verb: Command) -> str:
 def _synopsis() -> list[str]:
     lines: list[str] = []
     for verb in read_command().verbs:
-        lines += [*([".br"] if lines else []), *_folded(_usage(verb))]
-    return [*lines, ".br", r"\fBtproxyd\fR {\fB\-\-version\fR | \fB\-\-help\fR}"]
+        lines += [".ti -8n", *_folded(_usage(verb))]
+    return [".in +8n", *lines, ".ti -8n", r"\fBtproxyd\fR {\fB\-\-version\fR | \fB\-\-help\fR}", ".in"]
 
 
 def _folded(line: str) -> list[str]:
@@ -87,10 +88,10 @@ def _folded(line: str) -> list[str]:
 
 
 def _shared() -> list[Argument]:
-    """The options that most commands take alike; they are explained once."""
+    """The options that some commands take alike; they are explained once."""
     verbs = read_command().verbs
     options = dict.fromkeys(option for verb in verbs for option in verb.options if "--help" not in option.names)
-    return [option for option in options if sum(option in verb.options for verb in verbs) > len(verbs) / 2]
+    return [option for option in options if sum(option in verb.options for verb in verbs) > 2]
 
 
 def _options() -> list[str]:

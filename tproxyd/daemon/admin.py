@@ -58,7 +58,7 @@ class _Api:
             "/healthz": {"GET": partial(_health, str)},
             "/readyz": {"GET": partial(_health, lambda: service.unready)},
             "/v1/status": {"GET": _json_of(Shared(service.status))},
-            "/v1/config": {"GET": self._config},
+            "/v1/config": {"GET": _json_of(Shared(self._config))},
             "/v1/plan": {"GET": self._plan},
             "/v1/diff": {"GET": _json_of(differences, key="differences")},
             "/v1/connections": {"GET": self._connections},
@@ -102,9 +102,8 @@ class _Api:
     def _all(self) -> str:
         return f"there are {', '.join(self._resources)}"
 
-    async def _config(self, request: Request) -> Answer:
-        _parameters(request)
-        return _json(config_to_mapping(self._service.config))
+    async def _config(self) -> object:
+        return config_to_mapping(self._service.config)
 
     async def _plan(self, request: Request) -> Answer:
         form = _parameters(request, "format").get("format", "text")

@@ -29,6 +29,7 @@ __all__ = [
     "path_in",
     "readers_gid",
     "remove_stale",
+    "take_place",
 ]
 
 GROUP = "tproxyd"
@@ -86,11 +87,17 @@ def access_of(peer: Peer, gid: int | None) -> Access | None:
 
 
 class AdminSocket:
-    """A listening socket at a path of its own. A context manager; at its end the path is removed, unless it is a successor's by then."""
+    """A listening socket at a path of its own. A context manager; at its end the path is removed, unless it is a successor's by then, or, `lent`, a
+    predecessor's still."""
 
-    def __init__(self, path: str, sock: socket.socket) -> None:
+    def __init__(self, path: str, sock: socket.socket, *, lent: bool = False) -> None:
         self.path, self.sock = path, sock
-        self._made: tuple[int, int] | None = _identity(path)
+        self._made: tuple[int, int] | None = None if lent else _identity(path)
+
+    def settle(self) -> None:
+        """The path is the predecessor's no more."""
+        with suppress(OSError):
+            self._made = _identity(self.path)
 
     def leave(self) -> None:
         """The path is a successor's from now on, who has the same socket."""
@@ -109,7 +116,7 @@ class AdminSocket:
 @contextmanager
 def open_admin_socket(setting: str | None, inherited: socket.socket | None = None) -> Iterator[AdminSocket | None]:
     """Listens where `admin.socket` says, for the length of the block; None where it says "". What a dead daemon has left there is replaced.
-    `inherited` is a living one's, whose place this takes.
+    `inherited` is a living one's, whose place this takes (`take_place`).
 
     Raises KernelError if somebody listens there, something else than a socket is there, or it cannot be had. "auto" is given up with a warning in the last
     case: capturing is worth more than being asked.
@@ -118,12 +125,10 @@ def open_admin_socket(setting: str | None, inherited: socket.socket | None = Non
     if inherited is not None:
         there = inherited.getsockname()
         if path is not None and there == path and os.path.exists(path):
-            with AdminSocket(path, inherited) as taken:
+            with AdminSocket(path, inherited, lent=True) as taken:
                 yield taken
             return
         inherited.close()
-        with suppress(OSError):
-            os.unlink(there)  # nobody will be asked there any more
     if path is None:
         yield None
         return
@@ -144,6 +149,15 @@ def open_admin_socket(setting: str | None, inherited: socket.socket | None = Non
             yield opened
 
 
+def take_place(admin: AdminSocket | None, before: str | None) -> None:
+    """The predecessor, which was asked at the path `before`, goes on no more. Until then it may, and is asked there as ever."""
+    if admin is not None and admin.path == before:
+        admin.settle()
+    elif before is not None:
+        with suppress(OSError):
+            os.unlink(before)  # nobody will be asked there any more
+
+
 def _make_directory() -> None:
     with suppress(FileExistsError):
         os.mkdir(_DIRECTORY, 0o755)
@@ -162,7 +176,8 @@ def _listen(path: str) -> socket.socket:
         gid = readers_gid()
         if gid is not None and ours:
             with suppress(PermissionError):  # without CAP_CHOWN: root, and who runs as a member, can ask all the same
-                os.chown(path, -1, gid, follow_symlinks=False)
+                if os.lstat(path).st_gid != gid:  # a unit's user has that group, and its sandbox forbids the call
+                    os.chown(path, -1, gid, follow_symlinks=False)
                 os.chmod(path, 0o660)
         sock.listen(_BACKLOG)  # nobody could connect before
     except BaseException:

@@ -97,10 +97,12 @@ def revert_after_exit(*, clean: bool) -> int:
                 return os.EX_OK
             print(f"tproxyd: warning: {printable(holder.stranger)}", file=sys.stderr)
         stack.enter_context(_uninterrupted())
+        left = [f"remove the administrator's socket {path}"] if (path := remove_stale("auto")) is not None else []
         if kernel.is_applied():
-            print("nothing removed: `tproxyd apply` has put it there")
+            _tell(left, nothing="nothing removed")
+            print("the rest stays: `tproxyd apply` has put it there")
         else:
-            _tell(kernel.revert(but=() if clean else (GUARD,)), nothing="nothing to remove")
+            _tell([*kernel.revert(but=() if clean else (GUARD,)), *left], nothing="nothing to remove")
     return os.EX_OK
 
 

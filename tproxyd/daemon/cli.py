@@ -132,7 +132,7 @@ def _make_parser() -> argparse.ArgumentParser:
                 "--config",
                 type=Path,
                 metavar="FILE",
-                help="this file alone (default: /etc/tproxyd/tproxyd.toml, then conf.d/*.toml beside it)",
+                help="read this file alone (default: /etc/tproxyd/tproxyd.toml, then conf.d/*.toml beside it)",
             )
         if config and ports:
             verb.add_argument(
@@ -147,11 +147,13 @@ def _make_parser() -> argparse.ArgumentParser:
     add("run", "intercept connections until SIGTERM")
     add("check", "validate the configuration; needs no root")
     plan = add("plan", "print everything that would be applied; needs no root")
-    plan.add_argument("--format", choices=("text", "nft", "shell", "json"), help="default: text")
+    plan.add_argument(
+        "--format", choices=("text", "nft", "shell", "json"), help="for whom it is printed (default: text)"
+    )
     plan.add_argument(
         "--diff",
         action="store_true",
-        help="print what the kernel holds otherwise instead; exit code 3 when there is a difference; needs CAP_NET_ADMIN",
+        help="print instead in what the kernel differs; exit code 3 when it does; needs CAP_NET_ADMIN",
     )
     plan.add_argument(
         "--against",
@@ -168,12 +170,12 @@ def _make_parser() -> argparse.ArgumentParser:
     )
     add("confirm", "confirm the change of an `apply --confirm` that waits", config=False)
     status = add("status", "compare what is planned with what the kernel holds; say who serves, and what lives")
-    status.add_argument("--json", action="store_true", help="the same for programs")
+    status.add_argument("--json", action="store_true", help="print it as JSON, for programs")
     revert = add("revert", "remove all kernel state that is tproxyd's, and nothing else", config=False)
     revert.add_argument(
         "--name",
         metavar="NAME",
-        help="of an embedding program that gave its tables this name and has died (default: tproxyd)",
+        help="that of an embedding program that gave its tables this name and has died (default: tproxyd)",
     )
     revert.add_argument(
         "--after-exit",
@@ -184,27 +186,27 @@ def _make_parser() -> argparse.ArgumentParser:
     explain = add("explain", "say which rules decide about a connection, and what happens")
     explain.add_argument("source", metavar="SRC[:PORT]", help="the client; IPv6 with a port: [2001:db8::1]:40000")
     explain.add_argument("destination", metavar="DST:PORT", help="where it wants to go; IPv6: [2001:db8::7]:80")
-    explain.add_argument("--proto", choices=("tcp", "udp"), default="tcp", help="default: tcp")
+    explain.add_argument("--proto", choices=("tcp", "udp"), default="tcp", help="the protocol (default: tcp)")
     explain.add_argument(
         "--in", dest="interface", metavar="IFACE", help="where it arrives (default: where the way back to SRC leaves)"
     )
-    explain.add_argument("--json", action="store_true", help="for programs")
+    explain.add_argument("--json", action="store_true", help="print it as JSON, for programs")
     doctor = add("doctor", "look for every known cause of silent failure, and name its remedy")
-    doctor.add_argument("--no-probe", action="store_true", help="no live connection from a throwaway namespace")
-    doctor.add_argument("--json", action="store_true", help="for programs")
+    doctor.add_argument("--no-probe", action="store_true", help="make no live connection from a throwaway namespace")
+    doctor.add_argument("--json", action="store_true", help="print it as JSON, for programs")
     connections = add("connections", "list living connections of the running daemon, or end one", ports=False)
-    connections.add_argument("--workload", metavar="NAME", help="those of this workload")
+    connections.add_argument("--workload", metavar="NAME", help="only those of this workload")
     connections.add_argument(
-        "--source", metavar="ADDR", help="those of clients there: an address, a network, either with :PORT"
+        "--source", metavar="ADDR", help="only those of clients there: an address, a network, either with :PORT"
     )
     connections.add_argument(
-        "--destination", metavar="ADDR", help="those to there, as they were dialled; :80 is a port"
+        "--destination", metavar="ADDR", help="only those that were dialled to there; :80 is a port"
     )
-    connections.add_argument("--limit", type=_count, metavar="N", help="so many at most")
+    connections.add_argument("--limit", type=_count, metavar="N", help="list so many at most")
     connections.add_argument("--close", metavar="ID", help="reset the connection of this id, on both sides")
-    connections.add_argument("--json", action="store_true", help="for programs")
+    connections.add_argument("--json", action="store_true", help="print it as JSON, for programs")
     top = add("top", "show live connections and rates of the running daemon on a screen", ports=False)
-    top.add_argument("--once", action="store_true", help="print it once, as where the output is no terminal")
+    top.add_argument("--once", action="store_true", help="print it once and end, as where the output is no terminal")
     add("reload", "have the running daemon read its configuration again", ports=False)
     add("drain", "have the running daemon take no new connections, and end with the last one", ports=False)
     return parser

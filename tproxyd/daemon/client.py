@@ -93,8 +93,21 @@ def close_connection(config: Path | None, identity: str) -> int:
 
 
 def reload(config: Path | None) -> int:
-    """Has the daemon read its configuration again, and prints what has changed. Raises TproxydError."""
-    content = _ask(config, "POST", "/v1/reload", "reload", patience=_RELOAD)
+    """Has the daemon read its configuration again, and prints what has changed. Raises TproxydError.
+
+    A bad file does not say where its daemon is asked; the one of this namespace is, which then knows, and tells in its status and metrics."""
+    try:
+        path = socket_path(config)
+    except ConfigError as error:
+        usual = admin_path("auto")
+        if usual is None or not os.path.exists(usual):
+            raise
+        try:
+            content = ask(usual, "POST", "/v1/reload", "reload", patience=_RELOAD)
+        except MissingError:
+            raise error from None
+    else:
+        content = ask(path, "POST", "/v1/reload", "reload", patience=_RELOAD, named=config is not None)
     for line in msgspec.json.decode(content, type=_Changed).changes:
         print(printable(line))
     return os.EX_OK

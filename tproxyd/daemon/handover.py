@@ -118,6 +118,11 @@ class Old:
         copy.setblocking(False)
         return copy
 
+    def place(self, name: str) -> str | None:
+        """The path of its listener for that, if it has one."""
+        found = self._services.get(name)
+        return str(found.getsockname()) if found is not None else None
+
     def close_files(self) -> None:
         """What is wanted of them has been copied by now. A listener that stays open is one to which clients may be brought that nobody serves."""
         for file in self._files:
@@ -359,8 +364,9 @@ class Generations:
                 raise
             # Nothing below can fail.
             self._new = new
-            self._manager.move_to(new.pid)
             with trio.CancelScope(shield=True):
+                await in_thread(new.let_go)
+                self._manager.move_to(new.pid)
                 await self._interceptor.retire()
         _log.info("pid %d serves from now on", new.pid)
         for scope in self._serving:
@@ -412,9 +418,31 @@ class Generations:
         return pid
 
 
+# The new one's parent until it is ready, which then leaves it to systemd (or whoever else has orphans): of a main process that is not its child systemd does not
+# wait for the end, and kills the service as soon as it has asked it to stop. It ends as the new one does, kills it when it reads something, and leaves it alone at
+# the end of what there is to read. argv: the numbers of that pipe and of the new one's socket, and the command.
+_PARENT = """
+import os, select, signal, sys
+control, channel, command = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
+os.set_inheritable(control, False)
+child = os.posix_spawn(command[0], command, os.environ, setsigdef=(signal.SIGPIPE, signal.SIGXFSZ))
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+os.close(channel)
+ended = os.pidfd_open(child)
+if ended not in select.select((control, ended), (), ())[0]:
+    if not os.read(control, 1):
+        os._exit(0)
+    os.kill(child, signal.SIGKILL)
+code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+if code < 0:
+    os.kill(os.getpid(), -code)
+os._exit(code)
+"""
+
+
 class _New:
     """A new generation, started; blocks for some milliseconds. What it inherits is in its socket from the first moment on, so whatever becomes of this one
-    then, it can serve. Raises KernelError."""
+    then, it can serve. `pid` is known when it is ready. Raises KernelError."""
 
     def __init__(
         self,
@@ -429,22 +457,34 @@ class _New:
         self._channel.setblocking(False)  # all of it fits into the socket's buffer
         fds = [lock.fileno(), *services.values()]
         numbers = [listener.fileno() for listener in listeners]
+        self.pid = 0
+        try:
+            control, self._control = os.pipe()
+        except OSError as error:
+            ours.close()
+            theirs.close()
+            raise KernelError(f"cannot start a new generation: {error.strerror}") from error
         try:
             with theirs:
                 _send(ours, _Heritage(os.getpid(), heritage, len(numbers), tuple(services)), fds)
                 for begin in range(0, len(numbers), _FILES):
                     _send(ours, _Listeners(), numbers[begin : begin + _FILES])
                 # Whatever interpreter and options this one was started with; no session of its own, so Ctrl-C ends both.
-                self._process = subprocess.Popen(
-                    [sys.executable, *sys.orig_argv[1:]],
+                self._parent = subprocess.Popen(
+                    [
+                        *(sys.executable, "-ISc", _PARENT, str(control), str(theirs.fileno())),
+                        *(sys.executable, *sys.orig_argv[1:]),
+                    ],
                     env={name: value for name, value in os.environ.items() if name not in _OF_ONE_PROCESS}
                     | {**environment, CHANNEL: str(theirs.fileno())},
-                    pass_fds=[theirs.fileno()],
+                    pass_fds=[control, theirs.fileno()],
                 )
         except OSError as error:
             ours.close()
+            os.close(self._control)
             raise KernelError(f"cannot start a new generation ({sys.executable}): {error.strerror or error}") from error
-        self.pid = self._process.pid
+        finally:
+            os.close(control)
 
     async def why_not_ready(self) -> str | None:
         """Waits until it is, which is None, or will not be."""
@@ -455,8 +495,15 @@ class _New:
             return f"the new generation has ended before it was ready ({code}); the log says why"
         said = msgspec.json.decode(data, type=_Said)
         if isinstance(said, _Ready):
+            self.pid = said.pid
             return None
         return f"the new generation cannot serve: {said.why if isinstance(said, _Refused) else said}"
+
+    def let_go(self) -> None:
+        """It is ready, and is systemd's child from now on. Blocks for a millisecond."""
+        os.close(self._control)
+        with suppress(subprocess.TimeoutExpired):
+            self._parent.wait(_END)
 
     def let_serve(self) -> None:
         """It answers orders from now on."""
@@ -473,22 +520,20 @@ class _New:
                     "pid %d, which serves since the hand-over, has ended: nothing new is taken here, and what lives goes on",
                     self.pid,
                 )
-                with suppress(subprocess.TimeoutExpired):
-                    await in_thread(
-                        partial(self._process.wait, _END)
-                    )  # or it is nobody's, and a zombie as long as we live
                 return
             told_to_end.set()
 
     def kill(self) -> None:
         """It is not wanted any more, and everything that it was given is closed there."""
-        self._process.kill()
-        self._process.wait()
+        with suppress(OSError):  # it has ended
+            os.write(self._control, b"k")
+        self._parent.wait()
+        os.close(self._control)
         self._channel.close()
 
     def _code(self) -> str:
         try:
-            code = self._process.wait(_END)
+            code = self._parent.wait(_END)
         except subprocess.TimeoutExpired:
             return "it says no more"
         return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"

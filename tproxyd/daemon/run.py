@@ -20,7 +20,7 @@ import trio
 from tproxyd import __version__
 from tproxyd.config import Config
 from tproxyd.daemon import successor
-from tproxyd.daemon.admin_socket import AdminSocket, open_admin_socket
+from tproxyd.daemon.admin_socket import AdminSocket, open_admin_socket, take_place
 from tproxyd.daemon.handover import Generations, Old, take_over
 from tproxyd.daemon.lock import Orders, namespace_lock, reverted, serve_orders
 from tproxyd.daemon.logs import AccessLog, LineWriter, encode_line, set_up_logging
@@ -115,6 +115,12 @@ async def _serve(start: _Start) -> None:
     stop, reloads = Stop(), Reloads()
     if old is None:
         manager.empty_store()
+        try:
+            successor.arrive()
+        # Then a clean end of this one, too, will be taken for half of a restart, and leave what steers until the next start.
+        except OSError as error:
+            _log.error("cannot take back the announcement of a successor: %s", error)
+    asked_at = old.place(_ADMIN) if old is not None else None
     with (
         trio.open_signal_receiver(*_STOP, _RESTART, signal.SIGHUP) as signals,
         open_admin_socket(config.admin.socket, old.service(_ADMIN) if old is not None else None) as admin,
@@ -149,6 +155,7 @@ async def _serve(start: _Start) -> None:
                 if not generations.begin():
                     nursery.cancel_scope.cancel()
                     return
+                take_place(admin, asked_at)
                 orders: Orders = {
                     "revert": partial(_revert, service, generations),
                     "status": partial(_status, service, generations),
@@ -174,7 +181,7 @@ async def _serve(start: _Start) -> None:
                 deadline = trio.current_time() + seconds
                 manager.notify(STOPPING=1, EXTEND_TIMEOUT_USEC=int((seconds + _LAST_STEPS) * 1e6))
                 if stop.restarts:
-                    await service.hand_on()
+                    await service.hand_on(partial(generations.outlive, deadline))
                     interceptor.leave_to_successor(lambda groups: manager.store(chain.from_iterable(groups)))
                 else:
                     await service.drain()

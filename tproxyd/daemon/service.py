@@ -121,6 +121,7 @@ class Service:
                 f"{self.interceptor.connections} connections",
                 *([f"{workloads} workloads"] if workloads else []),
                 *([f"trouble: {self.trouble}"] if self.trouble else []),
+                *([f"not reloaded: {self.last_reload_error}"] if self.last_reload_error else []),
             ]
         )
 
@@ -217,12 +218,15 @@ class Service:
         await self._wait(seconds, self.interceptor.drain)
         await self._tell_rest()
 
-    async def hand_on(self) -> None:
-        """The same for a restart: takes new connections until those that live now have ended, or `drain.timeout` has passed. Then new clients wait in the queue, and
-        those that have come meanwhile have two seconds to end: as a rule milliseconds."""
+    async def hand_on(self, outlive: Callable[[], Awaitable[None]]) -> None:
+        """The same for a restart: takes new connections until those that live now have ended, or `drain.timeout` has passed, and `outlive` has returned, which
+        waits as long at most, for what else lives. Then new clients wait in the queue, and those that have come meanwhile have two seconds to end: as a
+        rule milliseconds."""
         seconds = self.config.drain.timeout
         _log.info("restarting: up to %g s for connections to end; there are %d", seconds, self.interceptor.connections)
-        await self._wait(seconds, self.interceptor.wait_old)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(outlive)
+            await self._wait(seconds, self.interceptor.wait_old)
         await self._wait(min(seconds, _LAST), self.interceptor.pause)
         await self._tell_rest()
 

@@ -1,7 +1,7 @@
 """How a daemon tells, at a restart, who cleans up after it that a successor takes over what it leaves. Loads nothing: clients wait meanwhile.
 
-The word is a file in the unit's runtime directory, which systemd removes before the next start. The unit has it removed earlier where the restart has become a stop:
-that only systemd knows, and only root can always ask it.
+The word is a file in the unit's runtime directory, which the successor removes: the directory may outlive a stop, for others' sake. The unit has it removed earlier where the restart has become a
+stop: that only systemd knows, and only root can always ask it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-__all__ = ["announce", "can_be_announced", "ended_well", "is_expected"]
+__all__ = ["announce", "arrive", "can_be_announced", "ended_well", "is_expected"]
 
 
 def can_be_announced(environment: Mapping[str, str] = os.environ) -> bool:
@@ -23,6 +23,13 @@ def announce(environment: Mapping[str, str] = os.environ) -> None:
     mark = _mark(environment)
     if mark is not None:
         mark.touch()
+
+
+def arrive(environment: Mapping[str, str] = os.environ) -> None:
+    """This is the successor, and no other one is expected from now on. Raises OSError."""
+    mark = _mark(environment)
+    if mark is not None:
+        mark.unlink(missing_ok=True)
 
 
 def is_expected(environment: Mapping[str, str] = os.environ) -> bool:

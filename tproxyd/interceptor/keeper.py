@@ -121,6 +121,7 @@ class Keeper:
         self._capturing = True
         self._left = True  # nothing to keep
         self._still = self._retired = False
+        self._moving = trio.Event()  # again, after it kept still
         self._is_guest = before is not None
         try:
             if netns is None:
@@ -206,10 +207,13 @@ class Keeper:
 
     async def change(self, config: Config, living: Sequence[Config]) -> None:
         """Makes the kernel hold the plan of this config from now on, and with it what connections need that live under the `living` ones. What is
-        equal is not touched. Raises TproxydError, with the old plan in force."""
+        equal is not touched. Raises TproxydError, with the old plan in force. While this keeps still it waits, and once this has retired nothing is done: what
+        is there is the successor's."""
+        while self._still:
+            await self._moving.wait()
         async with self._lock:
-            if self._left:
-                return  # everything has been taken away meanwhile, for good
+            if self._left or self._retired:
+                return  # for good
             before = self._config, self._living
             self._config = self._book.same(config)
             self._living = tuple(dict.fromkeys(one for one in living if one != config))
@@ -273,11 +277,12 @@ class Keeper:
         """For the length of the block nothing is repaired: a successor puts its own state there, which is otherwise. At the end, unless this has
         retired, it is looked at once."""
         async with self._lock:
-            self._still = True
+            self._still, self._moving = True, trio.Event()
         try:
             yield
         finally:
             self._still = False
+            self._moving.set()
             if not self._retired:
                 with trio.CancelScope(shield=True):
                     await self._look_and_repair()
@@ -288,7 +293,7 @@ class Keeper:
             self._retired = True
             try:
                 if not self._left:
-                    await self._step(partial(kernel.stop_capture, self._wanted(self._surroundings)))
+                    await self._step(self._stop_capture)
             except TproxydError as error:
                 self._log.error("capture cannot be switched off beside the successor, which does the same: %s", error)
             self._capturing = False

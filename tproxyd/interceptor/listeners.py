@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -78,7 +79,13 @@ def _sort_inherited(
 ) -> dict[tuple[str, int], list[socket.socket]]:
     """Those that listen where the plan says, for each loop one. All others are closed."""
     found: dict[tuple[str, int], list[socket.socket]] = {}
+    seen: set[int] = set()
     for sock in inherited:
+        inode = os.fstat(sock.fileno()).st_ino
+        if inode in seen:  # of a socket unit, and stored besides by a daemon that had it from another one
+            sock.close()
+            continue
+        seen.add(inode)
         address = listening_address(sock)
         if address is None:
             _refuse(sock, listen, "does not listen for TCP")

@@ -252,7 +252,7 @@ def revert(
     return [step.change for step in steps]
 
 
-def stop_capture(plan: Plan, stopped: Plan, nft: Nft = _PROGRAM) -> None:
+def stop_capture(plan: Plan, stopped: Plan, nft: Nft) -> None:
     """No new connection is taken from here on; those that live go on. The guard, if there is one, refuses new ones. `stopped` is what the kernel holds
     then."""
     nft.run(plan.capture_off)
