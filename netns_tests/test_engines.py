@@ -378,7 +378,7 @@ async def main():
         (own,) = loops
         kept = {
             "connections": own._books.connections, "new": own._books._new, "again": own._again, "blocked": own._blocked,
-            "flushing": own.flushing, "sources": own._books._sources, "records": own._books._records, "ready": own._ready,
+            "flushing": own.flushing, "sources": own._books._sources, "records": own._books._records, "ready": own._accepting.ready,
             "handed": own._handed,
             **{f"of {name}": one.connections for name, one in own._workloads.items()},
             **{f"waiting of {name}": one.waiting for name, one in own._workloads.items()},

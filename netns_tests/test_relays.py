@@ -11,12 +11,13 @@ from contextlib import contextmanager
 
 import pytest
 import trio
+import trio.testing
 
 from netns_tests.both_ends import Bench, Seen, read, read_exactly
 from netns_tests.watch import relay_processes, reset, until, workers
 from tproxyd.config import Config
 from tproxyd.datapath import Setup, WorkloadSetup, report
-from tproxyd.interceptor import homes, relays
+from tproxyd.interceptor import homes, loop_channel, loop_owner
 from tproxyd.interceptor.relays import Relays
 from tproxyd.net.namespaces import open_namespace
 from tproxyd.testing import SIDECAR
@@ -79,13 +80,13 @@ async def test_a_loop_may_answer_before_the_question_is_through(
     monkeypatch: pytest.MonkeyPatch, alone: bool, question: str
 ) -> None:
     """`count` fails so within some calls also undelayed (AttributeError); `wait_idle` needs a busy machine, for which a pause stands."""
-    tell = relays._Relay._tell
+    tell = loop_owner.LoopOwner._tell
 
-    async def tell_slowly(self: relays._Relay, order: bytes, fds: Sequence[int] = ()) -> None:
+    async def tell_slowly(self: loop_owner.LoopOwner, order: bytes, fds: Sequence[int] = ()) -> None:
         await tell(self, order, fds)
         await trio.sleep(0.05)
 
-    monkeypatch.setattr(relays._Relay, "_tell", tell_slowly)
+    monkeypatch.setattr(loop_owner.LoopOwner, "_tell", tell_slowly)
     with unused_listener() as listener, closing_fd(open_namespace("/proc/thread-self/ns/net")) as netns:
         relay = Relays([setup(alone)], ignore)
         async with trio.open_nursery() as nursery:
@@ -121,16 +122,14 @@ class Pauses:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.words = Counter[bytes]()
-        send = relays._Orders.send
+        send = loop_channel.Orders.send
 
-        async def send_slowly(
-            self_: relays._Orders, order: bytes, rights: Sequence[tuple[int, int, bytes]] = ()
-        ) -> None:
-            await send(self_, order, rights)
+        async def send_slowly(self_: loop_channel.Orders, order: bytes, fds: Sequence[int] = ()) -> None:
+            await send(self_, order, fds)
             self.words[order[:1]] += 1
             await trio.sleep(0.05)
 
-        monkeypatch.setattr(relays._Orders, "send", send_slowly)
+        monkeypatch.setattr(loop_channel.Orders, "send", send_slowly)
 
 
 @pytest.mark.parametrize("what", ["removed", "added"])
@@ -170,6 +169,38 @@ async def test_what_changes_while_another_loop_takes_the_place_of_one_that_died_
                 client.connect(name)
             assert pauses.words[report.ADD] == {"removed": 1, "added": 2}[what]
             nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("then", ["nothing", "retire"])
+async def test_listeners_that_a_paused_workload_is_to_shed_do_not_end_the_loop(
+    caplog: pytest.LogCaptureFixture, open_lab: OpenLab, then: str
+) -> None:
+    """They were unwatched twice, when nobody waited there; when somebody did, and the workload retired, it was asked of a closed one who waits."""
+    async with open_lab(SIDECAR) as lab:
+        with (
+            lab["host"].call(socket.create_server, ("127.0.0.1", 0)) as listener,
+            closing_fd(lab["host"].call(open_namespace, "/proc/thread-self/ns/net")) as netns,
+        ):
+            relay = Relays([setup(False)], ignore)
+            workload = WorkloadSetup(name="x", config=Config(), listen=(listener.getsockname(),))
+            async with trio.open_nursery() as nursery:
+                await nursery.start(relay.serve)
+                await relay.add(workload, [[listener]], netns, paused=True)
+                if then == "nothing":
+                    with trio.fail_after(3):
+                        await relay.shed(workload, [[]])
+                else:
+                    client = await lab["host"].connect("127.0.0.1", listener.getsockname()[1])
+                    nursery.start_soon(relay.shed, workload, [[]])
+                    await trio.testing.wait_all_tasks_blocked()
+                    await relay.retire("x")
+                    await client.aclose()
+                with trio.fail_after(3):
+                    for _ in range(5):  # by then it has looked again
+                        await trio.sleep(0.02)
+                        await relay.answer()
+                nursery.cancel_scope.cancel()
+    assert "ended unexpectedly" not in caplog.text
 
 
 def setup(alone: bool) -> Setup:

@@ -502,9 +502,7 @@ async def test_when_down_is_true_from_the_reload_on(way: Way, nursery: trio.Nurs
 async def test_a_reload_that_fails_on_its_way_is_taken_back(way: Way, nursery: trio.Nursery) -> None:
     """The new port is taken; the guard's table is somebody else's; a relay process does not answer."""
     await nursery.start(serve_echo, way.app, 8080)
-    program = (
-        "from tproxyd.interceptor import relays; relays._START = 1.0\nfrom tproxyd.daemon.cli import entry; entry()"
-    )
+    program = "from tproxyd.interceptor import loop_owner; loop_owner._START = 1.0\nfrom tproxyd.daemon.cli import entry; entry()"
     hasty = (sys.executable, "-c", program)
     async with (
         open_reloadable(way, CONFIG, command=hasty) as served,

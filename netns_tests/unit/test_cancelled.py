@@ -14,7 +14,7 @@ from tproxyd.config import Config, config_from_mapping
 from tproxyd.daemon import confirm
 from tproxyd.datapath import Counters, Setup, WorkloadSetup, report
 from tproxyd.errors import KernelError
-from tproxyd.interceptor import keeper, relays
+from tproxyd.interceptor import keeper, loop_owner
 from tproxyd.interceptor.threads import in_thread
 from tproxyd.plan import Surroundings
 from tproxyd.proxy import Receivers
@@ -92,7 +92,7 @@ async def test_61_a_revert_that_is_cancelled_is_done(monkeypatch: pytest.MonkeyP
 class Channel:
     """Takes nothing at first, and then answers at once."""
 
-    def __init__(self, relay: relays._Relay, answer: bytes) -> None:
+    def __init__(self, relay: loop_owner.LoopOwner, answer: bytes) -> None:
         self._relay, self._answer = relay, answer
         self.blocked = trio.Event()
 
@@ -115,8 +115,8 @@ async def test_61_who_is_cancelled_while_asking_a_loop_leaves_nobody_without_an_
     question: str, names: list[str], answer: bytes
 ) -> None:
     setup = Setup(config=Config(), limit=1, pipes=0, alone=True)
-    relay = relays._Relay(setup, lambda _: None, None, 1.0, Receivers())
-    relay._served["web"] = relays.Served(WorkloadSetup(name="web", config=Config(), listen=()), (), 0)
+    relay = loop_owner.LoopOwner(setup, lambda _: None, None, 1.0, Receivers())
+    relay._served["web"] = loop_owner.Served(WorkloadSetup(name="web", config=Config(), listen=()), (), 0)
     channel = Channel(relay, answer)
     relay._channel = channel  # type: ignore[assignment]  # what is used of one
     async with trio.open_nursery() as nursery:

@@ -41,6 +41,20 @@ def test_every_make_target_that_is_named_exists() -> None:
     assert {"demo", "nstest", "venv"} <= targets
 
 
+def test_docs_architecture_names_every_module_in_its_room() -> None:
+    """And no other."""
+    text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    section = text.split("### The modules of each\n")[1].split("\n## ")[0]
+    told: dict[str, set[str]] = {}
+    for room, modules in re.findall(r"^- \*\*`([a-z]+)/`\*\*(.*?)(?=^- |\Z)", section, re.M | re.S):
+        told.setdefault(room, set()).update(re.findall(r"`([a-z_]+)`", modules))
+    there: dict[str, set[str]] = {}
+    for file in (ROOT / "tproxyd").glob("*/**/*.py"):
+        if not file.stem.startswith("__"):
+            there.setdefault(file.relative_to(ROOT / "tproxyd").parts[0], set()).add(file.stem)
+    assert told == there
+
+
 def test_docs_faults_tells_which_rows_have_tests() -> None:
     """A row's number stands in its test's name, as in test_05_..., test_01_to_03_... or test_18_40_..."""
     tested: set[int] = set()

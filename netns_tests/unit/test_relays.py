@@ -13,14 +13,14 @@ import trio.testing
 from tproxyd.config import Config, config_from_mapping
 from tproxyd.datapath import Counters, Setup, WorkloadSetup, report
 from tproxyd.datapath.timers import Timed, Wheel
-from tproxyd.interceptor import relays
+from tproxyd.interceptor import loop_channel, loop_owner
 from tproxyd.proxy import Receivers
 
 
 class Channel:
     """A loop that answers before `send` has returned."""
 
-    def __init__(self, relay: relays._Relay, *answers: bytes) -> None:
+    def __init__(self, relay: loop_owner.LoopOwner, *answers: bytes) -> None:
         self._relay, self._answers = relay, answers
 
     async def send(self, _: bytes, __: object = ()) -> None:
@@ -28,10 +28,10 @@ class Channel:
             self._relay._take(answer)
 
 
-def relay_answering(*answers: bytes) -> relays._Relay:
+def relay_answering(*answers: bytes) -> loop_owner.LoopOwner:
     setup = Setup(config=Config(), limit=1, pipes=0, alone=True)
-    relay = relays._Relay(setup, lambda _: None, None, 1.0, Receivers())
-    relay._served["web"] = relays.Served(WorkloadSetup(name="web", config=Config(), listen=()), (), 0)
+    relay = loop_owner.LoopOwner(setup, lambda _: None, None, 1.0, Receivers())
+    relay._served["web"] = loop_owner.Served(WorkloadSetup(name="web", config=Config(), listen=()), (), 0)
     relay._channel = Channel(relay, *answers)  # type: ignore[assignment]  # what is used of one
     return relay
 
@@ -49,7 +49,7 @@ async def test_counters_that_are_told_before_they_are_waited_for_and_a_report_ri
     relay = relay_answering(counters(report.COUNTED, 50), counters(report.COUNTERS, 0))
     with trio.fail_after(1):
         await relay.count()
-    assert relay.total["web"].bytes_from_client == 50
+    assert relay.tally.total["web"].bytes_from_client == 50
 
 
 async def test_all_who_wait_to_say_something_to_a_loop_that_has_died_are_told_the_same() -> None:
@@ -57,7 +57,7 @@ async def test_all_who_wait_to_say_something_to_a_loop_that_has_died_are_told_th
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs:
         ours.setblocking(False)
-        orders = relays._Orders(ours)
+        orders = loop_channel.Orders(ours)
         with suppress(BlockingIOError):
             while True:
                 ours.send(b"as much as there is room for")
@@ -121,7 +121,7 @@ async def test_orders_of_many_tasks_to_a_loop_that_is_busy_wait_in_turn() -> Non
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, theirs:
         ours.setblocking(False)
-        orders = relays._Orders(ours)
+        orders = loop_channel.Orders(ours)
         total = 1000  # more than the queue takes
         with trio.fail_after(5):
             async with trio.open_nursery() as nursery:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tproxyd.config.wording import few
-from tproxyd.interceptor.keeper import FewLines
+from tproxyd.interceptor.pace import FewLines
 
 
 def test_of_many_things_the_first_are_named_and_the_others_counted() -> None:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import msgspec
 
 from tproxyd.datapath import report
-from tproxyd.datapath.record import Outcome, Record
+from tproxyd.datapath.record import Outcome, Record, wall_clock
 from tproxyd.datapath.report import CONNECT_SECONDS, LogLine, Outbox
 from tproxyd.net.sockets import format_address, format_target
 
@@ -273,9 +273,8 @@ class Books:
         )
 
     def _wall_clock(self) -> str:
-        """RFC 3339 in UTC with milliseconds, the same for all that ends in one turn."""
+        """The same for all that ends in one turn."""
         if self._told_at != self._clock.now:
             self._told_at = self._clock.now
-            now = time.time()
-            self._told = f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(now))}.{int(now % 1 * 1000):03d}Z"
+            self._told = wall_clock(time.time())
         return self._told

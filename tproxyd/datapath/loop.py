@@ -22,6 +22,7 @@ import msgspec
 
 from tproxyd.config import Config
 from tproxyd.datapath import report
+from tproxyd.datapath.accepting import Accepting
 from tproxyd.datapath.books import Books
 from tproxyd.datapath.connection import Connection
 from tproxyd.datapath.leaving import Leaving, compile_capture
@@ -38,7 +39,6 @@ from tproxyd.net.locality import Locality
 from tproxyd.net.sockets import (
     abort,
     accepted_socket,
-    has_waiting,
     wait_for_reader,
     watch_peer,
 )
@@ -46,30 +46,13 @@ from tproxyd.net.sockets import (
 __all__ = ["RelayLoop", "serve_loop"]
 
 _EVENTS = 256  # taken at a time
-_ACCEPTS = 64  # new connections between two looks at the old ones, of each listener
 _ORDERS = 128  # of the owner, taken at a time: with a policy there are as many as connections
 _FLUSH = 0.002  # seconds between two looks at what a peer has taken
 _KNOCK = 0.01  # seconds between two tries to get into the queue of a Unix socket
 _DEAF = 0.02  # seconds after news of routes until more is heard: in a namespace of somebody else's there may be as much as he likes
-_LISTEN_ON = 0.02  # seconds between two looks whether somebody still waits at a listener that is to close
-_PAUSE = 0.1  # seconds; without files the queue waits, connections that end give them back
 _STALLS = 20.0  # seconds between two looks for peers that do not read; the kernel gives them two minutes
 _SETTLE = 5.0  # seconds after which a connection is worth the four system calls that watch its server
 _NEWS = select.EPOLLIN | select.EPOLLONESHOT  # nothing, and no error either, until it is asked for again
-
-_OF_THE_CONNECTION = {
-    # Linux hands errors of a connection that died in the queue to accept(); the next one may be fine.
-    errno.ECONNABORTED,
-    errno.EHOSTDOWN,
-    errno.EHOSTUNREACH,
-    errno.ENETDOWN,
-    errno.ENETUNREACH,
-    errno.ENONET,
-    errno.ENOPROTOOPT,
-    errno.EOPNOTSUPP,
-    errno.EPERM,  # a firewall's
-    errno.EPROTO,
-}
 
 
 def serve_loop(channel: socket.socket) -> None:
@@ -123,9 +106,7 @@ class RelayLoop:
         self._handed: dict[str, Connection] = {}  # those that the owner has, or has given back to be relayed for it
         self._forward: list[tuple[report.ForwardOrder | report.RelayOrder, list[int]]] = []
         self._leaving = Leaving()
-        self._shedding: dict[socket.socket, Workload] = {}  # listeners that close when nobody waits there
-        self._shed_due = math.inf
-        self._set_limits(setup)
+        self._set_relay(setup)
         self._asked: set[Workload] = set()  # to tell when they are idle
         self._old: dict[Workload, set[Connection]] = {}  # to tell when these have ended
         self._parts = self._setup_parts = b""
@@ -136,7 +117,6 @@ class RelayLoop:
 
         self._stopping = False
         self._stalls_due = math.inf
-        self._resume_due = math.inf
         self._noisy: list[Locality] = []  # whose news wait
         self._noisy_due = math.inf
 
@@ -145,12 +125,14 @@ class RelayLoop:
         self._handlers: dict[int, Callable[[int], None]] = {channel.fileno(): self._on_orders}
         self._epoll.register(channel.fileno(), select.EPOLLIN)
         self._workloads: dict[str, Workload] = {}
-        self._ready: dict[socket.socket, Workload] = {}
-        self._accepting = True
-        # Of several workloads each has its share of the last quarter of the room, and none more: what one of them keeps open does not keep the
-        # others' clients waiting.
-        self._common = self._share = self._limit
-        self._sated: set[Workload] = set()  # those that have their share, while only shares are left
+        self._accepting = Accepting(
+            self,
+            setup,
+            books=self._books,
+            workloads=self._workloads,
+            epoll=self._epoll,
+            handlers=self._handlers,
+        )
 
     def run(self) -> None:
         """Turns until the owner wants no more of it."""
@@ -180,10 +162,8 @@ class RelayLoop:
                     leg.queued = False
                     if leg.watched:
                         leg.connection.on_event(leg, 0)
-            if self._ready:
-                ready, self._ready = self._ready, {}
-                for listener, workload in ready.items():
-                    self._accept(workload, listener)
+            if self._accepting.ready:
+                self._accepting.take()
             if self._forward:
                 orders, self._forward = self._forward, []
                 for order, fds in orders:
@@ -194,9 +174,7 @@ class RelayLoop:
 
     def close(self, outcome: Outcome = "drained") -> None:
         """Resets what is left, with this outcome, and closes everything, the listeners first."""
-        self._accepting = False  # nothing is accepted any more, however much room there is
-        for workload in self._workloads.values():
-            workload.close_listeners()
+        self._accepting.stop()
         for connection in list(self._books.connections.values()):
             connection.end(outcome)
         with contextlib.suppress(OSError):  # the last words, if there is anybody to hear them
@@ -292,21 +270,13 @@ class RelayLoop:
         workload = connection.workload
         if workload.tells_idle and not workload.connections:
             books.due = self.now
-        if not self._accepting and self._resume_due == math.inf and len(books.connections) < self._limit:
-            self._resume_accepting()
-        if self._sated and self._accepting:
-            if len(books.connections) < self._common:
-                self._feed(*self._sated)
-            elif len(workload.connections) < self._share:
-                served = self._workloads.get(workload.name)  # the same, or one that has taken its place
-                if served in self._sated:
-                    self._feed(served)
+        self._accepting.note_end(workload)
 
     # Its own.
 
     def _timeout(self) -> float | None:
         """Seconds until something is due; None without anything."""
-        if self._again or self._ready:
+        if self._again or self._accepting.ready:
             return 0.0
         due = min(
             self.settling.due,
@@ -314,10 +284,9 @@ class RelayLoop:
             self.half_closed.due,
             self._books.due,
             self._stalls_due,
-            self._resume_due,
+            self._accepting.due,
             self._noisy_due,
             self._leaving.due,
-            self._shed_due,
         )
         for wheel in (*self._dialling.values(), *self._opening.values()):
             due = min(due, wheel.due)
@@ -364,9 +333,8 @@ class RelayLoop:
             if now >= wheel.due:
                 for connection in wheel.expire(now, also_active=True):
                     connection.open_late()
-        if now >= self._resume_due:
-            self._resume_due = math.inf
-            self._resume_accepting()
+        if now >= self._accepting.due:
+            self._accepting.keep_time(now)
         if now >= self._noisy_due:
             self._noisy_due = math.inf
             noisy, self._noisy = self._noisy, []
@@ -378,8 +346,6 @@ class RelayLoop:
         if now >= self._leaving.due:
             for connection in self._leaving.expire(now):
                 self._end_wherever(connection)
-        if now >= self._shed_due:
-            self._shed()
         if now >= self._books.due:
             self._report()
         elif self._books.urgent and not self._books.hurry():
@@ -398,9 +364,9 @@ class RelayLoop:
         there = books.report()
         for workload in list(self._asked):
             # Who waited for room while others lived is served before it is said that nobody is left.
-            if workload.tells_idle and not workload.connections and not self._accept_all(workload):
+            if workload.tells_idle and not workload.connections and not self._accepting.take_all(workload):
                 self._asked.discard(workload)
-                workload.asked_idle = workload.tells_idle = False
+                workload.tells_idle = False
                 books.tell(report.IDLE, workload.name.encode())
                 there = books.report()
         for workload, old in list(self._old.items()):
@@ -445,49 +411,16 @@ class RelayLoop:
         except BaseException:
             del self._workloads[setup.name]
             raise
-        self._share_out()
-        if self._accepting:
-            self._listen_to(workload)
+        self._accepting.open(workload)
         return None
 
     def _replace(self, before: Workload, workload: Workload) -> None:
-        """The listeners are other descriptors, mostly of the same sockets: nobody who waits there is lost."""
-        self._close_listeners(before)
+        self._accepting.replace(before, workload)
         if before in self._asked:
             self._asked.discard(before)
             self._asked.add(workload)
-            workload.asked_idle = True
-        if self._accepting:
-            self._listen_to(workload)
         if not before.living:
             self._books.retire(before)
-
-    def _close_listeners(self, workload: Workload) -> None:
-        if self._accepting and workload not in self._sated:
-            self._turn_away(workload)
-        self._sated.discard(workload)
-        for listener in workload.listeners:
-            self._ready.pop(listener, None)
-            self._shedding.pop(listener, None)
-        workload.close_listeners()
-
-    def _shed(self) -> None:
-        """Closes those at which nobody waits any more."""
-        self._shed_due = math.inf
-        for listener, workload in list(self._shedding.items()):
-            self._accept(workload, listener)
-            if has_waiting(listener):
-                self._shed_due = self.now + _LISTEN_ON  # there was no room, or very many wait
-                continue
-            del self._shedding[listener]
-            self._ready.pop(listener, None)
-            if self._accepting and workload not in self._sated:
-                del self._handlers[listener.fileno()]
-                self._epoll.unregister(listener.fileno())
-            workload.listeners.remove(listener)
-            listener.close()
-            if workload not in self._shedding.values():
-                self._books.tell(report.SHEDDED, workload.name.encode())
 
     def _end_wherever(self, connection: Connection) -> None:
         """Resets it, with the program or not: what is decided about it from now on comes too late."""
@@ -496,21 +429,14 @@ class RelayLoop:
             self._books.tell(report.END_HANDLER, identity.encode())
         connection.end("drained")
 
-    def _set_limits(self, setup: Setup) -> None:
-        config = setup.config
-        self._backlog = config.listen.backlog
-        self._limit = setup.limit
-        self._full = (
-            f"{setup.limit} connections live, as many as limits.max_connections allows: new ones wait"
-            if config.limits.max_connections != "auto"
-            else f"{setup.limit} connections are all there are files for: new ones wait; raise LimitNOFILE (ulimit -n)"
-        )
-        self._busy = config.relay.busy_poll
-        self._idle_timeout = config.relay.idle_timeout
+    def _set_relay(self, setup: Setup) -> None:
+        self._busy = setup.config.relay.busy_poll
+        self._idle_timeout = setup.config.relay.idle_timeout
 
     def _tune(self, setup: Setup) -> None:
         """Takes from a setup what may change while connections live; it holds for them, too."""
-        self._set_limits(setup)
+        self._set_relay(setup)
+        self._accepting.limit_to(setup)
         self._books.limit_sources(setup.config.limits.max_connections_per_source)
         for wheel, seconds in zip((self.settling, self.idle, self.half_closed), _times(setup.config), strict=True):
             if wheel.seconds != seconds:
@@ -522,22 +448,7 @@ class RelayLoop:
                 self.settling.add(connection)
         for workload in self._workloads.values():
             workload.settle_after(self.settling.seconds)
-        self._share_out()
-        if not self._accepting and self._resume_due == math.inf and len(self._books.connections) < self._limit:
-            self._resume_accepting()
-
-    def _share_out(self) -> None:
-        count = len(self._workloads)
-        self._common = self._limit if count < 2 else self._limit - self._limit // 4
-        self._share = self._limit if count < 2 else max(1, self._limit // 4 // count)
-        if self._accepting:
-            self._feed(*self._sated)
-
-    def _feed(self, *workloads: Workload) -> None:
-        """Lets them accept again."""
-        self._sated.difference_update(workloads)
-        for workload in workloads:
-            self._listen_to(workload)
+        self._accepting.look_for_room()
 
     def _remove(self, workload: Workload) -> None:
         """Resets what lives of it, and forgets it."""
@@ -545,7 +456,7 @@ class RelayLoop:
         self._asked.discard(workload)
         self._old.pop(workload, None)
         self.knocking = {one for one in self.knocking if one.name != workload.name}
-        self._close_listeners(workload)
+        self._accepting.close_listeners(workload)
         for connection in list(workload.connections):
             # With the program or not: what is decided about it from now on comes too late.
             self._handed.pop(f"{connection.identity:016x}", None)
@@ -555,15 +466,7 @@ class RelayLoop:
             del self._handlers[locality.fileno()]
             self._epoll.unregister(locality.fileno())
         workload.close()
-        self._share_out()
-
-    def _retire(self, workload: Workload) -> None:
-        """Accepts nothing of it any more: whoever waits is served by others, who have the same listeners. What lives goes on."""
-        if self._accepting and workload not in self._sated:
-            self._turn_away(workload)
-        for listener in workload.listeners:
-            self._ready.pop(listener, None)
-        workload.close_listeners()
+        self._accepting.share_out()
 
     def _on_news(self, locality: Locality) -> Callable[[int], None]:
         def take(_: int) -> None:
@@ -575,100 +478,13 @@ class RelayLoop:
 
         return take
 
-    def _on_listener(self, workload: Workload, listener: socket.socket) -> Callable[[int], None]:
-        # At most once a turn: what a flood brings must not keep the connections that live from theirs.
-        return lambda _: self._ready.__setitem__(listener, workload)
-
-    def _listen_to(self, workload: Workload) -> None:
-        if workload.paused:
-            return
-        for listener in workload.listeners:
-            self._handlers[listener.fileno()] = self._on_listener(workload, listener)
-            self._epoll.register(listener.fileno(), select.EPOLLIN)
-
-    def _turn_away(self, workload: Workload) -> None:
-        if workload.paused:
-            return  # it has been
-        for listener in workload.listeners:
-            del self._handlers[listener.fileno()]
-            self._epoll.unregister(listener.fileno())
-
-    def _pause(self, workload: Workload) -> None:
-        """Takes nobody for it any more, or until `_resume`: its clients wait in the queue."""
-        if self._accepting and workload not in self._sated:
-            self._turn_away(workload)
-        self._sated.discard(workload)
-        workload.paused = True
-
-    def _resume(self, workload: Workload) -> None:
-        if workload.paused:
-            workload.paused = False
-            if self._accepting:
-                self._listen_to(workload)
-
-    def _resume_accepting(self) -> None:
-        self._accepting = True
-        for workload in self._workloads.values():
-            self._listen_to(workload)
-
-    def _pause_accepting(self) -> None:
-        self._accepting = False
-        for workload in self._workloads.values():
-            if workload not in self._sated:
-                self._turn_away(workload)
-        self._sated.clear()
-
     def _serve_queues(self) -> None:
         """Whoever's handshake is complete is served before it is said that a workload is idle: no more than can wait in the queue."""
         for workload in self._asked:
             if not workload.tells_idle:
-                for _ in range(1 + self._backlog // _ACCEPTS):
-                    if not self._accept_all(workload):
-                        break
+                self._accepting.take_queue(workload)
                 workload.tells_idle = True
                 self._books.due = self.now
-
-    def _accept_all(self, workload: Workload) -> int:
-        return sum(self._accept(workload, listener) for listener in workload.listeners)
-
-    def _accept(self, workload: Workload, listener: socket.socket) -> int:
-        """Takes what waits, as far as there is room; how many that were."""
-        if workload.paused:
-            return 0
-        books = self._books
-        family, accept = workload.accepts[listener]
-        for count in range(_ACCEPTS):
-            if not self._accepting:
-                return count
-            if len(books.connections) >= self._limit:
-                books.remark(self._full)
-                self._pause_accepting()
-                return count
-            if len(books.connections) >= self._common and len(workload.connections) >= self._share:
-                if workload not in self._sated:
-                    books.remark(
-                        f"workload {workload.name} has its share of the room that is left, {self._share} connections: its new ones wait",
-                        kind="share",
-                    )
-                    self._sated.add(workload)
-                    self._turn_away(workload)
-                return count
-            try:
-                fd, client = accept()
-            except BlockingIOError:
-                return count
-            except OSError as error:
-                if error.errno not in _OF_THE_CONNECTION:
-                    self.complain(error, "cannot accept connections, and will try again")
-                    self._pause_accepting()
-                    self._resume_due = self.now + _PAUSE
-                    return count
-                continue
-            connection = Connection(self, workload, accepted_socket(family, fd), client, books.next_identity())
-            books.open(connection)
-            connection.begin()
-        self._ready[listener] = workload
-        return _ACCEPTS
 
     # With the owner.
 
@@ -716,13 +532,8 @@ class RelayLoop:
             case report.SHED:
                 name, addresses = msgspec.msgpack.decode(content, type=tuple[str, list[tuple[str, int]]])
                 workload = self._workloads.get(name)
-                if workload is not None:
-                    for listener in workload.listeners:
-                        if listener.getsockname()[:2] in addresses:
-                            self._shedding[listener] = workload
-                self._shed_due = self.now
-                if workload not in self._shedding.values():
-                    self._books.tell(report.SHEDDED, name.encode())
+                if workload is None or not self._accepting.shed(workload, addresses):
+                    self._books.tell(report.LISTENERS_CLOSED, name.encode())
             case report.REMOVE:
                 name = content.decode()
                 if name in self._workloads:
@@ -730,11 +541,10 @@ class RelayLoop:
                 self._books.tell(report.REMOVED, content)
             case report.RETIRE:
                 if (workload := self._workloads.get(content.decode())) is not None:
-                    self._retire(workload)
+                    self._accepting.close_listeners(workload)
             case report.TELL_IDLE:
                 workload = self._workloads.get(content.decode())
-                if workload is not None and not workload.asked_idle:
-                    workload.asked_idle = True
+                if workload is not None:
                     self._asked.add(workload)
             case report.TELL_OLD:
                 workload = self._workloads.get(content.decode())
@@ -744,11 +554,11 @@ class RelayLoop:
             case report.PAUSE:
                 workload = self._workloads.get(content.decode())
                 if workload is not None:
-                    self._pause(workload)
+                    self._accepting.pause(workload)
             case report.RESUME:
                 workload = self._workloads.get(content.decode())
                 if workload is not None:
-                    self._resume(workload)
+                    self._accepting.resume(workload)
             case report.TELL_COUNTERS:
                 self._books.tell(
                     report.COUNTED, msgspec.msgpack.encode(self._books.count_now(self._workloads.values()))

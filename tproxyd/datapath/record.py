@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import errno
+import time
 from typing import Literal
 
 import msgspec
 
-__all__ = ["UPSTREAM_OUTCOMES", "Outcome", "Record"]
+__all__ = ["UPSTREAM_OUTCOMES", "Outcome", "Record", "wall_clock"]
 
 Outcome = Literal[
     "closed",
@@ -76,3 +77,8 @@ class Record(msgspec.Struct, kw_only=True):
     bytes_from_upstream: int = 0
     duration_ms: float = 0.0
     outcome: Outcome = "error"
+
+
+def wall_clock(now: float) -> str:
+    """`ts` for a moment on time.time()."""
+    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(now))}.{int(now % 1 * 1000):03d}Z"

@@ -73,7 +73,7 @@ REMOVED = b"R"
 LISTED = b"L"
 CLOSED = b"X"
 RETIRED = b"g"  # name, and the generation of which no connection lives any more
-SHEDDED = b"s"
+LISTENERS_CLOSED = b"s"  # those of a workload that were to be
 END_HANDLER = b"H"
 
 FDS = 253

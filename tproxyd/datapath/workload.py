@@ -83,7 +83,7 @@ class Workload:
         self.living = 0
         self.retired = False  # another one has taken its place
         self.waiting: dict[Connection, None] = {}  # for room in the queue of the Unix socket, in the order of arrival
-        self.asked_idle = self.tells_idle = False
+        self.tells_idle = False
         self.paused = setup.paused
         # A connection stays where it waited for its upstream, and what it waits for now is asked when that time is up: most have
         # ended by then, and have entered one wheel instead of three.

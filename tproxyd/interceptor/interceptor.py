@@ -7,52 +7,44 @@ from __future__ import annotations
 
 import logging
 import os
-import resource
 import socket
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, asynccontextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import msgspec
 import trio
 
 from tproxyd import kernel
 from tproxyd.config import Config, config_from_mapping, load_config
-from tproxyd.datapath import Counters, LivingConnection, Record, Setup, WorkloadSetup, splice_error
+from tproxyd.datapath import Counters, LivingConnection, Record, WorkloadSetup, splice_error
 from tproxyd.datapath.listing import Filter, read_end
-from tproxyd.errors import ConfigError, KernelError, MissingError
-from tproxyd.interceptor.capture import Capture, Listeners, open_listeners
+from tproxyd.errors import ConfigError, MissingError
+from tproxyd.interceptor.capture import Capture
 from tproxyd.interceptor.changes import make_changes, require_changeable
 from tproxyd.interceptor.heritage import Heritage
 from tproxyd.interceptor.keeper import Keeper
+from tproxyd.interceptor.listeners import Listeners, open_listeners
 from tproxyd.interceptor.privileges import require_needs, tell_lacking
-from tproxyd.interceptor.relays import OnLines, Relays
+from tproxyd.interceptor.relays import Relays
+from tproxyd.interceptor.room import Engine, Room, make_room, with_engine
 from tproxyd.interceptor.succession import Predecessor, distinct, take_listeners
+from tproxyd.interceptor.tally import OnLines
 from tproxyd.interceptor.threads import in_thread
 from tproxyd.interceptor.workloads import Event, Workload, Workloads
 from tproxyd.net.namespaces import NamespaceLike, call_in_namespace, open_namespace
 from tproxyd.net.ownership import hold_namespace
-from tproxyd.net.proc_net import open_file_count
-from tproxyd.plan import DEFAULT_NAME, Family, Marks, Plan, Surroundings, relay_capabilities, ssh_remarks, table_names
+from tproxyd.plan import DEFAULT_NAME, Family, Marks, Plan, Surroundings, ssh_remarks, table_names
 from tproxyd.proxy import Policy
 
 __all__ = ["Interceptor", "open_interceptor"]
 
 _log = logging.getLogger(__name__)
 
-Engine = Literal["auto", "copy", "splice"]
-
 OWN = "host"
 """What the own namespace is called as a workload."""
-
-# Files that connections leave to the rest of the process: listeners, a child's pipes, netlink, and some of the program around.
-_RESERVED_FILES = 32
-_MOST_PIPES = 1024  # of a loop
-_FILES_A_PIPE = (
-    40  # of all files, one in twenty for pipes, which take two each: a thousand pipes beside nine thousand connections
-)
 
 
 class Interceptor:
@@ -62,7 +54,7 @@ class Interceptor:
         self,
         config: Config,
         engine: Engine,
-        room: _Room,
+        room: Room,
         relays: Relays,
         workloads: Workloads,
         own: Capture | _Given | None,
@@ -240,7 +232,7 @@ class Interceptor:
                 config.require_captures()
             setups = self._room.make_setups(config, self._engine)
             self._workloads.check(config)
-            effective = _with(config, self._engine)
+            effective = with_engine(config, self._engine)
             served = self._served
             if served is not None:
                 try:
@@ -308,27 +300,6 @@ class Interceptor:
         counted = await self._relays.count()
         return counted.get(OWN, Counters())
 
-    # Hand-over, for the daemon alone.
-
-    def heritage(self) -> tuple[Heritage, list[socket.socket]]:
-        """What a successor has to be given: in words, and the listeners. Raises KernelError where there can be none."""
-        assert self._own is not None
-        return self._own.keeper.heritage, distinct(self._own.listeners)
-
-    def keeping_still(self) -> AbstractAsyncContextManager[None]:
-        """The block in which a successor puts its state into the kernel: nothing is repaired."""
-        return self.own.keeping_still()
-
-    def settle(self) -> None:
-        """The predecessor will not go on any more: all that is left of its kernel state goes with this one."""
-        self.own.settle()
-
-    async def retire(self) -> None:
-        """A successor serves: the listeners are closed here, nothing is captured or repaired any more, and at the end the own steering table alone goes.
-        What lives goes on: `drain` waits for it."""
-        assert self._own is not None
-        await self._own.retire()
-
     @property
     def repairs(self) -> Mapping[str, int]:
         """How often the kernel's state was put right there after somebody else had changed it, by kind."""
@@ -366,6 +337,27 @@ class Interceptor:
         """Takes all kernel state there away, for good: what `tproxyd revert` asks for. Connections to foreign addresses, and in redirect mode all, do not
         survive that."""
         return await self.own.revert()
+
+    # Hand-over, for the daemon alone.
+
+    def heritage(self) -> tuple[Heritage, list[socket.socket]]:
+        """What a successor has to be given: in words, and the listeners. Raises KernelError where there can be none."""
+        assert self._own is not None
+        return self._own.keeper.heritage, distinct(self._own.listeners)
+
+    def keeping_still(self) -> AbstractAsyncContextManager[None]:
+        """The block in which a successor puts its state into the kernel: nothing is repaired."""
+        return self.own.keeping_still()
+
+    def settle(self) -> None:
+        """The predecessor will not go on any more: all that is left of its kernel state goes with this one."""
+        self.own.settle()
+
+    async def retire(self) -> None:
+        """A successor serves: the listeners are closed here, nothing is captured or repaired any more, and at the end the own steering table alone goes.
+        What lives goes on: `drain` waits for it."""
+        assert self._own is not None
+        await self._own.retire()
 
 
 @asynccontextmanager
@@ -416,7 +408,7 @@ async def open_interceptor(
         config.require_captures()
     require_needs(config)
     tell_lacking(config)
-    given, config = config, _with_engine(config)
+    given, config = config, _with_working_engine(config)
     async with AsyncExitStack() as stack:
         keeper = None
         if own_namespace:
@@ -427,7 +419,7 @@ async def open_interceptor(
             )
             stack.callback(keeper.close)
             _tell_ssh(config, keeper.surroundings)
-        room = _make_room(config, asks=policy is not None)
+        room = make_room(config, asks=policy is not None)
         setups = room.make_setups(config, config.relay.engine)
         if listeners:
             served = _copies(stack, listeners, len(setups))
@@ -556,7 +548,7 @@ def _lines_to(on_record: Callable[[Record], None] | None, on_lines: OnLines | No
     return take
 
 
-def _with_engine(config: Config) -> Config:
+def _with_working_engine(config: Config) -> Config:
     """The config, with an engine that works here. Raises MissingError where that is not the one that is asked for."""
     error = splice_error() if config.relay.engine != "copy" else None
     if error is None:
@@ -567,73 +559,7 @@ def _with_engine(config: Config) -> Config:
             'SystemCallFilter=splice), or set engine = "copy"'
         )
     _log.warning("splice(2) does not work here (%s): bulk data is copied, which costs more CPU", error.strerror)
-    return _with(config, "copy")
-
-
-def _with(config: Config, engine: Engine) -> Config:
-    return msgspec.structs.replace(config, relay=msgspec.structs.replace(config.relay, engine=engine))
-
-
-class _Room(NamedTuple):
-    """For how many connections there are files: `each` loop of so many `loops`; `used` files a process has besides, and `pipes`."""
-
-    files: int
-    used: int
-    pipes: int
-    each: int
-    loops: int
-    alone: bool
-    asks: bool
-
-    def make_setups(self, config: Config, engine: Engine) -> list[Setup]:
-        """What each relay loop is told. Raises ConfigError where `limits.max_connections` does not fit."""
-        most = config.limits.max_connections
-        if most == "auto":
-            most = self.each * self.loops
-        elif most > self.each * self.loops:
-            need = self.used + 2 * -(-most // self.loops)
-            # And what the pipes take of the higher limit.
-            enough = min(need * _FILES_A_PIPE // (_FILES_A_PIPE - 2) + 2, need + 2 * _MOST_PIPES)
-            raise ConfigError(
-                f"`limits.max_connections` = {most} does not fit: {self.files} open files leave room for {self.each * self.loops} connections; "
-                f"raise the limit of open files (LimitNOFILE, ulimit -n) to {enough} or more, "
-                "or lower the number"
-            )
-        elif most < self.loops:
-            raise ConfigError(
-                f"`limits.max_connections` = {most} is less than one for each of `relay.workers` = {self.loops}; raise the one or lower the other"
-            )
-        # Shares that add up to the number exactly: it is never exceeded, whichever loop a connection comes to.
-        return [
-            Setup(
-                config=_with(config, engine),
-                limit=most // self.loops + (index < most % self.loops),
-                pipes=self.pipes,
-                alone=self.alone,
-                keeps=relay_capabilities(config),
-                asks=self.asks,
-            )
-            for index in range(self.loops)
-        ]
-
-
-def _make_room(config: Config, *, asks: bool) -> _Room:
-    """For one relay loop in this process, or for as many as there are to be processes. Looked at once: later, connections have files here, too."""
-    workers = config.relay.workers
-    if workers == "auto":
-        workers = len(os.sched_getaffinity(0))
-    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    used = _RESERVED_FILES + (0 if workers else open_file_count())
-    pipes = min(_MOST_PIPES, files // _FILES_A_PIPE)
-    loops = max(workers, 1)
-    room = (files - used - 2 * pipes) // 2
-    if asks:  # every connection may be with the program, and has a file here then
-        room = min(room, (files - open_file_count() - _RESERVED_FILES) // loops)
-    if room < 1:
-        raise KernelError(
-            f"the limit of {files} open files leaves no room for connections; raise it (LimitNOFILE, ulimit -n)"
-        )
-    return _Room(files, used, pipes, room, loops, workers > 0, asks)
+    return with_engine(config, "copy")
 
 
 def _tell_ssh(config: Config, surroundings: Surroundings) -> None:

@@ -14,7 +14,7 @@ import math
 import random
 import socket
 import time
-from collections import Counter, defaultdict, deque
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, MutableMapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
@@ -28,6 +28,7 @@ from tproxyd.config import Config, is_interface
 from tproxyd.config.wording import few
 from tproxyd.errors import KernelError, MissingError, TproxydError
 from tproxyd.interceptor.heritage import Heritage, make_heritage, require_same
+from tproxyd.interceptor.pace import FewLines, RepairPace
 from tproxyd.interceptor.plan_book import PlanBook
 from tproxyd.interceptor.threads import in_thread
 from tproxyd.net.namespaces import call_in_namespace
@@ -65,11 +66,6 @@ _GLANCE = 1.0  # seconds between two looks at what there is no news of: two file
 # together for less than half a percent of a core.
 _LOOK, _LOOKS_OF_MANY = 60.0, (90.0, 150.0)
 _RETRY = 1.0  # after a repair that failed
-# Repairs of one kind in the last minute, and the pause before the next one: an accident is mended at once, a program that does it again and
-# again is not answered as fast as it can, and one that never stops gets an answer every five seconds.
-_MINUTE = 60.0
-_FREE, _STEP, _USUAL_PAUSE = 5, 0.02, 0.4
-_FIGHT, _LONG_PAUSE = 110, 5.0
 _LINES = 60  # about interfaces, in a minute: a host of containers has hundreds come and go
 
 
@@ -144,11 +140,10 @@ class Keeper:
                 self.close()
                 raise
         self._lock = trio.Lock()
-        self._repaired: defaultdict[str, deque[float]] = defaultdict(deque)
-        self._rested = -math.inf  # when the next look may begin, and of which kind a repair is due, on time.monotonic()
+        self._pace = RepairPace(time.monotonic)
+        self._rested = -math.inf  # when the next look may begin, on time.monotonic()
         self._heard_rest = 0.0
-        self._due: dict[str, float] = {}
-        self._few_lines = FewLines(_LINES, _MINUTE, time.monotonic)
+        self._few_lines = FewLines(_LINES, 60.0, time.monotonic)
         self.trouble = ""
         self.others = trio.Event()
 
@@ -521,17 +516,15 @@ class Keeper:
         now = time.monotonic()
         rest = _REST if self._netns is None else _REST_OF_MANY
         self._rested = now + min(rest * (now - began), _LONGEST_REST)
-        self._due = {kind: self._due.get(kind, now + self._pause(kind)) for kind in kinds}
-        ready = [kind for kind, due in self._due.items() if due <= now]
+        ready = self._pace.ready(kinds, now)
         failed = None
         if ready:
             changes, failed = kernel.repair(plan, different if adapts else ready, nft)
             before, self._surroundings = self._surroundings, surroundings
             if changes:
                 self._tell(changes, before)
-            for kind in ready:
-                del self._due[kind]
-        return min((due - now for due in self._due.values()), default=None), failed
+            self._pace.done(ready)
+        return self._pace.wait(now), failed
 
     def _compare(self, nft: kernel.Nft) -> list[kernel.Change]:
         plan = self._wanted(self._look_around())
@@ -559,17 +552,7 @@ class Keeper:
             )
         self._repaired_now = f"{', '.join(kinds)}: {what}"
         self.repairs.update(kinds)
-        for kind in kinds:
-            self._repaired[kind].append(time.monotonic())
-
-    def _pause(self, kind: str) -> float:
-        """Seconds before a repair of this kind."""
-        times = self._repaired[kind]
-        while times and times[0] < time.monotonic() - _MINUTE:
-            times.popleft()
-        if len(times) >= _FIGHT:
-            return _LONG_PAUSE
-        return min(max(0, len(times) - _FREE) * _STEP, _USUAL_PAUSE)
+        self._pace.note(kinds)
 
     def _tell_links(self, links: dict[int, str | None]) -> None:
         """Capture goes by names: what bears one now is captured, without anything to be changed, but not without a word."""
@@ -601,36 +584,6 @@ class _OfWorkload(logging.LoggerAdapter[logging.Logger]):
     def process(self, msg: Any, kwargs: MutableMapping[str, Any]) -> tuple[Any, MutableMapping[str, Any]]:
         workload = str((self.extra or {})["workload"]).replace("%", "%%")
         return f"workload {workload}: {msg}", kwargs
-
-
-class FewLines:
-    """Lets `most` lines in `seconds` through, and counts the others until there is room for saying so."""
-
-    def __init__(self, most: int, seconds: float, clock: Callable[[], float]) -> None:
-        self._most, self._seconds, self._clock = most, seconds, clock
-        self._told: deque[float] = deque()
-        self._left_out = 0
-
-    def admit(self) -> bool:
-        """Whether a line may be told; else it counts as left out."""
-        if not self._has_room():
-            self._left_out += 1
-            return False
-        self._told.append(self._clock())
-        return True
-
-    def left_out(self) -> int:
-        """How many have been since this was last asked; 0 while there is no room for saying so."""
-        if not self._left_out or not self._has_room():
-            return 0
-        self._told.append(self._clock())
-        count, self._left_out = self._left_out, 0
-        return count
-
-    def _has_room(self) -> bool:
-        while self._told and self._told[0] <= self._clock() - self._seconds:
-            self._told.popleft()
-        return len(self._told) < self._most
 
 
 def _own_tables(config: Config) -> kernel.Nft:

@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 from tproxyd.config import Config
 from tproxyd.errors import ConfigError
-from tproxyd.interceptor.capture import Listeners, open_listeners
 from tproxyd.interceptor.heritage import Heritage
+from tproxyd.interceptor.listeners import Listeners, open_listeners
 from tproxyd.net.sockets import spread_by_source
 
 __all__ = ["Predecessor", "distinct", "take_listeners"]

@@ -20,8 +20,9 @@ import trio
 
 from tproxyd.config import Config, override
 from tproxyd.errors import ConfigError, KernelError, MissingError, TproxydError
-from tproxyd.interceptor.capture import Capture, open_listeners
+from tproxyd.interceptor.capture import Capture
 from tproxyd.interceptor.keeper import Keeper
+from tproxyd.interceptor.listeners import open_listeners
 from tproxyd.interceptor.plan_book import PlanBook
 from tproxyd.interceptor.relays import Relays
 from tproxyd.interceptor.threads import in_thread

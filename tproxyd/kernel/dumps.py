@@ -9,9 +9,10 @@ from __future__ import annotations
 import os
 import socket
 import struct
+import sys
 from collections.abc import Iterator
 
-__all__ = ["ask", "attribute", "attributes", "dump", "dump_all", "each_attribute"]
+__all__ = ["ask", "attribute", "attributes", "dump", "dump_all", "each_attribute", "number_in"]
 
 _HEADER = struct.Struct("=IHHII")  # struct nlmsghdr: length, type, flags, sequence, port
 _ATTRIBUTE = struct.Struct("=HH")  # struct nlattr: length, type
@@ -91,3 +92,8 @@ def each_attribute(data: bytes) -> Iterator[tuple[int, bytes]]:
             return
         yield kind & _TYPE, data[_ATTRIBUTE.size : length]
         data = data[(length + 3) & ~3 :]
+
+
+def number_in(has: dict[int, bytes], kind: int) -> int:
+    """The value of an attribute, of any width; 0 where there is none."""
+    return int.from_bytes(has.get(kind, b""), sys.byteorder)

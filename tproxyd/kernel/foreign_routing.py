@@ -5,14 +5,13 @@ from __future__ import annotations
 import errno
 import socket
 import struct
-import sys
 from collections.abc import Iterator
 from ipaddress import IPv4Address, IPv6Address, ip_network
 
 import msgspec
 
 from tproxyd.errors import KernelError, MissingError
-from tproxyd.kernel.dumps import attributes, dump
+from tproxyd.kernel.dumps import attributes, dump, number_in
 from tproxyd.plan import PROTOCOL, Family
 
 __all__ = ["ForeignRoute", "ForeignRule", "has_routes", "list_foreign_routes", "list_foreign_rules"]
@@ -185,13 +184,13 @@ def _rule(family: Family, body: bytes) -> ForeignRule | None:
     has = attributes(body[12:])
     if has.get(_PROTOCOL, b"\0")[0] == PROTOCOL:
         return None
-    mark, mask = _number(has, _MARK), _number(has, _MASK)
+    mark, mask = number_in(has, _MARK), number_in(has, _MASK)
     iif, oif = _text(has, _IIF), _text(has, _OIF)
-    table = _number(has, _TABLE) if _TABLE in has else table8
-    goto = _number(has, _GOTO) if action == _TO_GOTO else None
+    table = number_in(has, _TABLE) if _TABLE in has else table8
+    goto = number_in(has, _GOTO) if action == _TO_GOTO else None
     l3mdev = _L3MDEV in has and has[_L3MDEV] != b"\0"
     ip_proto = has[_IP_PROTO][0] if _IP_PROTO in has else None
-    priority = _number(has, _PRIORITY)
+    priority = number_in(has, _PRIORITY)
     suppress = struct.unpack("=i", has.get(_SUPPRESS, b"\xff" * 4))[0]
     narrowed = bool(src_len or dst_len or tos or flags & _INVERT or oif) or any(
         kind in has for kind in (_IP_PROTO, _SPORT, _DPORT, _TUN_ID)
@@ -255,10 +254,10 @@ def _route(family: Family, table: int, body: bytes) -> ForeignRoute:
     words.append(_network(family, has.get(_RTA_DST), dst_len) if dst_len else "default")
     if _RTA_GATEWAY in has:
         words.append(f"via {socket.inet_ntop(_AF[family], has[_RTA_GATEWAY])}")
-    device = _device(_number(has, _RTA_OIF))
+    device = _device(number_in(has, _RTA_OIF))
     if device:
         words.append(f"dev {device}")
-    metric = _number(has, _RTA_METRIC)
+    metric = number_in(has, _RTA_METRIC)
     usual = 1024 if family == 6 else 0
     ours = kind == _RTN_LOCAL and not dst_len and device == "lo" and metric in (0, usual)
     words += [f"table {table}", *_proto(protocol)] + ([] if metric in (0, usual) else [f"metric {metric}"])
@@ -268,10 +267,6 @@ def _route(family: Family, table: int, body: bytes) -> ForeignRoute:
 def _proto(number: int, *, unsaid: tuple[int, ...] = (0, 3)) -> list[str]:
     # 3 is boot, what `ip` stamps by default; it does not show that, nor the kernel's own of rules.
     return [] if number in unsaid else [f"proto {_PROTOCOLS.get(number, number)}"]
-
-
-def _number(has: dict[int, bytes], kind: int) -> int:
-    return int.from_bytes(has.get(kind, b""), sys.byteorder)
 
 
 def _ports(has: dict[int, bytes], kind: int) -> tuple[int, int] | None:

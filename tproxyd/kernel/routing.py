@@ -11,12 +11,11 @@ import errno
 import os
 import socket
 import struct
-import sys
 from itertools import starmap
 from typing import NamedTuple
 
 from tproxyd.errors import CapabilityError, KernelError, TproxydError
-from tproxyd.kernel.dumps import ask, attribute, attributes, dump_all
+from tproxyd.kernel.dumps import ask, attribute, attributes, dump_all, number_in
 from tproxyd.plan import PROTOCOL, LocalRoute, Rule
 
 __all__ = [
@@ -95,19 +94,19 @@ def dump_rules() -> tuple[RuleKey, ...]:
     for family, af in _AF.items():
         for body in _dump(_GETRULE, struct.pack("=B11x", af)):
             has = attributes(body[12:])
-            if _number(has, _PROTOCOL) != PROTOCOL:
+            if number_in(has, _PROTOCOL) != PROTOCOL:
                 continue
             action = body[7]
             key = RuleKey(
                 family,
-                _number(has, _PRIORITY),
-                _number(has, _MARK),
-                _number(has, _MASK),
+                number_in(has, _PRIORITY),
+                number_in(has, _MARK),
+                number_in(has, _MASK),
                 has[_IIF].rstrip(b"\0").decode(errors="replace") if _IIF in has else None,
-                _number(has, _TABLE) if action == _FR_ACT_TO_TABLE else None,
-                _number(has, _GOTO) if action == _FR_ACT_GOTO else None,
+                number_in(has, _TABLE) if action == _FR_ACT_TO_TABLE else None,
+                number_in(has, _GOTO) if action == _FR_ACT_GOTO else None,
                 _network(af, has[_SRC], body[2]) if body[2] and _SRC in has else None,
-                _number(has, _IP_PROTO) == socket.IPPROTO_TCP,
+                number_in(has, _IP_PROTO) == socket.IPPROTO_TCP,
             )
             keys.append(key if _is_plain_rule(body, has) else key._replace(raw=body))
     return tuple(keys)
@@ -120,7 +119,7 @@ def _is_plain_rule(body: bytes, has: dict[int, bytes]) -> bool:
     return (
         not (dst_len or tos or flags & _INVERT)
         and action in (_FR_ACT_TO_TABLE, _FR_ACT_GOTO, _FR_ACT_UNREACHABLE)
-        and _number(has, _IP_PROTO) in (0, socket.IPPROTO_TCP)
+        and number_in(has, _IP_PROTO) in (0, socket.IPPROTO_TCP)
         and has.keys() - known <= {_SUPPRESS}
         and has.get(_SUPPRESS, b"\xff" * 4) == b"\xff" * 4
     )
@@ -136,10 +135,10 @@ def dump_routes() -> tuple[RouteKey, ...]:
             has = attributes(body[12:])
             plain = (
                 has.keys() <= {_RTA_DST, _RTA_OIF, _RTA_PRIORITY, _RTA_TABLE, _RTA_CACHEINFO, _RTA_PREF}
-                and _number(has, _RTA_OIF) == _LOOPBACK
-                and _number(has, _RTA_PRIORITY) == _METRIC[family]
+                and number_in(has, _RTA_OIF) == _LOOPBACK
+                and number_in(has, _RTA_PRIORITY) == _METRIC[family]
             )
-            keys.append(RouteKey(family, _number(has, _RTA_TABLE), b"" if plain else body))
+            keys.append(RouteKey(family, number_in(has, _RTA_TABLE), b"" if plain else body))
     return tuple(keys)
 
 
@@ -152,10 +151,6 @@ def _dump(kind: int, request: bytes) -> list[bytes]:
             return []
         what = "ip rules" if kind == _GETRULE else "routes"
         raise KernelError(f"cannot list {what}: {error.strerror}; is the machine out of files or memory?") from error
-
-
-def _number(has: dict[int, bytes], kind: int) -> int:
-    return int.from_bytes(has.get(kind, b""), sys.byteorder)
 
 
 def add_rule(key: RuleKey) -> None:
