@@ -17,7 +17,7 @@ from tproxyd.config import Config
 from tproxyd.daemon.admin_socket import readers_gid
 from tproxyd.daemon.comparison import ssh_ports_here
 from tproxyd.daemon.lock import find_holder
-from tproxyd.interceptor.capture import require_free_port
+from tproxyd.interceptor.listeners import require_free_port
 from tproxyd.interceptor.privileges import needs_here, require_needs
 from tproxyd.net.capabilities import keep_capabilities, missing_capabilities, to_read_code
 from tproxyd.net.ownership import hold_namespace
