@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 import trio
@@ -22,6 +23,8 @@ from netns_tests.way import BOTH_LAYOUTS, GATEWAY_V4, SIDECAR_V4, Way
 from tproxyd.net.sockets import format_address
 from tproxyd.testing import digest_of, serve_echo, serve_identity, serve_source
 from tproxyd.testing.daemon import TPROXYD
+
+T = TypeVar("T")
 
 OPEN = '[capture]\nports = ["8080"]\nwhen_down = "bypass"\n'
 CLOSED = '[capture]\nports = ["8080"]\nwhen_down = "refuse"\n'
@@ -444,13 +447,24 @@ async def test_in_redirect_mode(way: Way, nursery: trio.Nursery, config: str) ->
     assert await way.proxy.dump() == before
 
 
+async def settled(look: Callable[[], T]) -> T:
+    """What there is when it has not changed for half a second: a daemon that is ready opens a few more files."""
+    since, found = trio.current_time(), look()
+    while trio.current_time() - since < 0.5:
+        await trio.sleep(0.05)
+        if (now := look()) != found:
+            since, found = trio.current_time(), now
+    return found
+
+
 @GATEWAY_V4
 async def test_the_new_generation_has_the_files_of_any_daemon_and_the_metrics_go_on(
     way: Way, nursery: trio.Nursery
 ) -> None:
     await nursery.start(serve_echo, way.app, 8080)
     async with open_generations(way, OPEN + METRICS) as generations:
-        first = files_of(generations.serving), files_of(*relay_processes(generations.serving))
+        await get(way.proxy, "/readyz")
+        first = await settled(lambda: (files_of(generations.serving), files_of(*relay_processes(generations.serving))))
         for _ in range(2):
             old = generations.serving
             async with await way.client.connect(way.address, 8080) as stream:

@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tproxyd.daemon.doctor.walk import Packet, marks_of, walk_hook
@@ -199,6 +199,7 @@ JSON = st.recursive(
 
 
 @settings(max_examples=600, deadline=None)
+@example(left={"meta": {"key": []}}, right=0, op="==")
 @given(left=JSON, right=JSON, op=st.sampled_from(["==", "!=", "in", "<", "??"]))
 def test_what_another_nft_may_print_breaks_nothing(left: Any, right: Any, op: str) -> None:
     walk_hook([chain([match(left, right, op), ACCEPT], [{"mangle": {"key": left, "value": right}}])], "input", PACKET)

@@ -21,14 +21,14 @@ from tproxyd.datapath import WorkloadSetup
 from tproxyd.errors import ConfigError, KernelError, TproxydError
 from tproxyd.interceptor.changes import same_interception
 from tproxyd.interceptor.keeper import Keeper
-from tproxyd.interceptor.listeners import Listeners, open_listeners, require_free_port
+from tproxyd.interceptor.listeners import Listeners, open_listeners
 from tproxyd.interceptor.relays import Relays
 from tproxyd.interceptor.threads import in_thread
 from tproxyd.net.namespaces import call_in_namespace
 from tproxyd.net.proc_net import Connections, closing_connections, half_open_connections
 from tproxyd.net.sockets import spread_by_source
 
-__all__ = ["Capture", "require_free_port"]
+__all__ = ["Capture"]
 
 _log = logging.getLogger(__name__)
 

@@ -33,7 +33,8 @@ __all__ = ["LoopOwner", "Served"]
 _log = logging.getLogger(__name__)
 
 _START = 10.0  # seconds for a loop to answer; it takes some hundredths
-_STOP = 3.0  # seconds for a loop to say its last words
+_STOP = 3.0  # seconds for a loop to say its last words ...
+_LAST_WORDS = 0.1  # ... and for one that has not answered before
 _COUNT = 1.0  # seconds for a loop to tell its counters, or what lives
 _LOOKS = 3  # for a connection that is handed over, or back, at that moment
 _YOUNG = 5.0  # seconds; a loop that dies younger than that has something against it ...
@@ -79,6 +80,7 @@ class LoopOwner:
         self._channel: Orders | None = None
         self._ready = trio.Event()
         self._started = False
+        self._silent = False  # since it was asked for something
         self._idle: dict[str, trio.Event] = {}
         self._old: dict[str, trio.Event] = {}
         self._paused: set[str] = set()
@@ -175,8 +177,9 @@ class LoopOwner:
             async with self._adds:  # behind what is being told of it
                 self._told.pop(name, None)
                 await self._tell(report.REMOVE + name.encode())
-            with trio.move_on_after(_STOP):  # else it is dying
+            with trio.move_on_after(_STOP) as waiting:  # else it is dying, or stopped (SIGSTOP)
                 await removed.wait()
+            self._silent = waiting.cancelled_caught
             await self._handed.end_all_of(name)  # of what was accepted meanwhile
         if (idle := self._idle.pop(name, None)) is not None:
             idle.set()
@@ -366,7 +369,7 @@ class LoopOwner:
                 await self._handed.end_all()
                 if self._channel is None:
                     raise  # it has not heard its setup to the end: that there is nobody any more ends it
-                with trio.CancelScope(shield=True), trio.move_on_after(_STOP):
+                with trio.CancelScope(shield=True), trio.move_on_after(_LAST_WORDS if self._silent else _STOP):
                     await self._tell(report.STOP)
                     async for message, fd in messages(ours):
                         if fd is None:
@@ -388,6 +391,7 @@ class LoopOwner:
 
     def _take(self, message: bytes) -> None:
         kind, content = message[:1], message[1:]
+        self._silent = False
         match kind:
             case report.RECORDS:
                 self.tally.record(content)

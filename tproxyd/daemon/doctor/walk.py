@@ -249,7 +249,7 @@ def _compare(left: Any, right: Any, packet: Packet) -> int | None:
             "nfproto": f"ipv{packet.family}",
             "protocol": "ip" if packet.family == 4 else "ip6",
         }
-        return _among(right, known[key]) if key in known else None
+        return _among(right, known[key]) if isinstance(key, str) and key in known else None
     if kind == "ct":
         return _conntrack(key, right, packet)
     if kind == "socket" and key in ("transparent", "wildcard"):
