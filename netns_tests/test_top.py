@@ -165,7 +165,7 @@ async def test_ctrl_z_leaves_the_terminal_to_others_until_it_goes_on(way: Way) -
         top.press(CTRL_Z)
         await until(lambda: stat.read_text().rpartition(")")[2].split()[0] == "T")
         assert top.settings == top.before
-        assert top.output.endswith(LEFT)
+        await until(lambda: top.output.endswith(LEFT))
         top.process.send_signal(signal.SIGCONT)
         await until(lambda: top.output.rfind(ENTERED) > top.output.rfind(LEFT))
         await top.shows("no connection lives")
