@@ -103,7 +103,7 @@ def run_demo() -> Text:
 
 async def watch_top() -> Text:
     """The screen of `tproxyd top` over a gateway with traffic."""
-    chance = random.Random(7)  # noqa: S311  # a picture's
+    chance = random.Random(7)  # noqa: S311  # sizes for a picture  # a picture's
     async with open_lab(NETWORK) as lab, trio.open_nursery() as nursery:
         client, server, gateway = lab["client"], lab["server"], lab["gateway"]
         for port in (8080, 8443):

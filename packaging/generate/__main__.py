@@ -11,8 +11,8 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "packaging")]  # run as a folder, not as a module
 
 from generate.completions import SHELLS, completion  # noqa: E402  # found by the line above
-from generate.manual import PAGES, page  # noqa: E402
-from generate.reference import COMMITTED  # noqa: E402
+from generate.manual import PAGES, page  # noqa: E402  # behind the path that finds it
+from generate.reference import COMMITTED  # noqa: E402  # as above
 
 
 def main(arguments: list[str]) -> None:

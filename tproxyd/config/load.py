@@ -386,7 +386,7 @@ def _check_interfaces(interfaces: Sequence[str], exclude_interfaces: Sequence[st
 
 def _check_metrics(metrics: Endpoint | None, port: int, mode: str) -> Iterator[str]:
     # A port of every address or of a loopback address would be bound twice: by the listeners, too; and by those of redirect mode any.
-    taken = ("127.0.0.1", "::1", "0.0.0.0", "::")  # noqa: S104
+    taken = ("127.0.0.1", "::1", "0.0.0.0", "::")  # noqa: S104  # compared with, not bound to
     if metrics is not None and metrics.port == port and (mode == "redirect" or metrics.host in taken):
         yield f"`admin.metrics` = {shown(str(metrics))} has the port of `listen.port`, where clients arrive; choose another"
 

@@ -111,7 +111,7 @@ class Shared(Generic[T]):
                 began = trio.current_time()
                 try:
                     making.result.append(await self._make())
-                except Exception as error:
+                except Exception as error:  # of whoever waits for the answer
                     making.error = error
                 ended = trio.current_time()
                 self._rested = ended + min(_LONGEST_REST, _REST * (ended - began))

@@ -199,7 +199,7 @@ class _Asker:
             try:
                 closing = None if self._closings.empty() else self._closings.get()
                 news: _News = self._listen() if closing is None else self._close(closing)
-            except Exception as error:
+            except Exception as error:  # told by the thread that has the terminal
                 news = _Broken(error)
             self.news.put(news)
             with suppress(OSError):

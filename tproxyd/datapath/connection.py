@@ -392,7 +392,7 @@ class Connection(Timed):
         assert target is not None
         if isinstance(target, str):
             return self._dial_unix()
-        choice = workload.choose_source(self.client[0], self.dialled, target, is_local, dialled_local)  # type: ignore[arg-type]
+        choice = workload.choose_source(self.client[0], self.dialled, target, is_local, dialled_local)  # type: ignore[arg-type]  # known, once it is dialled
         if not choice.ways:
             loop.remark(
                 f'a connection is refused: upstream.source = "client", and {format_address(target)} would see {choice.why}',

@@ -341,7 +341,7 @@ def _astray(e: Evidence, rule: Rule) -> list[RuleKey]:
 
 
 def _listening(e: Evidence, address: str, port: int) -> list[TcpSocket]:
-    everywhere = {"0.0.0.0", "::"}  # noqa: S104
+    everywhere = {"0.0.0.0", "::"}  # noqa: S104  # compared with, not bound to
     return [
         sock
         for sock in e.listeners
