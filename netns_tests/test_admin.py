@@ -434,6 +434,19 @@ async def test_who_waits_for_the_end_of_a_drain_is_told(way: Way, nursery: trio.
 
 
 @SIDECAR_V4
+async def test_root_listens_in_the_directory_of_the_units_user(way: Way, tmp_path: Path) -> None:
+    """Which is what /run/tproxyd is where the package is installed; root has given up to write where it likes."""
+    os.chmod(tmp_path, 0o755)
+    os.chown(tmp_path, 65534, 65534)
+    node, path = way.proxy, str(tmp_path / "mine.sock")
+    async with open_daemon(node, CONFIG + f'socket = "{path}"\n') as daemon:
+        assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
+        await tproxyd(node, "connections", "-c", str(way.file(CONFIG + f'socket = "{path}"\n')))
+        assert await daemon.stop() == 0
+    assert not exists(path)
+
+
+@SIDECAR_V4
 async def test_the_socket_is_found_by_the_configuration(way: Way, tmp_path: Path) -> None:
     node, path = way.proxy, str(tmp_path / "mine.sock")
     file = str(way.file(CONFIG + f'socket = "{path}"\n'))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import grp
 import logging
 import os
+import pwd
 import socket
 import stat
 from collections.abc import Iterator
@@ -66,7 +67,8 @@ def remove_stale(setting: str | None) -> str | None:
         path = admin_path(setting)
         if path is not None:
             os.lstat(path)
-            _make_way(path, _is_ours(os.path.dirname(path)))
+            directory = os.path.dirname(path)
+            _make_way(path, _is_ours(directory) or _is_the_service_s(directory))
             return path
     return None
 
@@ -167,7 +169,7 @@ def _make_directory() -> None:
 def _listen(path: str) -> socket.socket:
     """Raises KernelError, and OSError."""
     ours = _is_ours(os.path.dirname(path))
-    _make_way(path, ours)
+    _make_way(path, ours or _is_the_service_s(os.path.dirname(path)))
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     try:
         # The mode that the path is made with: Linux takes it from the socket, and nothing has to be changed at a path that somebody could exchange.
@@ -219,6 +221,14 @@ def _is_ours(directory: str) -> bool:
     """Whether nobody but root and ourselves may make or remove something there."""
     found = os.stat(directory)
     return found.st_uid in (0, os.geteuid()) and not found.st_mode & 0o022
+
+
+def _is_the_service_s(directory: str) -> bool:
+    """Whether nobody but the units' user may: what is made there is not trusted as in one of root's, but an old socket may go."""
+    found = os.stat(directory)
+    with suppress(KeyError):
+        return found.st_uid == pwd.getpwnam(GROUP).pw_uid and not found.st_mode & 0o022
+    return False
 
 
 def _named(peer: Peer) -> str:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from tproxyd import kernel
 from tproxyd.config import Config
-from tproxyd.daemon.admin_socket import readers_gid
+from tproxyd.daemon.admin_socket import admin_path, readers_gid
 from tproxyd.daemon.comparison import ssh_ports_here
 from tproxyd.daemon.lock import find_holder
 from tproxyd.interceptor.listeners import require_free_port
@@ -50,8 +50,18 @@ def give_up_privileges(config: Config, inherited: Sequence[socket.socket] = (), 
     # A successor has no more than this one, and may have relay processes where this one has none.
     successors = () if config.redirects else ("CAP_NET_RAW",)
     needed = [need.capability for need in needs_here(config)]
-    keep_capabilities({*needed, *successors, *to_read_code()}, pass_on=True)
+    keep_capabilities({*needed, *successors, *_to_listen(config), *to_read_code()}, pass_on=True)
     return seen
+
+
+def _to_listen(config: Config) -> tuple[str, ...]:
+    """Where the directory of the administrator's socket is another user's, as the units' /run/tproxyd is, root writes there by this alone."""
+    path = admin_path(config.admin.socket)
+    if path is not None and os.geteuid() == 0:
+        with suppress(OSError):  # it is not there: then it will be root's
+            if os.stat(os.path.dirname(path)).st_uid != 0:
+                return ("CAP_DAC_OVERRIDE",)
+    return ()
 
 
 def _join_readers() -> None:
