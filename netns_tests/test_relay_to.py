@@ -456,8 +456,12 @@ async def test_what_tls_hides_is_not_relayed_in_the_clear(way: Way, tmp_path: Pa
         async with way.app.listen(way.bind, TLS) as listener, await way.client.connect(way.address, TLS) as client:
             with trio.fail_after(5):
                 async with await listener.accept() as app:
-                    await client.send_all(b"secret")
-                    assert await resets_within(client, 3)
+                    try:
+                        await client.send_all(b"secret")
+                    except trio.BrokenResourceError:
+                        pass  # it has been reset by now, and an error is told once
+                    else:
+                        assert await resets_within(client, 3)
                     seen = await read(app, Seen())
                     assert not seen.data
         process.send_signal(signal.SIGTERM)
