@@ -709,6 +709,39 @@ async def test_57_a_flood_of_connections_keeps_nobody_out(way: Way, nursery: tri
         assert median(beside) < 2 * median(alone) + 0.2
 
 
+@SIDECAR_V4
+async def test_57_who_connects_and_says_nothing_costs_no_time(way: Way, nursery: trio.Nursery) -> None:
+    async with serving(way, nursery) as (daemon, _), abused(way.proxy, "flood") as done:
+        await trio.sleep(1)  # what still waits in the queues is let in
+        used = cpu_seconds(daemon.process.pid)
+        await trio.sleep(2)
+        used = cpu_seconds(daemon.process.pid) - used
+    print(f"{used / 2:.1%} of a core")
+    assert used < 0.06
+    assert done["connections"] == 1000  # nobody had to come twice
+
+
+@SIDECAR_V4
+async def test_58_a_head_in_pieces_is_answered_when_it_is_whole(way: Way, nursery: trio.Nursery) -> None:
+    async with serving(way, nursery), await connect(auto(way.proxy)) as client:
+        for piece in (b"GET /hea", b"lthz HTTP/1.1\r\n", b"Host: x\r\n", b"\r", b"\n"):
+            await client.send_all(piece)
+            with trio.move_on_after(0.05):
+                assert Http(await client.receive_some()).status == 200
+                return
+    raise AssertionError("no answer")
+
+
+@SIDECAR_V4
+async def test_58_half_a_head_and_no_more_is_told_so(way: Way, nursery: trio.Nursery) -> None:
+    async with serving(way, nursery), await connect(auto(way.proxy)) as client:
+        await client.send_all(b"GET /healthz HTTP/1.1\r\nHost")
+        await client.send_eof()
+        with trio.fail_after(2):
+            assert Http(await client.receive_some()).status == 400
+            assert not await client.receive_some()
+
+
 SLOW = {
     "in the head": b"GET /v1/sta",
     "in the body": b"PUT /v1/log-level HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{",

@@ -18,6 +18,7 @@ import h11
 import trio
 
 from tproxyd.config.wording import printable
+from tproxyd.daemon.lobby import Lobby
 from tproxyd.errors import TproxydError
 
 __all__ = ["Answer", "Request", "Shared", "say", "serve_http", "tell_health"]
@@ -31,7 +32,7 @@ _LONGEST = 60.0  # seconds for all requests of one connection: nobody holds a pl
 _LOOK = 0.1  # seconds, where all are served and none can be sent away, until one of them may be
 _READ = 8192
 _BODY = 16 * 1024  # bytes of a request's body; h11 has the same bound for its head
-_TURN = 0.005  # seconds between two that are accepted or answered: each costs half a millisecond ...
+_TURN = 0.005  # seconds between two that are let in or answered: each costs half a millisecond ...
 _BURST = 20  # ... but so many at once after a pause
 _REST = 9  # from an answer that is made for all who ask, in units of the time that making it took; ...
 _LONGEST_REST = 0.25  # ... seconds at most
@@ -132,18 +133,20 @@ async def serve_http(listener: trio.SocketListener, handle: Handle, *, what: str
     """Answers until cancelled, and closes the listener then. `what` names it in the log. What `handle` raises is answered with 500."""
     # Two paces: however much those ask who are here, others come in, and each of them is answered once at once.
     places, arrivals, server = _Places(), _Pace(), _Server(handle, _Pace(), what)
-    async with listener, trio.open_nursery() as nursery:
-        while True:
-            await trio.lowlevel.wait_readable(listener.socket)
-            await arrivals.turn()
-            token = await places.take()
-            try:
-                stream = await listener.accept()
-            except OSError:  # no file left: connections that are relayed come first
-                places.leave(token)
-                await trio.sleep(0.1)
-                continue
-            nursery.start_soon(_serve_client, stream, server, places, token)
+    async with listener:
+        with Lobby(listener.socket.fileno()) as lobby:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(lobby.admit)
+                while True:
+                    client = await lobby.next()
+                    try:
+                        await arrivals.turn()
+                        token = await places.take()
+                    except BaseException:
+                        client.close()
+                        raise
+                    stream = trio.SocketStream(trio.socket.from_stdlib_socket(client))
+                    nursery.start_soon(_serve_client, stream, server, places, token)
 
 
 class _Pace:

@@ -1,0 +1,126 @@
+"""Who waits in the lobby, who is served next, and who is sent away."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import AsyncIterator
+from contextlib import ExitStack, asynccontextmanager
+from pathlib import Path
+
+import pytest
+import trio
+import trio.testing
+
+from tproxyd.daemon import lobby
+from tproxyd.daemon.lobby import Lobby
+
+HEAD = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
+
+
+class Street:
+    """Outside: whoever comes."""
+
+    def __init__(self, listener: socket.socket, hall: Lobby, stack: ExitStack) -> None:
+        self._address = listener.getsockname()
+        self._hall = hall
+        self._stack = stack
+
+    async def client(self, said: bytes = b"") -> socket.socket:
+        """One that has been let in."""
+        client = self._stack.enter_context(socket.socket(socket.AF_UNIX))
+        client.connect(self._address)
+        client.sendall(said)
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        client.setblocking(False)
+        return client
+
+    async def served(self) -> bytes:
+        """What the next one has said who is served."""
+        with trio.fail_after(2):
+            client = await self._hall.next()
+        with client:
+            return client.recv(100_000)
+
+    async def nobody_is(self) -> bool:
+        with trio.move_on_after(0.1):
+            await self._hall.next()
+        return True
+
+
+@asynccontextmanager
+async def opened(path: Path) -> AsyncIterator[Street]:
+    with ExitStack() as clients, ExitStack() as stack:
+        listener = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK))
+        listener.bind(str(path / "socket"))
+        listener.listen()
+        hall = stack.enter_context(Lobby(listener.fileno()))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(hall.admit)
+            yield Street(listener, hall, clients)
+            nursery.cancel_scope.cancel()
+
+
+def is_closed(client: socket.socket) -> bool:
+    try:
+        return client.recv(1) == b""
+    except BlockingIOError:
+        return False
+    except ConnectionResetError:  # with what it had said unread
+        return True
+
+
+async def test_they_are_served_in_the_order_in_which_their_heads_are_whole(tmp_path: Path) -> None:
+    async with opened(tmp_path) as street:
+        first = await street.client(b"GET /1")
+        await street.client()
+        assert await street.nobody_is()
+        await street.client(HEAD.replace(b"/", b"/3", 1))
+        first.sendall(HEAD.removeprefix(b"GET /"))
+        assert (await street.served()).startswith(b"GET /3 ")
+        assert (await street.served()).startswith(b"GET /1 ")
+        assert await street.nobody_is()
+
+
+@pytest.mark.parametrize(
+    "said", [b"\x16\x03\x01", b"x" * (16 * 1024 + 1), b"GET /\n\n"], ids=["TLS", "too long", "bare line feeds"]
+)
+async def test_what_will_be_no_head_is_served_at_once(said: bytes, tmp_path: Path) -> None:
+    async with opened(tmp_path) as street:
+        await street.client(said)
+        assert await street.served() == said
+
+
+async def test_who_leaves_is_forgotten(tmp_path: Path) -> None:
+    async with opened(tmp_path) as street:
+        (await street.client()).close()
+        half = await street.client(b"GET /")
+        half.shutdown(socket.SHUT_WR)
+        assert await street.served() == b"GET /"  # is told what is missing
+
+
+async def test_the_one_that_is_longest_here_makes_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lobby, "_ROOM", 3)
+    async with opened(tmp_path) as street:
+        clients = [await street.client(b"GET /") for _ in range(5)]
+        assert [is_closed(client) for client in clients] == [True, True, False, False, False]
+
+
+async def test_who_says_no_whole_head_has_so_many_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lobby, "_PATIENCE", 0.3)
+    async with opened(tmp_path) as street:
+        first = await street.client(b"GET /")
+        await trio.sleep(0.2)
+        second = await street.client()
+        first.sendall(b"index")
+        await trio.sleep(0.15)
+        assert [is_closed(client) for client in (first, second)] == [True, False]
+        await trio.sleep(0.2)
+        assert is_closed(second)
+
+
+async def test_at_the_end_all_are_sent_away(tmp_path: Path) -> None:
+    async with opened(tmp_path) as street:
+        clients = [(await street.client()).dup(), (await street.client(HEAD)).dup()]
+    for client in clients:
+        with client:
+            assert is_closed(client)

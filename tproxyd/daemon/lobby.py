@@ -1,0 +1,120 @@
+"""Clients that have not said enough yet to be served. Each costs a file and some microseconds, and no task: whoever connects a thousand times and says nothing, or a
+byte a second, takes no time from others."""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+import select
+import socket
+from types import TracebackType
+
+import trio
+import trio.lowlevel
+
+__all__ = ["Lobby"]
+
+_ROOM = 1024  # clients, of which the one that is longest here goes when there comes one more
+_FILES = 8  # no more than this fraction of the files that may be open
+_PATIENCE = 10.0  # seconds for a whole head
+_HEAD = 16 * 1024  # bytes of one; what has more is served, to be told so
+_RATE = 800  # clients a second that are let in; some 10 us each ...
+_BURST = 64  # ... but so many at once after a pause
+_BREATH = 0.02  # seconds until others are let in, when that was too many
+_LOOK = 0.01  # seconds from one look at what they say to the next
+
+_END = re.compile(rb"\n\r?\n")  # as h11 has it
+
+
+class Lobby:
+    """Between a listener, given by its file and closed by its owner, and those who serve. A context manager; at its end all who wait are closed.
+
+    `admit` lets them in until it is cancelled; `next` gives those who have said enough.
+    """
+
+    def __init__(self, listener: int) -> None:
+        self._listener = socket.socket(fileno=os.dup(listener))
+        self._listener.setblocking(False)
+        self._ready = select.epoll()
+        self._clients: dict[
+            int, tuple[socket.socket, float]
+        ] = {}  # by file, in the order in which they came; until when
+        self._room = min(_ROOM, max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // _FILES))
+        self._someone = trio.Event()
+
+    def __enter__(self) -> Lobby:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        self._dismiss(len(self._clients))
+        self._ready.close()
+        self._listener.close()
+
+    async def admit(self) -> None:
+        """Lets clients in and, when their time is up, out."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._watch_the_clock)
+            budget, then = float(_BURST), trio.current_time()
+            while True:
+                await trio.lowlevel.wait_readable(self._listener)
+                now = trio.current_time()
+                budget, then = min(_BURST, budget + (now - then) * _RATE), now
+                budget -= self._accept(int(budget), now + _PATIENCE)
+                if budget < 1:
+                    await trio.sleep(_BREATH)
+
+    def _accept(self, most: int, until: float) -> int:
+        for number in range(most):
+            try:
+                client, _ = self._listener.accept()
+            except BlockingIOError:
+                return number
+            except OSError:  # no file left: connections that are relayed come first
+                self._dismiss(len(self._clients) // 2 + 1)
+                return most
+            if len(self._clients) >= self._room:
+                self._dismiss(1)
+            client.setblocking(False)
+            self._clients[client.fileno()] = client, until
+            # Edge-triggered: news of each client is told once.
+            self._ready.register(client, select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET)
+            self._someone.set()
+        return most
+
+    def _dismiss(self, number: int) -> None:
+        for fd in [*self._clients][:number]:
+            self._clients.pop(fd)[0].close()  # which takes it out of the epoll, too
+
+    async def _watch_the_clock(self) -> None:
+        while True:
+            if not self._clients:
+                self._someone = trio.Event()
+                await self._someone.wait()
+            now = trio.current_time()
+            self._dismiss(sum(until <= now for _, until in self._clients.values()))
+            for _, until in self._clients.values():
+                await trio.sleep_until(until)
+                break
+
+    async def next(self) -> socket.socket:
+        """One that has said enough: a whole head, what is none, all that it has to say, or more than is heard. The caller closes it."""
+        while True:
+            await trio.lowlevel.wait_readable(self._ready)
+            while ready := self._ready.poll(0, 1):
+                fd, news = ready[0]
+                client, _ = self._clients[fd]
+                try:
+                    said = client.recv(_HEAD + 1, socket.MSG_PEEK)
+                except BlockingIOError:
+                    continue
+                except OSError:
+                    said = b""
+                if not said:
+                    del self._clients[fd]
+                    client.close()
+                elif said[0] < 0x21 or len(said) > _HEAD or _END.search(said) or news & select.EPOLLRDHUP:
+                    self._ready.unregister(client)
+                    del self._clients[fd]
+                    return client
+            await trio.sleep(_LOOK)
