@@ -88,6 +88,12 @@ async def test_a_killed_worker_costs_its_own_connections_and_nothing_else(
 
 
 @GATEWAY_V4
+async def test_workers_have_the_usual_share_of_the_cpu(way: Way) -> None:
+    async with open_daemon(way.proxy, count(2)) as daemon:
+        assert [os.sched_getscheduler(pid) for pid in workers(daemon)] == [os.SCHED_OTHER] * 2
+
+
+@GATEWAY_V4
 async def test_clients_wait_in_the_queue_of_a_dead_worker(way: Way, nursery: trio.Nursery) -> None:
     await nursery.start(serve_echo, way.app, 8080)
     async with open_daemon(way.proxy, count(1)) as daemon:

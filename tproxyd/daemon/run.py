@@ -9,7 +9,7 @@ import signal
 import socket
 import sys
 from collections.abc import AsyncIterator, Callable, Collection
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from functools import partial
 from itertools import chain
 from typing import NamedTuple
@@ -83,7 +83,6 @@ def run(config: Config, load: Callable[[], Config] | None = None) -> int:
 
 def _run(config: Config, load: Callable[[], Config] | None, manager: Manager, old: Old | None) -> int:
     _allow_all_files()
-    _give_way()
     # Before there is another thread.
     inherited = manager.passed if old is None else old.predecessor.listeners
     seen = give_up_privileges(config, inherited, alone=old is None)
@@ -274,13 +273,6 @@ def _allow_all_files() -> None:
     """Raises the soft limit of open files to the hard one: it is low for programs that use select(), and this one does not."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-def _give_way() -> None:
-    """What this thread does is not urgent: when it wakes up it takes the CPU from nobody, least of all from a relay process, and has its fair share all
-    the same. Threads and processes that it starts are as usual."""
-    with suppress(OSError):  # a filter of system calls: it goes without
-        os.sched_setscheduler(0, os.SCHED_BATCH | os.SCHED_RESET_ON_FORK, os.sched_param(0))
 
 
 def _only(group: BaseExceptionGroup[BaseException]) -> TproxydError | None:
