@@ -82,12 +82,22 @@ async def test_they_are_served_in_the_order_in_which_their_heads_are_whole(tmp_p
 
 
 @pytest.mark.parametrize(
-    "said", [b"\x16\x03\x01", b"x" * (16 * 1024 + 1), b"GET /\n\n"], ids=["TLS", "too long", "bare line feeds"]
+    "said",
+    [b"\x16\x03\x01", b"GET /\n\n", b"PUT / HTTP/1.1\r\n\r\n" + b"x" * 20_000],
+    ids=["TLS", "bare line feeds", "a long body"],
 )
-async def test_what_will_be_no_head_is_served_at_once(said: bytes, tmp_path: Path) -> None:
+async def test_what_is_whole_or_will_be_no_head_is_served_at_once(said: bytes, tmp_path: Path) -> None:
     async with opened(tmp_path) as street:
         await street.client(said)
         assert await street.served() == said
+
+
+async def test_a_head_without_an_end_is_refused_here(tmp_path: Path) -> None:
+    async with opened(tmp_path) as street:
+        client = await street.client(b"GET / HTTP/1.1\r\nX: " + b"x" * 17_000)
+        assert await street.nobody_is()
+        assert client.recv(1000).startswith(b"HTTP/1.1 431 ")
+        assert is_closed(client)
 
 
 async def test_who_leaves_is_forgotten(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import re
 import resource
 import select
 import socket
+from contextlib import suppress
 from types import TracebackType
 
 import trio
@@ -18,12 +19,16 @@ __all__ = ["Lobby"]
 _ROOM = 1024  # clients, of which the one that is longest here goes when there comes one more
 _FILES = 8  # no more than this fraction of the files that may be open
 _PATIENCE = 10.0  # seconds for a whole head
-_HEAD = 16 * 1024  # bytes of one; what has more is served, to be told so
+_HEAD = 16 * 1024  # bytes of one
 _RATE = 800  # clients a second that are let in; some 10 us each ...
 _BURST = 64  # ... but so many at once after a pause
-_BREATH = 0.02  # seconds until others are let in, when that was too many
-_LOOK = 0.01  # seconds from one look at what they say to the next
+_BREATH = 0.05  # seconds until others are let in, when that was too many
+_LOOK = 0.03  # seconds from one look at what they say to the next
 
+_TOO_LONG = (
+    b"HTTP/1.1 431 Request Header Fields Too Large\r\nContent-Type: text/plain; charset=utf-8\r\nConnection: close\r\n\r\n"
+    b"a head has %d bytes at most\n" % _HEAD
+)
 _END = re.compile(rb"\n\r?\n")  # as h11 has it
 
 
@@ -98,7 +103,7 @@ class Lobby:
                 break
 
     async def next(self) -> socket.socket:
-        """One that has said enough: a whole head, what is none, all that it has to say, or more than is heard. The caller closes it."""
+        """One that has said enough: a whole head, what is none, or all that it has to say. The caller closes it."""
         while True:
             await trio.lowlevel.wait_readable(self._ready)
             while ready := self._ready.poll(0, 1):
@@ -113,8 +118,13 @@ class Lobby:
                 if not said:
                     del self._clients[fd]
                     client.close()
-                elif said[0] < 0x21 or len(said) > _HEAD or _END.search(said) or news & select.EPOLLRDHUP:
+                elif _END.search(said) or said[0] < 0x21 or news & select.EPOLLRDHUP:
                     self._ready.unregister(client)
                     del self._clients[fd]
                     return client
+                elif len(said) > _HEAD:
+                    with suppress(OSError):
+                        client.send(_TOO_LONG)
+                    del self._clients[fd]
+                    client.close()
             await trio.sleep(_LOOK)
