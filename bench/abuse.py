@@ -59,13 +59,13 @@ class _Abuse:
             await trio.sleep(0.05)
 
     async def slow(self, place: int, said: bytes) -> None:
-        """Says something, then a byte a second, and reads nothing."""
+        """Says something, then a byte a second, and reads nothing. All do so at the same moment: this program is to wake up seldom."""
         while True:
             with suppress(OSError, trio.BrokenResourceError):
                 async with await self.connect(place) as stream:
                     await stream.send_all(said)
                     while True:
-                        await trio.sleep(1)
+                        await trio.sleep_until(trio.current_time() // 1 + 1)
                         await stream.send_all(b"x")
             await trio.sleep(0.05)
 

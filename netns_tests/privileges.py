@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import sys
 import sysconfig
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -15,7 +16,18 @@ from tproxyd.net.capabilities import CAPABILITIES
 from tproxyd.testing import Node
 from tproxyd.testing.daemon import TPROXYD, LabDaemon
 
-__all__ = ["AS_ROOT", "AS_USER", "NOBODY", "Held", "as_user", "elsewhere", "held_by", "open_daemon_as", "readable"]
+__all__ = [
+    "AS_ROOT",
+    "AS_USER",
+    "NOBODY",
+    "Held",
+    "as_user",
+    "elsewhere",
+    "held_by",
+    "open_daemon_as",
+    "readable",
+    "to_come_back",
+]
 
 NOBODY = 65534
 
@@ -80,6 +92,14 @@ def elsewhere(wrapper: str, *arguments: str, directory: str = "mode=755") -> tup
         f'exec {wrapper} /mnt/python/{python} -m tproxyd "$@"',
     ]
     return ("unshare", "--mount", "sh", "-c", "\n".join(script), "sh", *arguments)
+
+
+def to_come_back() -> set[str]:
+    """What root's daemon keeps to come back from SCHED_IDLE: CAP_SYS_NICE where root, as in a container, may not raise RLIMIT_NICE."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NICE)
+    held = held_by(os.getpid()).effective
+    enough = hard == resource.RLIM_INFINITY or hard >= 20 or "24" in held  # CAP_SYS_RESOURCE
+    return set() if enough else {"CAP_SYS_NICE"} & held
 
 
 @contextmanager

@@ -17,7 +17,17 @@ import pytest
 import trio
 from pyroute2.netlink.exceptions import NetlinkError
 
-from netns_tests.privileges import AS_ROOT, AS_USER, NOBODY, as_user, elsewhere, held_by, open_daemon_as, readable
+from netns_tests.privileges import (
+    AS_ROOT,
+    AS_USER,
+    NOBODY,
+    as_user,
+    elsewhere,
+    held_by,
+    open_daemon_as,
+    readable,
+    to_come_back,
+)
 from netns_tests.watch import relay_processes, until, workers
 from netns_tests.way import BOTH_LAYOUTS, GATEWAY_V4, SIDECAR_V4, Way
 from tproxyd import kernel
@@ -25,11 +35,13 @@ from tproxyd.errors import TproxydError
 from tproxyd.net.capabilities import CAPABILITIES, without_capabilities
 from tproxyd.net.namespaces import enter_namespace
 from tproxyd.net.ownership import hold_namespace
+from tproxyd.net.scheduling import Background
 from tproxyd.net.sock_diag import tcp_sockets
 from tproxyd.net.sockets import format_address, open_listener, open_upstream
 from tproxyd.testing import Lab, serve_identity
 from tproxyd.testing.daemon import TPROXYD
 
+NICE = to_come_back()
 CONFIG = '[capture]\nports = ["8080"]\n'
 DOCUMENT = Path(__file__).parents[1] / "docs" / "privileges.md"
 ADMIN, RAW, BIND = "CAP_NET_ADMIN", "CAP_NET_RAW", "CAP_NET_BIND_SERVICE"
@@ -63,6 +75,8 @@ async def test_no_process_holds_more_than_is_used(way: Way, name: str, user: Seq
     of_daemon, of_relay = held_by_document(name)
     if user is not None:
         of_daemon, of_relay = of_daemon - {OVERRIDE}, None if of_relay is None else of_relay - {OVERRIDE}
+    elif "workers = 0" not in ADDED[name]:
+        of_daemon |= NICE
     async with open_daemon_as(way.proxy, CONFIG + ADDED[name], user) as daemon:
         held = held_by(daemon.process.pid)
         for kind in (held.permitted, held.effective, held.inheritable, held.ambient):
@@ -263,7 +277,7 @@ async def test_code_that_root_alone_may_read_is_read_for_all_of_its_life(way: Wa
     private = elsewhere("env", "run", "-c", str(way.file(CONFIG)), directory=f"mode=700,uid={NOBODY}")
     async with way.proxy.process(*private, collect=True) as daemon:
         await daemon.wait_for_output("tproxyd: ready ")
-        assert held_by(daemon.pid).permitted == {ADMIN, RAW, BIND, SEARCH}
+        assert held_by(daemon.pid).permitted == {ADMIN, RAW, BIND, SEARCH} | NICE
         (pid,) = relay_processes(daemon.pid)
         os.kill(pid, signal.SIGKILL)
         await until(lambda: relay_processes(daemon.pid) not in ([], [pid]))
@@ -362,6 +376,13 @@ def _change_ruleset(_: Others) -> None:
         nft.run("table inet tried { }\ndelete table inet tried\n")
 
 
+def _come_back(_: Others) -> None:
+    if NICE:
+        how = Background(os.SCHED_OTHER, None)
+        how.enter()
+        how.leave()
+
+
 CALLS: dict[str, tuple[Callable[[Others], object], set[str]]] = {
     "rules and routes": (lambda _: kernel.observe(), {ADMIN}),
     "ruleset": (_change_ruleset, {ADMIN}),
@@ -372,6 +393,7 @@ CALLS: dict[str, tuple[Callable[[Others], object], set[str]]] = {
     "a namespace": (_enter, {SYS}),
     "another user's socket": (_connect_unix, {OVERRIDE}),
     "another user's namespace": (lambda others: os.stat(f"/proc/{others.pid}/ns/net"), {PTRACE}),
+    "the usual share of the CPU": (_come_back, NICE or {*CAPABILITIES, "none"}),
     "sockets of others": (lambda _: tcp_sockets(), {*CAPABILITIES, "none"}),
 }
 

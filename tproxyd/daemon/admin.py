@@ -20,9 +20,11 @@ from tproxyd.config.dump import config_to_mapping
 from tproxyd.config.wording import printable
 from tproxyd.daemon.admin_socket import GROUP, Access, access_of, readers_gid
 from tproxyd.daemon.http import Answer, Request, Shared, serve_http, tell_health
+from tproxyd.daemon.pressure import Pressure
 from tproxyd.daemon.service import Service
 from tproxyd.errors import CapabilityError, ConfigError, KernelError, MissingError, TproxydError, UsageError
 from tproxyd.net.peers import peer_of
+from tproxyd.net.scheduling import may_wait
 from tproxyd.plan import FORMATS, render
 
 __all__ = ["serve_admin"]
@@ -44,9 +46,9 @@ _STATUS: Mapping[type[TproxydError], int] = {
 Resource = Callable[[Request], Awaitable[Answer]]
 
 
-async def serve_admin(listener: trio.SocketListener, service: Service) -> None:
-    """Answers until cancelled, and closes the listener then."""
-    await serve_http(listener, _Api(service).answer, what="the admin socket")
+async def serve_admin(listener: trio.SocketListener, service: Service, pressure: Pressure | None = None) -> None:
+    """Answers until cancelled, and closes the listener then. `pressure` is that of serve_http."""
+    await serve_http(listener, _Api(service).answer, what="the admin socket", pressure=pressure)
 
 
 class _Api:
@@ -90,6 +92,7 @@ class _Api:
         if not _may(access, method):
             return _error(403, f"members of group {GROUP} may look; to {method} {name} is root's; use sudo")
         if method != "GET":
+            may_wait.set(False)  # what root orders is done as soon as can be
             _log.info(
                 "the administrator (uid %s, pid %d) asks: %s %s", peer.uid, peer.pid, method, printable(request.path)
             )

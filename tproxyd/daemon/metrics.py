@@ -17,6 +17,7 @@ import trio
 
 from tproxyd.config import Endpoint
 from tproxyd.daemon.http import Answer, Request, Shared, say, serve_http, tell_health
+from tproxyd.daemon.pressure import Pressure
 from tproxyd.datapath import CONNECT_SECONDS, Counters, Outcome
 from tproxyd.errors import KernelError, TproxydError
 from tproxyd.interceptor import KINDS
@@ -67,12 +68,13 @@ async def serve_metrics(
     reloaded: Callable[[], bool],
     packets: Callable[[], Awaitable[Mapping[tuple[str, str, str], int]]],
     version: str,
+    pressure: Pressure | None,
 ) -> None:
     """Answers until cancelled, and closes the listener then.
 
     `count` gives the counters of all relay loops, `dropped` how many lines of the access log were not written, `repairs` how
     often the kernel's state was put right, by kind, `unready` why it is not ready, empty if it is, `reloaded` whether the configuration that was read
-    last is the one that is served, `packets` what the rules that count have counted, by table, chain and comment.
+    last is the one that is served, `packets` what the rules that count have counted, by table, chain and comment; `pressure` is that of serve_http.
     """
 
     async def make() -> bytes:
@@ -93,7 +95,7 @@ async def serve_metrics(
         registry.register(Collector())
         return generate_latest(registry)
 
-    await serve_http(listener, partial(_answer, Shared(make), unready), what="the metrics port")
+    await serve_http(listener, partial(_answer, Shared(make), unready), what="the metrics port", pressure=pressure)
 
 
 async def _answer(page: Shared[bytes], unready: Callable[[], str], request: Request) -> Answer:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from typing import NamedTuple
 
@@ -36,9 +36,11 @@ class Seen(NamedTuple):
     warnings: tuple[str, ...]
 
 
-def give_up_privileges(config: Config, inherited: Sequence[socket.socket] = (), *, alone: bool = True) -> Seen:
+def give_up_privileges(
+    config: Config, inherited: Sequence[socket.socket] = (), *, alone: bool = True, also: Collection[str] = ()
+) -> Seen:
     """Keeps what the daemon needs for its config, for good. While there is one thread. `inherited`: listeners that it has been given; `alone`: there is no predecessor
-    that lives, and has the namespace and the ports.
+    that lives, and has the namespace and the ports. `also`: what else is kept.
 
     Raises CapabilityError where something is missing, and KernelError that names who has the namespace or a port.
     """
@@ -50,7 +52,7 @@ def give_up_privileges(config: Config, inherited: Sequence[socket.socket] = (), 
     # A successor has no more than this one, and may have relay processes where this one has none.
     successors = () if config.redirects else ("CAP_NET_RAW",)
     needed = [need.capability for need in needs_here(config)]
-    keep_capabilities({*needed, *successors, *_to_listen(config), *to_read_code()}, pass_on=True)
+    keep_capabilities({*needed, *successors, *also, *_to_listen(config), *to_read_code()}, pass_on=True)
     return seen
 
 

@@ -24,6 +24,7 @@ from tproxyd.daemon.admin_socket import AdminSocket, open_admin_socket, take_pla
 from tproxyd.daemon.handover import Generations, Old, take_over
 from tproxyd.daemon.lock import Orders, namespace_lock, reverted, serve_orders
 from tproxyd.daemon.logs import AccessLog, LineWriter, encode_line, set_up_logging
+from tproxyd.daemon.pressure import Pressure
 from tproxyd.daemon.privileges import give_up_privileges
 from tproxyd.daemon.reload import Reloads
 from tproxyd.daemon.service import Service, Stop
@@ -33,6 +34,7 @@ from tproxyd.errors import TproxydError
 from tproxyd.interceptor import open_interceptor
 from tproxyd.interceptor.threads import in_thread
 from tproxyd.kernel import packet_counts
+from tproxyd.net.scheduling import find_background
 from tproxyd.net.sockets import format_address
 
 __all__ = ["run"]
@@ -60,6 +62,7 @@ class _Start(NamedTuple):
     ssh_ports: Collection[int]
     manager: Manager
     old: Old | None
+    pressure: Pressure | None
 
 
 def run(config: Config, load: Callable[[], Config] | None = None) -> int:
@@ -83,9 +86,12 @@ def run(config: Config, load: Callable[[], Config] | None = None) -> int:
 
 def _run(config: Config, load: Callable[[], Config] | None, manager: Manager, old: Old | None) -> int:
     _allow_all_files()
+    # Not where a thread relays: it waits for the others of its process (GIL), also for one that waits for the CPU.
+    background = find_background() if config.relay.workers != 0 else None
     # Before there is another thread.
     inherited = manager.passed if old is None else old.predecessor.listeners
-    seen = give_up_privileges(config, inherited, alone=old is None)
+    also = [background.capability] if background is not None and background.capability is not None else []
+    seen = give_up_privileges(config, inherited, alone=old is None, also=also)
     stderr = LineWriter(sys.stderr.fileno())
     set_up_logging(config, stderr)
     for warning in seen.warnings:
@@ -93,7 +99,9 @@ def _run(config: Config, load: Callable[[], Config] | None, manager: Manager, ol
     access_log = AccessLog(config, sys.stdout.fileno())
     try:
         with namespace_lock("start") if old is None else old.lock as held:
-            trio.run(_serve, _Start(config, load, stderr, access_log, held, seen.ssh_ports, manager, old))
+            pressure = Pressure(background) if background is not None else None
+            start = _Start(config, load, stderr, access_log, held, seen.ssh_ports, manager, old, pressure)
+            trio.run(_serve, start)
     except BaseExceptionGroup as group:
         error = _only(group)
         if error is None:
@@ -111,6 +119,8 @@ def _run(config: Config, load: Callable[[], Config] | None, manager: Manager, ol
 
 async def _serve(start: _Start) -> None:
     config, manager, old = start.config, start.manager, start.old
+    if start.pressure is not None:
+        start.pressure.begin()
     stop, reloads = Stop(), Reloads()
     if old is None:
         manager.empty_store()
@@ -163,9 +173,11 @@ async def _serve(start: _Start) -> None:
                 }
                 nursery.start_soon(generations.serve, partial(serve_orders, start.held, orders))
                 if metrics is not None:
-                    nursery.start_soon(generations.while_serving, partial(_serve_metrics, metrics, service))
+                    nursery.start_soon(
+                        generations.while_serving, partial(_serve_metrics, metrics, service, start.pressure)
+                    )
                 if admin is not None:
-                    nursery.start_soon(generations.while_serving, partial(_serve_admin, admin, service))
+                    nursery.start_soon(generations.while_serving, partial(_serve_admin, admin, service, start.pressure))
                 nursery.start_soon(service.obstacles.watch)
                 nursery.start_soon(service.serve_reloads)
                 # At any log level, and on one line: others wait for it.
@@ -174,6 +186,8 @@ async def _serve(start: _Start) -> None:
                 generations.say_ready()
                 nursery.start_soon(_tell_manager, manager, service, generations)
                 await stop.drain.wait()
+                if start.pressure is not None:
+                    start.pressure.stop()
                 if generations.handed_over and admin is not None:
                     admin.leave()
                 seconds = service.config.drain.timeout
@@ -231,7 +245,7 @@ async def _metrics_listener(config: Config, old: Old | None) -> AsyncIterator[tr
             yield listener
 
 
-async def _serve_metrics(listener: trio.SocketListener, service: Service) -> None:
+async def _serve_metrics(listener: trio.SocketListener, service: Service, pressure: Pressure | None) -> None:
     from tproxyd.daemon.metrics import serve_metrics
 
     await serve_metrics(
@@ -243,15 +257,16 @@ async def _serve_metrics(listener: trio.SocketListener, service: Service) -> Non
         reloaded=lambda: service.last_reload_ok,
         packets=lambda: in_thread(packet_counts),
         version=__version__,
+        pressure=pressure,
     )
 
 
-async def _serve_admin(admin: AdminSocket, service: Service) -> None:
+async def _serve_admin(admin: AdminSocket, service: Service, pressure: Pressure | None) -> None:
     async with trio.SocketListener(trio.socket.from_stdlib_socket(admin.sock)) as listener:
         await trio.lowlevel.wait_readable(admin.sock)  # as long as nobody asks, HTTP is not loaded
         from tproxyd.daemon.admin import serve_admin
 
-        await serve_admin(listener, service)
+        await serve_admin(listener, service, pressure)
 
 
 def _tell_reload(manager: Manager, service: Service, *, begins: bool) -> None:

@@ -1,9 +1,9 @@
 """A relay process: one loop and nothing else. Started by its owner as a program, with the channel as an inherited descriptor:
 
-    python -I -S worker.py SYS_PATH CHANNEL CAPABILITIES
+    python -I -S worker.py SYS_PATH CHANNEL CAPABILITIES POLICY
 
 SYS_PATH is the owner's, separated by colons: without site-packages being searched a process starts in half the time. Of what the owner may do, it
-keeps the CAPABILITIES, separated by commas, as far as they are there. It ends with its owner: at once, on the end of the channel. Signals are for the owner, which says here what is to be done about them.
+keeps the CAPABILITIES, separated by commas, as far as they are there. POLICY is the scheduling policy that it takes, empty for the one that it has. It ends with its owner: at once, on the end of the channel. Signals are for the owner, which says here what is to be done about them.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ def main(arguments: list[str]) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         # A terminal sends them to the whole group, and systemd to the whole unit.
         signal.signal(number, signal.SIG_IGN)
+    if arguments[3]:
+        os.sched_setscheduler(0, int(arguments[3]), os.sched_param(0))
     sys.path[:] = arguments[0].split(":")
 
     import gc

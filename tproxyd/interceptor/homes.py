@@ -17,6 +17,7 @@ import trio
 from tproxyd.datapath import worker
 from tproxyd.datapath.loop import serve_loop
 from tproxyd.errors import KernelError
+from tproxyd.net.scheduling import background
 
 __all__ = ["ProcessHome", "ThreadHome"]
 
@@ -36,7 +37,9 @@ class ProcessHome:
         # that is being started when this is cancelled would be nobody's.
         options = ["-I", "-S", *_bytecode_options()]
         program = [sys.executable, *options, str(Path(worker.__file__))]
-        command = [*program, ":".join(sys.path), str(fd), ",".join(self._keeps)]
+        how = background.get()  # this thread may have stepped back
+        policy = "" if how is None else str(how.usual)
+        command = [*program, ":".join(sys.path), str(fd), ",".join(self._keeps), policy]
         try:
             with trio.CancelScope(shield=True):
                 self._process = await trio.lowlevel.open_process(

@@ -7,6 +7,8 @@ from typing import TypeVar
 
 import trio
 
+from tproxyd.net.scheduling import background, may_wait
+
 __all__ = ["in_thread"]
 
 T = TypeVar("T")
@@ -20,7 +22,18 @@ async def in_thread(step: Callable[[], T], *, limiter: trio.CapacityLimiter | No
     def begin() -> T:
         nonlocal begun
         begun = True
-        return step()
+        how = background.get()
+        if how is None:
+            return step()
+        # Whoever has started this thread may have stepped back.
+        if not (how.wanted and may_wait.get()):
+            how.leave()
+            return step()
+        how.enter()
+        try:
+            return step()
+        finally:
+            how.leave()  # the thread is used again
 
     # Shielded, because trio's own protection begins with the thread; before, a step that is promised to be done may be left out.
     with trio.CancelScope(shield=True):

@@ -34,6 +34,7 @@ CAPABILITIES = {
     "CAP_NET_RAW": 13,
     "CAP_SYS_PTRACE": 19,
     "CAP_SYS_ADMIN": 21,
+    "CAP_SYS_NICE": 23,
 }
 """Those that matter here, and their bits (linux/capability.h)."""
 
