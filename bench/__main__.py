@@ -18,6 +18,7 @@ from pathlib import Path
 
 import trio
 
+from bench.abuse import KINDS
 from bench.build import compile_program
 from bench.cells import Lengths
 from bench.figures import Results
@@ -77,6 +78,9 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--only", action="append", default=[], choices=GROUPS, help="the same, one at a time")
     parser.add_argument("--peers", action="append", help="this peer beside haproxy; may be given again")
+    parser.add_argument(
+        "--abuse", action="append", choices=KINDS, help="in the group admin this kind of it alone; may be given again"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="of each group (5)")
     parser.add_argument(
         "--out", default=str(CHECKOUT / "bench/results"), help="folder for raw data and plots; '' writes none"
@@ -105,6 +109,7 @@ def _plan(words: argparse.Namespace, directory: Path, files: int) -> Plan:
         groups=[group for group in GROUPS if group in groups],
         rounds={group: min(words.rounds, most.get(group, words.rounds)) for group in GROUPS},
         lengths=Lengths(bulk=0.7, connections=0.8, requests=0.6, idle=idle) if words.quick else Lengths(idle=idle),
+        abuse=words.abuse or KINDS,
         programs=programs,
         directory=directory,
         files=files,

@@ -13,6 +13,7 @@ from pathlib import Path
 import trio
 
 from bench import cells
+from bench.abuse import KINDS
 from bench.cells import Lengths, Turn
 from bench.figures import FIGURES, QUIET, REFERENCE, Results
 from bench.goals import BUSY, TWO_WORKERS
@@ -45,6 +46,8 @@ class Plan:
     directory: Path
     files: int
     """As many may be open in a process."""
+    abuse: Sequence[str] = KINDS
+    """Of the daemon, in the group admin."""
 
 
 async def run(plan: Plan, results: Results, say: Callable[[str], None]) -> None:
@@ -60,7 +63,7 @@ async def run(plan: Plan, results: Results, say: Callable[[str], None]) -> None:
         "idle": (partial(cells.idle, plan.lengths), _without(peers, *_NO_RIVALS_AT_IDLE, TWO_WORKERS)),
         "push": (cells.push, _without(peers, BUSY, TWO_WORKERS)),
         "workers": (partial(cells.workers, plan.lengths), _workers(peers)),
-        "admin": (partial(cells.admin, plan.lengths), [peer for peer in plan.peers if peer.name == ABUSED]),
+        "admin": (partial(cells.admin, plan.lengths, plan.abuse), [peer for peer in plan.peers if peer.name == ABUSED]),
     }
     async with open_rig(plan.programs, plan.directory) as rig:
         results.others = rig.others  # grows with every cell

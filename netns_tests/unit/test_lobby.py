@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.lowlevel
 import trio.testing
 
 from tproxyd.daemon import lobby
@@ -53,7 +54,7 @@ async def opened(path: Path) -> AsyncIterator[Street]:
         listener = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK))
         listener.bind(str(path / "socket"))
         listener.listen()
-        hall = stack.enter_context(Lobby(listener.fileno()))
+        hall = stack.enter_context(Lobby(listener.fileno(), trio.lowlevel.checkpoint))
         async with trio.open_nursery() as nursery:
             nursery.start_soon(hall.admit)
             yield Street(listener, hall, clients)

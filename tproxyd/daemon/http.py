@@ -138,13 +138,12 @@ async def serve_http(listener: trio.SocketListener, handle: Handle, *, what: str
     # Two paces: however much those ask who are here, others come in, and each of them is answered once at once.
     places, arrivals, server = _Places(), _Pace(pressure), _Server(handle, _Pace(pressure), what)
     async with listener:
-        with Lobby(listener.socket.fileno()) as lobby:
+        with Lobby(listener.socket.fileno(), arrivals.turn) as lobby:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(lobby.admit)
                 while True:
                     client = await lobby.next()
                     try:
-                        await arrivals.turn()
                         token = await places.take()
                     except BaseException:
                         client.close()

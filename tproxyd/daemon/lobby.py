@@ -8,6 +8,7 @@ import re
 import resource
 import select
 import socket
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from types import TracebackType
 
@@ -35,10 +36,11 @@ _END = re.compile(rb"\n\r?\n")  # as h11 has it
 class Lobby:
     """Between a listener, given by its file and closed by its owner, and those who serve. A context manager; at its end all who wait are closed.
 
-    `admit` lets them in until it is cancelled; `next` gives those who have said enough.
+    `admit` lets them in until it is cancelled; `next` gives those who have said enough, each after a `turn`.
     """
 
-    def __init__(self, listener: int) -> None:
+    def __init__(self, listener: int, turn: Callable[[], Awaitable[None]]) -> None:
+        self._turn = turn
         self._listener = socket.socket(fileno=os.dup(listener))
         self._listener.setblocking(False)
         self._ready = select.epoll()
@@ -115,16 +117,26 @@ class Lobby:
                     continue
                 except OSError:
                     said = b""
+                serves = bool(_END.search(said) or said[:1] < b"!" or news & select.EPOLLRDHUP)
+                if said and not serves and len(said) <= _HEAD:
+                    continue
+                del self._clients[fd]
                 if not said:
-                    del self._clients[fd]
                     client.close()
-                elif _END.search(said) or said[0] < 0x21 or news & select.EPOLLRDHUP:
-                    self._ready.unregister(client)
-                    del self._clients[fd]
+                elif await self._has_its_turn(client, serves=serves):
                     return client
-                elif len(said) > _HEAD:
-                    with suppress(OSError):
-                        client.send(_TOO_LONG)
-                    del self._clients[fd]
-                    client.close()
             await trio.sleep(_LOOK)
+
+    async def _has_its_turn(self, client: socket.socket, *, serves: bool) -> bool:
+        """Whether it is to be served; else it has been refused, for a head without an end."""
+        self._ready.unregister(client)
+        try:
+            await self._turn()
+            if not serves:
+                with suppress(OSError):
+                    client.send(_TOO_LONG)
+                client.close()
+        except BaseException:
+            client.close()
+            raise
+        return serves
