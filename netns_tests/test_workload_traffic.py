@@ -160,6 +160,9 @@ async def test_06_a_worker_that_is_killed_is_replaced_for_every_workload(
         for victims, ended in (([first], 16), ([], 40)):
             victims = victims or relay_processes(os.getpid())
             await until(lambda ended=ended: len(records) == ended and not interceptor.connections)  # type: ignore[misc]
+            await (
+                interceptor.stats()
+            )  # what has been counted is told a moment after the records, and would die with who counts
             for pid in victims:
                 os.kill(pid, signal.SIGKILL)
             if victims == [first]:
