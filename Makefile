@@ -10,7 +10,7 @@ PYTEST := $(BIN)/python -m pytest
 PARALLEL := -n 4 --maxschedchunk 1
 # Some of the tests: sudo make nstest TESTS="netns_tests/test_capture.py -k foreign"
 TESTS ?=
-PEERS := nft ip curl openssl iperf3 gcc haproxy nginx systemd faketime
+PEERS := nft ip curl openssl iperf3 gcc haproxy nginx systemd
 RIVALS := nft ip gcc haproxy nginx
 # Some of the benchmark: sudo make bench ONLY="bulk small", and further options: BENCH="--rounds 9"
 ONLY ?=

@@ -15,7 +15,7 @@ from tproxyd.net.sockets import format_address
 from tproxyd.testing import serve_echo
 from tproxyd.testing.daemon import TPROXYD, LabDaemon
 
-(LIBRARY,) = Path("/usr/lib").glob("*/faketime/libfaketime.so.1")
+SOURCE = Path(__file__).with_name("wall_clock.c")
 CONFIG = """
 [capture]
 ports = ["8080"]
@@ -33,22 +33,16 @@ async def test_46_the_wall_clock_jumps_a_day(
 ) -> None:
     """No connection is too old or too young for that: the next one and the one that lives are served, time-outs last as long as they should."""
     await nursery.start(serve_echo, way.app, 8080)
-    clock = tmp_path / "clock"
-    clock.write_text("+0\n")
-    faked = {
-        "LD_PRELOAD": str(LIBRARY),
-        "FAKETIME_TIMESTAMP_FILE": str(clock),
-        "FAKETIME_NO_CACHE": "1",
-        "FAKETIME_DONT_FAKE_MONOTONIC": "1",
-        "FAKETIME_DONT_RESET": "1",
-    }
+    clock, library = tmp_path / "clock", tmp_path / "wall_clock.so"
+    await trio.run_process(["gcc", "-shared", "-fPIC", "-Wall", "-Werror", "-o", str(library), str(SOURCE)])
+    wrong = {"LD_PRELOAD": str(library), "WALL_CLOCK": str(clock)}
     command = (*TPROXYD, "run", "-c", str(way.file(CONFIG.format(workers=workers))))
-    async with way.proxy.process(*command, env=faked, collect=True) as process:
+    async with way.proxy.process(*command, env=wrong, collect=True) as process:
         daemon = LabDaemon(process, await process.wait_for_output("tproxyd: ready "))
         async with await way.client.connect(way.address, 8080) as lives:
             own = format_address(lives.socket.getsockname())
             await works(lives)
-            clock.write_text(f"{days:+d}d\n")
+            clock.write_text(f"{days * 86_400}\n")
             began = trio.current_time()
             while trio.current_time() - began < 1.5:  # more than a turn of every wheel
                 await works(lives)
