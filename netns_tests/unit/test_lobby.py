@@ -37,6 +37,10 @@ class Street:
         client.setblocking(False)
         return client
 
+    def copy_of_the_first(self) -> socket.socket:
+        """Of the end that the lobby has."""
+        return next(iter(self._hall._clients.values()))[0].dup()
+
     async def served(self) -> bytes:
         """What the next one has said who is served."""
         with trio.fail_after(2):
@@ -116,6 +120,33 @@ async def test_the_one_that_is_longest_here_makes_room(tmp_path: Path, monkeypat
     async with opened(tmp_path) as street:
         clients = [await street.client(b"GET /") for _ in range(5)]
         assert [is_closed(client) for client in clients] == [True, True, False, False, False]
+
+
+async def test_who_has_been_sent_away_is_forgotten_while_a_process_that_is_being_started_has_a_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lobby, "_ROOM", 1)
+    async with opened(tmp_path) as street:
+        first = await street.client()
+        with street.copy_of_the_first():
+            await street.client()
+            first.sendall(HEAD)
+            assert await street.nobody_is()
+
+
+async def test_of_many_who_have_said_something_so_many_are_looked_at_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    """Else whoever goes on saying something would have all of the daemon's time."""
+    monkeypatch.setattr(lobby, "_LOOKED_AT", 10)
+    autojump_clock.autojump_threshold = PAUSE
+    async with opened(tmp_path) as street:
+        for _ in range(25):
+            await street.client(b"GET /")
+        await street.client(HEAD)
+        began = trio.current_time()
+        assert await street.served() == HEAD
+        assert trio.current_time() - began == pytest.approx(2 * lobby._LOOK)
 
 
 async def test_who_says_no_whole_head_has_ten_seconds(tmp_path: Path, autojump_clock: trio.testing.MockClock) -> None:

@@ -18,19 +18,21 @@ import trio.lowlevel
 __all__ = ["Lobby"]
 
 _ROOM = 1024  # clients, of which the one that is longest here goes when there comes one more
-_FILES = 8  # no more than this fraction of the files that may be open
+_FILES = 8  # ... and no more than one for so many files that may be open
 _PATIENCE = 10.0  # seconds for a whole head
 _HEAD = 16 * 1024  # bytes of one
 _RATE = 800  # clients a second that are let in; some 10 us each ...
 _BURST = 64  # ... but so many at once after a pause
-_BREATH = 0.05  # seconds until others are let in, when that was too many
-_LOOK = 0.03  # seconds from one look at what they say to the next
+_BREATH = 0.05  # seconds until others are let in, when that was too many: so a flood wakes the loop 20 times a second and not 800
+_LOOK = 0.03  # seconds from one look at what they say to the next ...
+_LOOKED_AT = 200  # ... and so many of those who have said more are looked at then; some 4 us each, 20 for a long head
 
 _TOO_LONG = (
     b"HTTP/1.1 431 Request Header Fields Too Large\r\nContent-Type: text/plain; charset=utf-8\r\nConnection: close\r\n\r\n"
     b"a head has %d bytes at most\n" % _HEAD
 )
-_END = re.compile(rb"\n\r?\n")  # as h11 has it
+_END = re.compile(rb"\n\r?\n")  # of a head, as h11 has it, ...
+_FIRST = b"!"  # ... and the least byte that may begin one
 
 
 class Lobby:
@@ -44,9 +46,8 @@ class Lobby:
         self._listener = socket.socket(fileno=os.dup(listener))
         self._listener.setblocking(False)
         self._ready = select.epoll()
-        self._clients: dict[
-            int, tuple[socket.socket, float]
-        ] = {}  # by file, in the order in which they came; until when
+        # By file, in the order in which they came; until when each may be here.
+        self._clients: dict[int, tuple[socket.socket, float]] = {}
         self._room = min(_ROOM, max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // _FILES))
         self._someone = trio.Event()
 
@@ -72,6 +73,7 @@ class Lobby:
                     await trio.sleep(_BREATH)
 
     def _accept(self, most: int, until: float) -> int:
+        """How much of the budget that was."""
         for number in range(most):
             try:
                 client, _ = self._listener.accept()
@@ -91,24 +93,32 @@ class Lobby:
 
     def _dismiss(self, number: int) -> None:
         for fd in [*self._clients][:number]:
-            self._clients.pop(fd)[0].close()  # which takes it out of the epoll, too
+            self._take_out(fd).close()
+
+    def _take_out(self, fd: int) -> socket.socket:
+        client, _ = self._clients.pop(fd)
+        # Closing alone does so only if no process that is being started has a copy at that moment.
+        self._ready.unregister(client)
+        return client
 
     async def _watch_the_clock(self) -> None:
         while True:
-            if not self._clients:
+            while not self._clients:
                 self._someone = trio.Event()
                 await self._someone.wait()
+            _, first = next(iter(self._clients.values()))
+            await trio.sleep_until(first)
             now = trio.current_time()
             self._dismiss(sum(until <= now for _, until in self._clients.values()))
-            for _, until in self._clients.values():
-                await trio.sleep_until(until)
-                break
 
     async def next(self) -> socket.socket:
         """One that has said enough: a whole head, what is none, or all that it has to say. The caller closes it."""
         while True:
             await trio.lowlevel.wait_readable(self._ready)
-            while ready := self._ready.poll(0, 1):
+            for _ in range(_LOOKED_AT):
+                # One by one: while one has its turn, others leave, and their files become somebody else's.
+                if not (ready := self._ready.poll(0, 1)):
+                    break
                 fd, news = ready[0]
                 client, _ = self._clients[fd]
                 try:
@@ -117,10 +127,10 @@ class Lobby:
                     continue
                 except OSError:
                     said = b""
-                serves = bool(_END.search(said) or said[:1] < b"!" or news & select.EPOLLRDHUP)
+                serves = bool(_END.search(said) or said[:1] < _FIRST or news & select.EPOLLRDHUP)
                 if said and not serves and len(said) <= _HEAD:
                     continue
-                del self._clients[fd]
+                self._take_out(fd)
                 if not said:
                     client.close()
                 elif await self._has_its_turn(client, serves=serves):
@@ -129,7 +139,6 @@ class Lobby:
 
     async def _has_its_turn(self, client: socket.socket, *, serves: bool) -> bool:
         """Whether it is to be served; else it has been refused, for a head without an end."""
-        self._ready.unregister(client)
         try:
             await self._turn()
             if not serves:
