@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import AsyncIterator
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -39,18 +39,21 @@ class Street:
 
     def copy_of_the_first(self) -> socket.socket:
         """Of the end that the lobby has."""
-        return next(iter(self._hall._clients.values()))[0].dup()
+        return next(iter(self._hall._clients.values())).sock.dup()
 
     async def served(self) -> bytes:
         """What the next one has said who is served."""
         with trio.fail_after(2):
-            client = await self._hall.next()
+            client, said = await self._hall.next()
         with client:
-            return client.recv(100_000)
+            client.setblocking(False)
+            with suppress(BlockingIOError):
+                return said + client.recv(100_000)
+        return said
 
     async def nobody_is(self) -> bool:
         with trio.move_on_after(0.1) as waiting:
-            (await self._hall.next()).close()
+            (await self._hall.next())[0].close()
         return waiting.cancelled_caught
 
 
@@ -105,6 +108,15 @@ async def test_a_head_without_an_end_is_refused_here(tmp_path: Path) -> None:
         assert await street.nobody_is()
         assert client.recv(1000).startswith(b"HTTP/1.1 431 ")
         assert is_closed(client)
+
+
+async def test_a_head_is_whole_wherever_it_has_been_cut(tmp_path: Path) -> None:
+    async with opened(tmp_path) as street:
+        for cut in range(len(HEAD) - 4, len(HEAD)):
+            client = await street.client(HEAD[:cut])
+            assert await street.nobody_is()
+            client.sendall(HEAD[cut:])
+            assert await street.served() == HEAD
 
 
 async def test_who_leaves_is_forgotten(tmp_path: Path) -> None:
