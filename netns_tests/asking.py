@@ -13,7 +13,7 @@ from subprocess import PIPE
 
 import trio
 
-from netns_tests.watch import METRICS, Http, processes, works
+from netns_tests.watch import METRICS, Http, another_works, processes, works
 from netns_tests.way import Way
 from tproxyd.testing import Node, serve_echo
 from tproxyd.testing.daemon import LabDaemon, open_daemon
@@ -87,8 +87,7 @@ async def serving(way: Way, nursery: trio.Nursery) -> AsyncIterator[tuple[LabDae
         pids = processes(daemon)
         yield daemon, stream
         await works(stream)
-        async with await way.client.connect(way.address, 8080) as another:
-            await works(another)
+        await another_works(way)
         assert (await ask(auto(way.proxy), "/healthz", within=8)).status == 200
         assert processes(daemon) == pids
     assert "Traceback" not in daemon.process.stderr_text

@@ -51,6 +51,11 @@ class Generations:
         assert (done.returncode, done.stdout) == (code, ""), done
         return done.stderr
 
+    async def status(self) -> dict[str, Any]:
+        """What `tproxyd status` tells."""
+        told: dict[str, Any] = json.loads((await self.way.proxy.run(*TPROXYD, "status", "--json")).stdout)
+        return told
+
     async def ended(self, pid: int, *, within: float = 10.0) -> None:
         with suppress(trio.TooSlowError):
             await until(lambda: not alive(pid), within=within)
@@ -72,13 +77,15 @@ class Generations:
 async def open_generations(
     way: Way, config: str, *, env: Mapping[str, str] | None = None
 ) -> AsyncIterator[Generations]:
-    """Killed at the end of the block, as far as they still run."""
+    """At the end of the block the test has ended them, and the kernel holds what it held before; whoever still runs after a failure is killed."""
+    before = await way.proxy.dump()
     file = way.file(config)
     async with way.proxy.process(*TPROXYD, "run", "-c", str(file), collect=True, env=env) as process:
         await process.wait_for_output("tproxyd: ready ")
         generations = Generations(way, file, process)
         try:
             yield generations
+            assert await way.proxy.dump() == before
         finally:
             for pid in {*generations.pids[1:], *descendants(process.pid)}:
                 with suppress(ProcessLookupError):

@@ -15,26 +15,21 @@ import pytest
 import trio
 
 from netns_tests.systemd_lab import System, open_systemd
-from netns_tests.way import Way
+from netns_tests.way import OPEN, Way
 from tproxyd.net.sockets import format_address
 
 __all__ = [
-    "CLIENTS",
-    "CLOSED",
-    "OPEN",
     "Load",
     "expect_captured",
-    "expect_direct",
     "expect_when_down",
     "kill",
+    "load_of",
     "open_service",
     "peer_seen",
     "tables",
 ]
 
-OPEN = '[capture]\nports = ["8080"]\nwhen_down = "bypass"\n'
-CLOSED = '[capture]\nports = ["8080"]\nwhen_down = "refuse"\n'
-CLIENTS = 8
+_CLIENTS = 8
 
 
 @asynccontextmanager
@@ -65,17 +60,7 @@ async def peer_seen(way: Way) -> tuple[str, str]:
 
 async def expect_captured(way: Way, system: System) -> None:
     own, _ = await peer_seen(way)
-    with trio.fail_after(5):
-        while f'"source":"{own}"' not in system.records():
-            await trio.sleep(0.01)
-
-
-async def expect_direct(way: Way, system: System) -> None:
-    """Nobody is steered anywhere: the app itself answers."""
-    own, peer = await peer_seen(way)
-    assert peer == own
-    await trio.sleep(0.1)
-    assert f'"source":"{own}"' not in system.records()
+    await system.record(own)
 
 
 async def tables(way: Way) -> list[str]:
@@ -104,6 +89,17 @@ async def kill(pid: int) -> float:
     return began
 
 
+@asynccontextmanager
+async def load_of(way: Way) -> AsyncIterator[Load]:
+    """Eight clients for the length of the block."""
+    load = Load(way)
+    async with trio.open_nursery() as nursery:
+        for _ in range(_CLIENTS):
+            nursery.start_soon(load.dial)
+        yield load
+        nursery.cancel_scope.cancel()
+
+
 class Load:
     """Clients in a loop; `waits` are how long each connection took from dial to end, `errors` what went wrong."""
 
@@ -124,7 +120,13 @@ class Load:
                 self.sources.append(own)
             self.waits.append(time.perf_counter() - began)
 
+    def unrecorded(self, system: System) -> list[str]:
+        """Those who were served, and are not in the access log."""
+        recorded = {*re.findall(r'"source":"([^"]+)"', system.records())}
+        return [own for own in self.sources if own not in recorded]
+
     async def until(self, count: int) -> None:
+        """Returns when so many connections have been tried."""
         with trio.fail_after(120):
             while len(self.waits) < count:
                 await trio.sleep(0.01)

@@ -10,10 +10,12 @@ from __future__ import annotations
 import compileall
 import itertools
 import os
+import re
 import shutil
 import signal
 import sys
 import sysconfig
+from collections import Counter
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -186,9 +188,19 @@ class System:
         said = [file.read_text(errors="replace") for file in sorted(self.path("/run/lab/log").glob("*.err"))]
         return "".join(said) + self.process.stderr_text
 
-    def records(self) -> str:
-        """The access log of `tproxyd.service`."""
-        return self.path("/run/lab/log/tproxyd.service.out").read_text()
+    def records(self, unit: str = "tproxyd.service") -> str:
+        """The access log of a unit."""
+        return self.path(f"/run/lab/log/{unit}.out").read_text()
+
+    def outcomes(self) -> Counter[str]:
+        """How many connections of `tproxyd.service` ended in which way, by its access log so far."""
+        return Counter(re.findall(r'"outcome":"(\w+)"', self.records()))
+
+    async def record(self, source: str, unit: str = "tproxyd.service") -> None:
+        """Waits until the access log has the connection of the client with this address."""
+        with trio.fail_after(5):
+            while f'"source":"{source}"' not in self.records(unit):
+                await trio.sleep(0.01)
 
 
 def compile_program(directory: Path) -> Path:

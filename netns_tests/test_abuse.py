@@ -31,6 +31,7 @@ async def test_57_a_flood_of_connections_keeps_nobody_out(way: Way, nursery: tri
         assert median(beside) < 2 * median(alone) + 0.2
 
 
+@pytest.mark.timed
 @SIDECAR_V4
 async def test_57_who_connects_and_says_nothing_costs_no_time(way: Way, nursery: trio.Nursery) -> None:
     async with serving(way, nursery) as (daemon, _), abused(way.proxy, "flood") as done:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import socket
 import time
@@ -16,20 +15,17 @@ import pytest
 import trio
 
 from netns_tests.service import (
-    CLIENTS,
-    CLOSED,
-    OPEN,
-    Load,
     expect_captured,
     expect_when_down,
     kill,
+    load_of,
     open_service,
     peer_seen,
     tables,
 )
 from netns_tests.systemd_lab import UNITS, open_systemd
-from netns_tests.watch import METRICS, metrics, works
-from netns_tests.way import BOTH_LAYOUTS, GATEWAY_V4, SIDECAR_V4, Way, median_ms
+from netns_tests.watch import METRICS, another_works, ends_in_order, metrics, works
+from netns_tests.way import BOTH_LAYOUTS, CLOSED, GATEWAY_V4, OPEN, SIDECAR_V4, WHEN_DOWN, Way, median_ms
 from tproxyd.daemon.lock import LOCK_PORT
 from tproxyd.net.sockets import format_address
 from tproxyd.testing import SIDECAR, serve_echo, serve_identity
@@ -47,11 +43,9 @@ async def test_a_start_is_ready_when_it_captures_and_a_stop_leaves_nothing(
     async with open_service(way, code, tmp_path, OPEN) as system:
         assert await system.show("StatusText") == "captures TCP 8080; 0 connections"
         stream = await way.client.connect(way.address, 8080)  # at once: ready is what it says
-        await stream.send_all(b"x")
-        assert await stream.receive_some() == b"x"
+        await works(stream)
         await system.until("StatusText", "captures TCP 8080; 1 connections")
-        await stream.send_eof()
-        assert await stream.receive_some() == b""
+        await ends_in_order(stream)
         await system.until("StatusText", "captures TCP 8080; 0 connections")
         own = format_address(stream.socket.getsockname())
         await stream.aclose()
@@ -186,11 +180,9 @@ async def test_60_a_restart_under_load_refuses_nobody(
     """10,000 connections beside restarts: none is refused, reset, or goes past the daemon."""
     await nursery.start(serve_identity, way.app, 8080)
     count, restarts = counted(10_000), 4 if counted(10) == 10 else 2
-    load, took = Load(way), []
+    took = []
     async with open_service(way, code, tmp_path, config) as system:
-        async with trio.open_nursery() as clients:
-            for _ in range(CLIENTS):
-                clients.start_soon(load.dial)
+        async with load_of(way) as load:
             for number in range(restarts):
                 await load.until(count * (number + 1) // (restarts + 2))
                 began = time.perf_counter()
@@ -199,7 +191,6 @@ async def test_60_a_restart_under_load_refuses_nobody(
                 assert await system.show("NFileDescriptorStore") == "0"
                 assert await tables(way) == ["tproxyd", "tproxyd_guard"][: 1 + ("refuse" in config)]
             await load.until(count)
-            clients.cancel_scope.cancel()
         waits = sorted(load.waits)
         print(
             f"{len(waits)} connections over {restarts} restarts of {[f'{one:.2f}' for one in took]} s: longest wait {waits[-1]:.3f} s, "
@@ -208,8 +199,7 @@ async def test_60_a_restart_under_load_refuses_nobody(
         assert await system.show("NRestarts") == "0"
         assert load.errors == [], system.log()
         await system.ctl("stop", "tproxyd")
-        recorded = set(re.findall(r'"source":"([^"]+)"', system.records()))
-        assert [own for own in load.sources if own not in recorded] == []
+        assert load.unrecorded(system) == []
         assert system.log().count("restarting: ") == restarts
 
 
@@ -261,26 +251,21 @@ async def test_60_connections_of_before_a_restart_drain_and_new_ones_are_served_
     async with open_service(way, code, tmp_path, OPEN) as system:
         first = await system.main_pid()
         old = await way.client.connect(way.address, 8080)
-        await old.send_all(b"x")
-        assert await old.receive_some() == b"x"
+        await works(old)
         await system.ctl("restart", "--no-block", "tproxyd")
         await system.until("StatusText", "restarting; 1 connections")
         for _ in range(5):
             async with await way.client.connect(way.address, 8080) as new:
-                await new.send_all(b"y")
                 with trio.fail_after(2):
-                    assert await new.receive_some() == b"y"
-                await new.send_eof()
-                assert await new.receive_some() == b""
+                    await works(new)
+                await ends_in_order(new)
         assert await system.main_pid() == first
-        await old.send_all(b"z")
-        assert await old.receive_some() == b"z"
-        await old.send_eof()
-        assert await old.receive_some() == b""
+        await works(old)
+        await ends_in_order(old)
         await old.aclose()
         await system.until("SubState", "running")
         assert await system.main_pid() != first
-        assert set(re.findall(r'"outcome":"(\w+)"', system.records())) == {"closed"}
+        assert system.outcomes().keys() == {"closed"}
 
 
 @SIDECAR_V4
@@ -291,8 +276,7 @@ async def test_60_nobody_waits_in_a_restart_for_a_generation_that_still_drains(
     await nursery.start(serve_echo, way.app, 8080)
     async with open_service(way, code, tmp_path, OPEN + '[drain]\ntimeout = "20s"\n') as system:
         async with await way.client.connect(way.address, 8080) as old:
-            await old.send_all(b"x")
-            assert await old.receive_some() == b"x"
+            await works(old)
             await system.run("tproxyd", "handover")
             serving = await system.main_pid()
             await system.ctl("restart", "--no-block", "tproxyd")
@@ -301,18 +285,15 @@ async def test_60_nobody_waits_in_a_restart_for_a_generation_that_still_drains(
                     await trio.sleep(0.01)
             for _ in range(20):
                 async with await way.client.connect(way.address, 8080) as new:
-                    await new.send_all(b"y")
                     with trio.fail_after(3):
-                        assert await new.receive_some() == b"y"
-                    await new.send_eof()
-                    assert await new.receive_some() == b""
+                        await works(new)
+                    await ends_in_order(new)
                 await trio.sleep(0.1)  # more than the restart of a daemon takes that has nothing to wait for
             assert await system.main_pid() == serving
-            await old.send_all(b"z")
-            assert await old.receive_some() == b"z"
+            await works(old)
         await system.until("SubState", "running")
         assert await system.main_pid() != serving
-        assert set(re.findall(r'"outcome":"(\w+)"', system.records())) == {"closed"}
+        assert system.outcomes().keys() == {"closed"}
 
 
 @SIDECAR_V4
@@ -326,17 +307,14 @@ async def test_08_a_stop_after_a_hand_over_drains_as_well(
         await system.run("tproxyd", "handover")
         assert await system.main_pid() != first
         async with await way.client.connect(way.address, 8080) as stream:
-            await stream.send_all(b"x")
-            assert await stream.receive_some() == b"x"
+            await works(stream)
             await system.ctl("stop", "--no-block", "tproxyd")
             await system.until("StatusText", "stopping; 1 connections")
-            await stream.send_all(b"y")
-            assert await stream.receive_some() == b"y"
-            await stream.send_eof()
-            assert await stream.receive_some() == b""
+            await works(stream)
+            await ends_in_order(stream)
         await system.until("ActiveState", "inactive")
         assert await system.show("Result") == "success"
-        assert set(re.findall(r'"outcome":"(\w+)"', system.records())) == {"closed"}
+        assert system.outcomes().keys() == {"closed"}
         assert await tables(way) == []
 
 
@@ -347,16 +325,15 @@ async def test_60_a_restart_ends_at_the_drain_timeout(
     await nursery.start(serve_echo, way.app, 8080)
     async with open_service(way, code, tmp_path, OPEN + '[drain]\ntimeout = "500ms"\n') as system:
         async with await way.client.connect(way.address, 8080) as old:
-            await old.send_all(b"x")
-            assert await old.receive_some() == b"x"
+            await works(old)
             await system.ctl("restart", "tproxyd")
             with pytest.raises(trio.BrokenResourceError):
                 await old.receive_some()
-        assert '"outcome":"drained"' in system.records()
+        assert system.outcomes()["drained"]
 
 
 @SIDECAR_V4
-@pytest.mark.parametrize("config", [OPEN, CLOSED], ids=["open", "closed"])
+@WHEN_DOWN
 async def test_60_a_restart_whose_start_fails_leaves_no_steering(
     way: Way, nursery: trio.Nursery, tmp_path: Path, code: Path, config: str
 ) -> None:
@@ -381,8 +358,7 @@ async def test_60_a_stop_in_the_middle_of_a_restart_removes_everything(
     await nursery.start(serve_echo, way.app, 8080)
     async with open_service(way, code, tmp_path, CLOSED) as system:
         old = await way.client.connect(way.address, 8080)
-        await old.send_all(b"x")
-        assert await old.receive_some() == b"x"
+        await works(old)
         await system.ctl("restart", "--no-block", "tproxyd")
         await system.until("StatusText", "restarting; 1 connections")
         await system.ctl("stop", "--no-block", "tproxyd")
@@ -400,8 +376,7 @@ async def test_06_sigkill_in_the_middle_of_a_restart(
     await nursery.start(serve_echo, way.app, 8080)
     async with open_service(way, code, tmp_path, CLOSED) as system:
         async with await way.client.connect(way.address, 8080) as old:
-            await old.send_all(b"x")
-            assert await old.receive_some() == b"x"
+            await works(old)
             await system.ctl("restart", "--no-block", "tproxyd")
             await system.until("StatusText", "restarting; 1 connections")
             first = await system.main_pid()
@@ -409,9 +384,7 @@ async def test_06_sigkill_in_the_middle_of_a_restart(
         with trio.fail_after(20):
             while await system.show("SubState") != "running" or await system.main_pid() == first:
                 await trio.sleep(0.02)
-        async with await way.client.connect(way.address, 8080) as new:
-            await new.send_all(b"y")
-            assert await new.receive_some() == b"y"
+        await another_works(way)
 
 
 @GATEWAY_V4
@@ -454,10 +427,8 @@ async def test_60_a_restart_with_other_relay_processes_or_another_port_serves_as
             assert system.log().count("a socket that systemd has passed") == refused
             if verb != "stop":
                 assert len(await system.workers()) == workers
-                owns = {(await peer_seen(way))[0] for _ in range(10)}
-                with trio.fail_after(5):
-                    while not all(f'"source":"{own}"' in system.records() for own in owns):
-                        await trio.sleep(0.01)
+                for own, _ in [await peer_seen(way) for _ in range(10)]:
+                    await system.record(own)
         system.configure(OPEN + "[listen]\nport = 15010\n")
         await system.ctl("restart", "tproxyd")
         assert "listens on 127.0.0.1:15006, and is closed" in system.log()
@@ -471,15 +442,12 @@ async def test_08_a_drain_may_last_longer_than_the_unit_gives_a_stop(
     await nursery.start(serve_echo, way.app, 8080)
     async with open_service(way, code, tmp_path, OPEN, edit="TimeoutStopSec=2s") as system:
         async with await way.client.connect(way.address, 8080) as stream:
-            await stream.send_all(b"x")
-            assert await stream.receive_some() == b"x"
+            await works(stream)
             await system.ctl("stop", "--no-block", "tproxyd")
             await system.until("StatusText", "stopping; 1 connections")
             await trio.sleep(3)
-            await stream.send_all(b"y")
-            assert await stream.receive_some() == b"y"
-            await stream.send_eof()
-            assert await stream.receive_some() == b""
+            await works(stream)
+            await ends_in_order(stream)
         await system.until("ActiveState", "inactive")
         assert await system.show("Result") == "success"
 
@@ -562,14 +530,10 @@ async def test_a_socket_unit_keeps_the_listeners_and_starts_the_daemon(
         await expect_captured(way, system)
         await system.until("ActiveState", "active")
         assert "a socket that systemd has passed" not in system.log()
-        load = Load(way)
-        async with trio.open_nursery() as clients:
-            for _ in range(CLIENTS):
-                clients.start_soon(load.dial)
+        async with load_of(way) as load:
             await load.until(50)
             await system.ctl("restart", "tproxyd")
             await load.until(len(load.waits) + 50)
-            clients.cancel_scope.cancel()
         assert load.errors == []
         assert await system.show("NFileDescriptorStore") == "0"
         await system.run("tproxyd", "revert")
@@ -629,10 +593,7 @@ async def test_an_instance_serves_another_network_namespace(
                 async with await lab["client"].connect(lab["host"].v4, 8080) as stream:
                     own = format_address(stream.socket.getsockname())
                     await stream.receive_some()
-                log = system.path(f"/run/lab/log/{unit}.out")
-                with trio.fail_after(5):
-                    while f'"source":"{own}"' not in log.read_text():
-                        await trio.sleep(0.01)
+                await system.record(own, unit)
             pid = await system.main_pid("tproxyd@pod.service")
             assert os.stat(f"/proc/{pid}/ns/net").st_ino == pod.inode
             await system.ctl("restart", "tproxyd@pod")

@@ -4,30 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import signal
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import trio
 
-from netns_tests.service import (
-    CLIENTS,
-    CLOSED,
-    OPEN,
-    Load,
-    expect_captured,
-    kill,
-    open_service,
-    tables,
-)
+from netns_tests.service import expect_captured, kill, load_of, open_service, tables
 from netns_tests.systemd_lab import System
-from netns_tests.watch import alive, resets_within, until, works
-from netns_tests.way import BOTH_LAYOUTS, SIDECAR_V4, Way
+from netns_tests.watch import alive, another_works, ends_in_order, resets_within, until, works
+from netns_tests.way import BOTH_LAYOUTS, CLOSED, OPEN, SIDECAR_V4, Way
 from tproxyd.testing import serve_echo, serve_identity
 
 WATCHDOG = 1.0
@@ -52,16 +41,6 @@ async def fed(system: System) -> None:
     assert len(fed_at) > 4
 
 
-@asynccontextmanager
-async def clients(way: Way) -> AsyncIterator[Load]:
-    load = Load(way)
-    async with trio.open_nursery() as nursery:
-        for _ in range(CLIENTS):
-            nursery.start_soon(load.dial)
-        yield load
-        nursery.cancel_scope.cancel()
-
-
 @pytest.mark.parametrize(
     ("way", "config"),
     [("gateway v4", OPEN), ("sidecar v6", CLOSED + "[relay]\nworkers = 2\n")],
@@ -75,7 +54,7 @@ async def test_60_hand_overs_under_load_refuse_nobody_and_the_unit_stays_active(
     await nursery.start(serve_identity, way.app, 8080)
     count = counted(10_000)
     async with open_service(way, code, tmp_path, config, edit=f"WatchdogSec={WATCHDOG:g}s") as system:
-        async with clients(way) as load:
+        async with load_of(way) as load:
             for turn in (1, 2):
                 await load.until(count * turn // 4)
                 old, _ = await hand_over(system)
@@ -92,8 +71,7 @@ async def test_60_hand_overs_under_load_refuse_nobody_and_the_unit_stays_active(
         assert await system.show("NRestarts") == "0"
         await system.ctl("stop", "tproxyd")
         assert await system.show("Result") == "success"
-        recorded = set(re.findall(r'"source":"([^"]+)"', system.records()))
-        assert [own for own in load.sources if own not in recorded] == []
+        assert load.unrecorded(system) == []
 
 
 @BOTH_LAYOUTS
@@ -108,16 +86,14 @@ async def test_what_lives_goes_on_until_the_drain_is_over(
             await works(stays)
             old, _ = await hand_over(system)
             await works(ends)
-            await ends.send_eof()
-            assert await ends.receive_some() == b""
+            await ends_in_order(ends)
             await works(stays)
             assert await resets_within(stays, 4)
         await until(lambda: not alive(old))
         assert await system.show("SubState") == "running"
-        async with await way.client.connect(way.address, 8080) as new:
-            await works(new)
+        await another_works(way)
         await system.ctl("stop", "tproxyd")
-        assert [system.records().count(f'"outcome":"{outcome}"') for outcome in ("closed", "drained")] == [2, 1]
+        assert system.outcomes() == {"closed": 2, "drained": 1}
 
 
 @SIDECAR_V4
@@ -134,18 +110,16 @@ async def test_08_a_stop_or_a_restart_lets_drain_what_still_does(
             await system.until("SubState", "stop-sigterm")
             await works(lives)
             assert alive(old)
-            await lives.send_eof()
-            assert await lives.receive_some() == b""
+            await ends_in_order(lives)
         if verb == "stop":
             await system.until("ActiveState", "inactive")
             assert await tables(way) == []
         else:
             await system.until("SubState", "running")
             assert await system.main_pid() not in (old, new)
-            async with await way.client.connect(way.address, 8080) as after:
-                await works(after)
+            await another_works(way)
         assert await system.show("Result") == "success"
-        assert [system.records().count(f'"outcome":"{outcome}"') for outcome in ("drained", "worker_lost")] == [0, 0]
+        assert system.outcomes().keys() == {"closed"}
         assert not alive(old)
         assert not alive(new)
 
@@ -164,8 +138,7 @@ async def test_06_sigkill_of_the_new_main_process_starts_anew(
             await works(lives)
             old, new = await hand_over(system)
             if not drains:
-                await lives.send_eof()
-                assert await lives.receive_some() == b""
+                await ends_in_order(lives)
                 await until(lambda: not alive(old))
             killed = await kill(new)
             await system.until("NRestarts", "1")
@@ -173,8 +146,7 @@ async def test_06_sigkill_of_the_new_main_process_starts_anew(
             print(f"served again {time.perf_counter() - killed:.2f} s after SIGKILL")
             assert time.perf_counter() - killed < 8, "that was the watchdog"
         assert not alive(old)
-        async with await way.client.connect(way.address, 8080) as after:
-            await works(after)
+        await another_works(way)
         await system.until("StatusText", "captures TCP 8080; 0 connections")
 
 
@@ -191,8 +163,7 @@ async def test_06_sigkill_of_the_old_process_while_it_drains_changes_nothing(
             await fed(system)
         assert await system.main_pid() == new
         assert await system.show("NRestarts") == "0"
-        async with await way.client.connect(way.address, 8080) as after:
-            await works(after)
+        await another_works(way)
 
 
 @SIDECAR_V4
@@ -238,6 +209,5 @@ async def test_a_package_that_has_been_upgraded_serves_after_a_hand_over(
             await works(lives)
             os.kill(old, signal.SIGTERM)
         await until(lambda: not alive(old))
-        async with await way.client.connect(way.address, 8080) as after:
-            await works(after)
+        await another_works(way)
         assert await system.show("NRestarts") == "0"

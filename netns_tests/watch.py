@@ -16,6 +16,7 @@ from pathlib import Path
 
 import trio
 
+from netns_tests.way import Way
 from tproxyd.net.sockets import format_address
 from tproxyd.testing import Node
 from tproxyd.testing.daemon import LabDaemon, cpu_seconds
@@ -25,8 +26,10 @@ __all__ = [
     "Http",
     "alive",
     "all_cpu_seconds",
+    "another_works",
     "attempt",
     "dial",
+    "ends_in_order",
     "ends_within",
     "files_of",
     "full_pipes",
@@ -212,6 +215,18 @@ async def works(stream: trio.SocketStream) -> None:
     with trio.fail_after(5):
         await stream.send_all(b"hello")
         assert await stream.receive_some() == b"hello"
+
+
+async def ends_in_order(stream: trio.SocketStream) -> None:
+    """The client has said all, and so has the app then."""
+    await stream.send_eof()
+    assert await stream.receive_some() == b""
+
+
+async def another_works(way: Way) -> None:
+    """Whoever connects now is served, by an echo."""
+    async with await way.client.connect(way.address, 8080) as stream:
+        await works(stream)
 
 
 async def attempt(node: Node, address: str, port: int = 8080, *, source_port: int = 0) -> str:

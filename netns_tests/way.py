@@ -12,12 +12,28 @@ import pytest
 from tproxyd.testing import GATEWAY, SIDECAR, Lab
 from tproxyd.testing.plugin import OpenLab
 
-__all__ = ["AT_ONCE", "BOTH_LAYOUTS", "GATEWAY_V4", "SIDECAR_V4", "Way", "median_ms", "open_way"]
+__all__ = [
+    "AT_ONCE",
+    "BOTH_LAYOUTS",
+    "CLOSED",
+    "GATEWAY_V4",
+    "OPEN",
+    "SIDECAR_V4",
+    "WHEN_DOWN",
+    "Way",
+    "median_ms",
+    "open_way",
+]
 
 GATEWAY_V4 = pytest.mark.parametrize("way", ["gateway v4"], indirect=True)
 SIDECAR_V4 = pytest.mark.parametrize("way", ["sidecar v4"], indirect=True)
 BOTH_LAYOUTS = pytest.mark.parametrize("way", ["gateway v4", "sidecar v6"], indirect=True)
 """Each layout and each family once: enough where a layout and a family cannot make a difference together."""
+
+OPEN = '[capture]\nports = ["8080"]\nwhen_down = "bypass"\n'
+CLOSED = '[capture]\nports = ["8080"]\nwhen_down = "refuse"\n'
+WHEN_DOWN = pytest.mark.parametrize("config", [OPEN, CLOSED], ids=["open", "closed"])
+"""Configurations with each of what new clients meet without a daemon: the app itself, or a refusal."""
 
 AT_ONCE = 20.0
 """Milliseconds from the daemon's learning that the upstream cannot be had to the client's reset, as the contract says."""

@@ -16,6 +16,7 @@ import trio
 from tproxyd.daemon import client, http
 from tproxyd.daemon.admin import serve_admin
 from tproxyd.daemon.http import Shared
+from tproxyd.daemon.pressure import Pressure
 from tproxyd.daemon.service import Service
 from tproxyd.errors import ConfigError, KernelError, MissingError, TproxydError
 
@@ -36,7 +37,7 @@ async def answering(tmp_path: Path, reload: Callable[[], Awaitable[str]] | None)
     sock.listen()
     listener = trio.SocketListener(trio.socket.from_stdlib_socket(sock))
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(serve_admin, listener, cast(Service, service))
+        nursery.start_soon(serve_admin, listener, cast(Service, service), Pressure(None))
         yield file
         nursery.cancel_scope.cancel()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import AsyncIterator
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,8 @@ from tproxyd.daemon import lobby
 from tproxyd.daemon.lobby import Lobby
 
 HEAD = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
+PAUSE = 0.05
+"""Seconds without a step after which a test's clock jumps: longer than it takes until a client has been let in."""
 
 
 class Street:
@@ -35,17 +37,24 @@ class Street:
         client.setblocking(False)
         return client
 
+    def copy_of_the_first(self) -> socket.socket:
+        """Of the end that the lobby has."""
+        return next(iter(self._hall._clients.values())).sock.dup()
+
     async def served(self) -> bytes:
         """What the next one has said who is served."""
         with trio.fail_after(2):
-            client = await self._hall.next()
+            client, said = await self._hall.next()
         with client:
-            return client.recv(100_000)
+            client.setblocking(False)
+            with suppress(BlockingIOError):
+                return said + client.recv(100_000)
+        return said
 
     async def nobody_is(self) -> bool:
-        with trio.move_on_after(0.1):
-            await self._hall.next()
-        return True
+        with trio.move_on_after(0.1) as waiting:
+            (await self._hall.next())[0].close()
+        return waiting.cancelled_caught
 
 
 @asynccontextmanager
@@ -101,6 +110,15 @@ async def test_a_head_without_an_end_is_refused_here(tmp_path: Path) -> None:
         assert is_closed(client)
 
 
+async def test_a_head_is_whole_wherever_it_has_been_cut(tmp_path: Path) -> None:
+    async with opened(tmp_path) as street:
+        for cut in range(len(HEAD) - 4, len(HEAD)):
+            client = await street.client(HEAD[:cut])
+            assert await street.nobody_is()
+            client.sendall(HEAD[cut:])
+            assert await street.served() == HEAD
+
+
 async def test_who_leaves_is_forgotten(tmp_path: Path) -> None:
     async with opened(tmp_path) as street:
         (await street.client()).close()
@@ -116,16 +134,43 @@ async def test_the_one_that_is_longest_here_makes_room(tmp_path: Path, monkeypat
         assert [is_closed(client) for client in clients] == [True, True, False, False, False]
 
 
-async def test_who_says_no_whole_head_has_so_many_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lobby, "_PATIENCE", 0.3)
+async def test_who_has_been_sent_away_is_forgotten_while_a_process_that_is_being_started_has_a_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lobby, "_ROOM", 1)
+    async with opened(tmp_path) as street:
+        first = await street.client()
+        with street.copy_of_the_first():
+            await street.client()
+            first.sendall(HEAD)
+            assert await street.nobody_is()
+
+
+async def test_of_many_who_have_said_something_so_many_are_looked_at_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    """Else whoever goes on saying something would have all of the daemon's time."""
+    monkeypatch.setattr(lobby, "_LOOKED_AT", 10)
+    autojump_clock.autojump_threshold = PAUSE
+    async with opened(tmp_path) as street:
+        for _ in range(25):
+            await street.client(b"GET /")
+        await street.client(HEAD)
+        began = trio.current_time()
+        assert await street.served() == HEAD
+        assert trio.current_time() - began == pytest.approx(2 * lobby._LOOK)
+
+
+async def test_who_says_no_whole_head_has_ten_seconds(tmp_path: Path, autojump_clock: trio.testing.MockClock) -> None:
+    autojump_clock.autojump_threshold = PAUSE
     async with opened(tmp_path) as street:
         first = await street.client(b"GET /")
-        await trio.sleep(0.2)
+        await trio.sleep(6)
         second = await street.client()
         first.sendall(b"index")
-        await trio.sleep(0.15)
+        await trio.sleep(5)
         assert [is_closed(client) for client in (first, second)] == [True, False]
-        await trio.sleep(0.2)
+        await trio.sleep(6)
         assert is_closed(second)
 
 

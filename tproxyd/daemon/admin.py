@@ -46,7 +46,7 @@ _STATUS: Mapping[type[TproxydError], int] = {
 Resource = Callable[[Request], Awaitable[Answer]]
 
 
-async def serve_admin(listener: trio.SocketListener, service: Service, pressure: Pressure | None = None) -> None:
+async def serve_admin(listener: trio.SocketListener, service: Service, pressure: Pressure) -> None:
     """Answers until cancelled, and closes the listener then. `pressure` is that of serve_http."""
     await serve_http(listener, _Api(service).answer, what="the admin socket", pressure=pressure)
 

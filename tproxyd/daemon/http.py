@@ -34,7 +34,7 @@ _LONGEST = 60.0  # seconds for all requests of one connection: nobody holds a pl
 _LOOK = 0.1  # seconds, where all are served and none can be sent away, until one of them may be
 _READ = 8192
 _BODY = 16 * 1024  # bytes of a request's body; h11 has the same bound for its head
-_TURN = 0.02  # seconds between two that are let in or answered: each costs a quarter of a millisecond, and what it asks for ...
+_TURN = 0.02  # seconds between two who are served, and between two who ask once more: each costs a quarter of a millisecond, and what it asks for ...
 _BURST = 20  # ... but so many at once after a pause
 _REST = 19  # from an answer that is made for all who ask, in units of the time that making it took; ...
 _LONGEST_REST = 0.25  # ... seconds at most
@@ -83,7 +83,7 @@ def tell_health(reason: str) -> Answer:
 
 class Shared(Generic[T]):
     """What is made once for all who wait for it, and is never older than the question. It rests in between, so that a storm of questions
-    takes a tenth of the daemon's time."""
+    takes a twentieth of the daemon's time."""
 
     def __init__(self, make: Callable[[], Awaitable[T]]) -> None:
         self._make = make
@@ -131,9 +131,9 @@ class _Making(Generic[T]):
         self.error: Exception | None = None
 
 
-async def serve_http(listener: trio.SocketListener, handle: Handle, *, what: str, pressure: Pressure | None) -> None:
+async def serve_http(listener: trio.SocketListener, handle: Handle, *, what: str, pressure: Pressure) -> None:
     """Answers until cancelled, and closes the listener then. `what` names it in the log. What `handle` raises is answered with 500. `pressure` is told when
-    turns have to be waited for; None: it would not help."""
+    turns have to be waited for."""
     may_wait.set(True)
     # Two paces: however much those ask who are here, others come in, and each of them is answered once at once.
     places, arrivals, server = _Places(), _Pace(pressure), _Server(handle, _Pace(pressure), what)
@@ -142,20 +142,20 @@ async def serve_http(listener: trio.SocketListener, handle: Handle, *, what: str
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(lobby.admit)
                 while True:
-                    client = await lobby.next()
+                    client, said = await lobby.next()
                     try:
                         token = await places.take()
                     except BaseException:
                         client.close()
                         raise
                     stream = trio.SocketStream(trio.socket.from_stdlib_socket(client))
-                    nursery.start_soon(_serve_client, stream, server, places, token)
+                    nursery.start_soon(_serve_client, stream, said, server, places, token)
 
 
 class _Pace:
     """Turns are so far apart that all of them together take a bounded share of the daemon's time, in the order in which they are wanted."""
 
-    def __init__(self, pressure: Pressure | None) -> None:
+    def __init__(self, pressure: Pressure) -> None:
         self._next = 0.0
         self._pressure = pressure
 
@@ -163,8 +163,7 @@ class _Pace:
         now = trio.current_time()
         self._next = max(self._next + _TURN, now - _BURST * _TURN)
         if self._next > now:
-            if self._pressure is not None:
-                self._pressure.press()
+            self._pressure.press()
             await trio.sleep_until(self._next)
 
 
@@ -210,11 +209,14 @@ class _Server:
     what: str
 
 
-async def _serve_client(stream: trio.SocketStream, server: _Server, places: _Places, token: object) -> None:
+async def _serve_client(
+    stream: trio.SocketStream, said: bytes, server: _Server, places: _Places, token: object
+) -> None:
+    """`said` has been read of the stream already."""
     try:
         async with stream:
             with trio.move_on_after(_LONGEST) as client:
-                await _converse(stream, server, client, partial(places.waiting_for, client))
+                await _converse(stream, said, server, client, partial(places.waiting_for, client))
     except (trio.BrokenResourceError, trio.TooSlowError, h11.LocalProtocolError):
         pass  # gone, or too slow to be waited for
     except TproxydError as error:  # in the middle of an answer: its end is missing, which the client sees
@@ -225,8 +227,11 @@ async def _serve_client(stream: trio.SocketStream, server: _Server, places: _Pla
         places.leave(token)
 
 
-async def _converse(stream: trio.SocketStream, server: _Server, client: trio.CancelScope, waiting: Waiting) -> None:
+async def _converse(
+    stream: trio.SocketStream, said: bytes, server: _Server, client: trio.CancelScope, waiting: Waiting
+) -> None:
     connection = h11.Connection(h11.SERVER)
+    connection.receive_data(said)
     try:
         while await _answer(stream, connection, server, client, waiting):
             connection.start_next_cycle()

@@ -68,7 +68,7 @@ async def serve_metrics(
     reloaded: Callable[[], bool],
     packets: Callable[[], Awaitable[Mapping[tuple[str, str, str], int]]],
     version: str,
-    pressure: Pressure | None,
+    pressure: Pressure,
 ) -> None:
     """Answers until cancelled, and closes the listener then.
 

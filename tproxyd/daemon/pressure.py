@@ -8,7 +8,7 @@ import trio
 import trio.abc
 import trio.lowlevel
 
-from tproxyd.net.scheduling import Background, background, count_waits
+from tproxyd.net.scheduling import Background, Waits, background, count_waits
 
 __all__ = ["Pressure"]
 
@@ -20,12 +20,12 @@ _PAUSE = 10.0  # ... and for so many seconds it takes its share again: it has re
 
 class Pressure(trio.abc.Instrument):
     """While there is some, the thread of the daemon's tasks steps back, and so do threads in which something is done for those who ask (`in_thread`). One
-    object a process; not where a relay loop is a thread of it: it would wait for this one."""
+    object a process. `how` is None where they cannot, or are not to: then pressure changes nothing."""
 
-    def __init__(self, how: Background) -> None:
+    def __init__(self, how: Background | None) -> None:
         self._how = how
         self._until = self._not_before = self._looked = 0.0
-        self._waits = count_waits()
+        self._waits = Waits(0, 0.0)
 
     def begin(self) -> None:
         """In the task that starts all others."""
@@ -35,31 +35,37 @@ class Pressure(trio.abc.Instrument):
         """More is asked than is answered at once."""
         now = trio.current_time()
         self._until = now + _LASTS
-        if not self._how.wanted and now > self._not_before:
+        if self._how is not None and not self._how.wanted and now >= self._not_before and self._how.enter():
             self._how.wanted = True
-            self._looked, self._waits = now, count_waits()
-            self._how.enter()
+            self._looked, self._waits = now, self._count_waits()
             trio.lowlevel.add_instrument(self)
 
     def stop(self) -> None:
         """There is something else to be done, and not much time for it."""
         self._not_before = math.inf
-        if self._how.wanted:
-            self._end()
+        if self._how is not None and self._how.wanted:
+            self._end(self._how)
 
     def before_io_wait(self, timeout: float) -> None:
         """Of trio, in each turn of its loop."""
+        assert self._how is not None  # it has stepped back
         now = trio.current_time()
         if now > self._until:
-            self._end()
+            self._end(self._how)
         elif now > self._looked + _LOOK:
-            waits = count_waits()
+            waits = self._count_waits()
             if waits.seconds - self._waits.seconds > _TOO_LONG * (waits.times - self._waits.times):
                 self._not_before = now + _PAUSE
-                self._end()
+                self._end(self._how)
             self._looked, self._waits = now, waits
 
-    def _end(self) -> None:
+    def _count_waits(self) -> Waits:
+        try:
+            return count_waits()
+        except OSError:  # no file left: as if it had not waited
+            return self._waits
+
+    def _end(self, how: Background) -> None:
         trio.lowlevel.remove_instrument(self)
-        self._how.wanted = False
-        self._how.leave()
+        how.wanted = False
+        how.leave()

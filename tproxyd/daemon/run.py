@@ -62,7 +62,7 @@ class _Start(NamedTuple):
     ssh_ports: Collection[int]
     manager: Manager
     old: Old | None
-    pressure: Pressure | None
+    pressure: Pressure
 
 
 def run(config: Config, load: Callable[[], Config] | None = None) -> int:
@@ -90,7 +90,7 @@ def _run(config: Config, load: Callable[[], Config] | None, manager: Manager, ol
     background = find_background() if config.relay.workers != 0 else None
     # Before there is another thread.
     inherited = manager.passed if old is None else old.predecessor.listeners
-    also = [background.capability] if background is not None and background.capability is not None else []
+    also = background.needs if background is not None else ()
     seen = give_up_privileges(config, inherited, alone=old is None, also=also)
     stderr = LineWriter(sys.stderr.fileno())
     set_up_logging(config, stderr)
@@ -99,9 +99,8 @@ def _run(config: Config, load: Callable[[], Config] | None, manager: Manager, ol
     access_log = AccessLog(config, sys.stdout.fileno())
     try:
         with namespace_lock("start") if old is None else old.lock as held:
-            pressure = Pressure(background) if background is not None else None
-            start = _Start(config, load, stderr, access_log, held, seen.ssh_ports, manager, old, pressure)
-            trio.run(_serve, start)
+            pressure = Pressure(background)
+            trio.run(_serve, _Start(config, load, stderr, access_log, held, seen.ssh_ports, manager, old, pressure))
     except BaseExceptionGroup as group:
         error = _only(group)
         if error is None:
@@ -119,8 +118,7 @@ def _run(config: Config, load: Callable[[], Config] | None, manager: Manager, ol
 
 async def _serve(start: _Start) -> None:
     config, manager, old = start.config, start.manager, start.old
-    if start.pressure is not None:
-        start.pressure.begin()
+    start.pressure.begin()
     stop, reloads = Stop(), Reloads()
     if old is None:
         manager.empty_store()
@@ -186,8 +184,7 @@ async def _serve(start: _Start) -> None:
                 generations.say_ready()
                 nursery.start_soon(_tell_manager, manager, service, generations)
                 await stop.drain.wait()
-                if start.pressure is not None:
-                    start.pressure.stop()
+                start.pressure.stop()
                 if generations.handed_over and admin is not None:
                     admin.leave()
                 seconds = service.config.drain.timeout
@@ -245,7 +242,7 @@ async def _metrics_listener(config: Config, old: Old | None) -> AsyncIterator[tr
             yield listener
 
 
-async def _serve_metrics(listener: trio.SocketListener, service: Service, pressure: Pressure | None) -> None:
+async def _serve_metrics(listener: trio.SocketListener, service: Service, pressure: Pressure) -> None:
     from tproxyd.daemon.metrics import serve_metrics
 
     await serve_metrics(
@@ -261,7 +258,7 @@ async def _serve_metrics(listener: trio.SocketListener, service: Service, pressu
     )
 
 
-async def _serve_admin(admin: AdminSocket, service: Service, pressure: Pressure | None) -> None:
+async def _serve_admin(admin: AdminSocket, service: Service, pressure: Pressure) -> None:
     async with trio.SocketListener(trio.socket.from_stdlib_socket(admin.sock)) as listener:
         await trio.lowlevel.wait_readable(admin.sock)  # as long as nobody asks, HTTP is not loaded
         from tproxyd.daemon.admin import serve_admin

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import resource
+from contextlib import suppress
 from contextvars import ContextVar
 from typing import NamedTuple
 
@@ -17,29 +18,36 @@ __all__ = ["Background", "Waits", "background", "count_waits", "find_background"
 
 
 class Background:
-    """How the threads of this process step back, and come back. `usual` is the policy that they have otherwise, `capability` what coming back takes, if
-    anything; `wanted`: whether to step back now."""
+    """How the threads of this process step back, and come back. `usual` is the policy that they have otherwise, `needs` the capability that coming back
+    takes, if any; `wanted`: whether to step back now."""
 
-    def __init__(self, usual: int, capability: str | None) -> None:
+    def __init__(self, usual: int, needs: tuple[str, ...] = ()) -> None:
         self.usual = usual
-        self.capability = capability
+        self.needs = needs
         self.wanted = False
 
-    def enter(self) -> None:
-        """For the calling thread. What it holds meanwhile, others wait for; threads and processes that it starts have stepped back, too."""
+    def enter(self) -> bool:
+        """For the calling thread. What it holds meanwhile, others wait for; threads and processes that it starts have stepped back, too. Whether it has: not
+        where it could not come back any more, because somebody has given it another nice value, or another limit."""
+        if not self.needs and not _limit_is_enough():
+            return False
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
         os.sched_yield()  # who waits for this core already would wait for the next tick
+        return True
 
     def leave(self) -> None:
-        """For the calling thread, whether it has entered or has been started by one that had."""
-        os.sched_setscheduler(0, self.usual, os.sched_param(0))
+        """For the calling thread, whether it has entered, or has been started by one that had, or neither."""
+        with suppress(
+            PermissionError
+        ):  # it has been given a smaller nice value meanwhile: it goes on with what is left
+            os.sched_setscheduler(0, self.usual, os.sched_param(0))
 
 
 background: ContextVar[Background | None] = ContextVar("background", default=None)
-"""In the context of all work of a process whose threads may step back."""
+"""Set for all tasks of a process whose threads may step back."""
 
 may_wait: ContextVar[bool] = ContextVar("may_wait", default=False)
-"""In the context of work that a thread of its own may do so."""
+"""Set for tasks of which threads that do a step for them (`in_thread`) may step back as well: not for repairs, nor for orders."""
 
 
 def find_background() -> Background | None:
@@ -52,37 +60,45 @@ def find_background() -> Background | None:
         return None
     if usual not in (os.SCHED_OTHER, os.SCHED_BATCH):
         return None
-    capability = None if _raise_limit() else "CAP_SYS_NICE"
-    if capability is not None and missing_capabilities([capability]):
+    _raise_limit()
+    needs = () if _limit_is_enough() else ("CAP_SYS_NICE",)
+    if missing_capabilities(needs):
         return None
-    found = Background(usual, capability)
+    found = Background(usual, needs)
     return found if _comes_back(found) else None
 
 
 def _comes_back(how: Background) -> bool:
-    """Tried in a process that may be lost: root of a user namespace seems to have the capability."""
+    """Tried in a process that may be lost: a system call may be forbidden, and root of a user namespace seems to have the capability."""
     child = os.fork()
     if not child:
+        came_back = False
         try:
-            how.enter()
-            how.leave()
+            if how.enter():
+                how.leave()
+                came_back = os.sched_getscheduler(0) == how.usual
         finally:
-            os._exit(os.sched_getscheduler(0) != how.usual)
+            os._exit(not came_back)
     return os.waitpid(child, 0)[1] == 0
 
 
-def _raise_limit() -> bool:
-    """Whether it is enough then."""
-    needed = 20 - os.getpriority(os.PRIO_PROCESS, 0)  # setrlimit(2): RLIMIT_NICE of that nice value
-    soft, hard = resource.getrlimit(resource.RLIMIT_NICE)
-    if soft == resource.RLIM_INFINITY or soft >= needed:
-        return True
-    try:
-        enough = hard == resource.RLIM_INFINITY or hard >= needed
-        resource.setrlimit(resource.RLIMIT_NICE, (needed, hard if enough else needed))
-    except (OSError, ValueError):
-        return False
-    return True
+def _limit_is_enough() -> bool:
+    soft, _ = resource.getrlimit(resource.RLIMIT_NICE)
+    return soft == resource.RLIM_INFINITY or soft >= _needed_limit()
+
+
+def _needed_limit() -> int:
+    return 20 - os.getpriority(os.PRIO_PROCESS, 0)  # setrlimit(2): RLIMIT_NICE of that nice value
+
+
+def _raise_limit() -> None:
+    """As far as this process may: the hard limit takes CAP_SYS_RESOURCE."""
+    if not _limit_is_enough():
+        needed, (_, hard) = _needed_limit(), resource.getrlimit(resource.RLIMIT_NICE)
+        with suppress(OSError, ValueError):
+            resource.setrlimit(
+                resource.RLIMIT_NICE, (needed, hard if hard == resource.RLIM_INFINITY else max(hard, needed))
+            )
 
 
 class Waits(NamedTuple):
