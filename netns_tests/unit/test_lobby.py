@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import AsyncIterator
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -38,13 +39,15 @@ class Street:
     async def served(self) -> bytes:
         """What the next one has said who is served."""
         with trio.fail_after(2):
-            client = await self._hall.next()
-        with client:
-            return client.recv(100_000)
+            client, said = await self._hall.next()
+        with client, suppress(BlockingIOError):
+            said += client.recv(100_000)
+        return said
 
-    async def nobody_is(self) -> bool:
-        with trio.move_on_after(0.1):
+    async def nobody_is(self, seconds: float = 0.1) -> bool:
+        with trio.move_on_after(seconds):
             await self._hall.next()
+            return False
         return True
 
 
@@ -59,6 +62,16 @@ async def opened(path: Path) -> AsyncIterator[Street]:
             nursery.start_soon(hall.admit)
             yield Street(listener, hall, clients)
             nursery.cancel_scope.cancel()
+
+
+def sockets() -> set[int]:
+    """Those that this process has open."""
+    found = set()
+    for fd in map(int, os.listdir("/proc/self/fd")):
+        with suppress(FileNotFoundError):  # the directory itself
+            if os.readlink(f"/proc/self/fd/{fd}").startswith("socket:"):
+                found.add(fd)
+    return found
 
 
 def is_closed(client: socket.socket) -> bool:
@@ -91,6 +104,42 @@ async def test_what_is_whole_or_will_be_no_head_is_served_at_once(said: bytes, t
     async with opened(tmp_path) as street:
         await street.client(said)
         assert await street.served() == said
+
+
+async def test_a_head_in_thousands_of_writes_is_served(tmp_path: Path) -> None:
+    """A Unix socket has room for some hundreds, however short they are."""
+    head = HEAD.replace(b"x", b"x" * 3000)
+    async with opened(tmp_path) as street, trio.open_nursery() as nursery:
+        client = await street.client()
+
+        async def say() -> None:
+            for byte in head:
+                while True:
+                    with suppress(BlockingIOError):
+                        client.send(bytes([byte]))
+                        break
+                    await trio.sleep(0.001)
+
+        nursery.start_soon(say)
+        assert await street.served() == head
+
+
+async def test_who_is_sent_away_says_nothing_more_though_another_program_has_a_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As has one that is being started, until it is."""
+    monkeypatch.setattr(lobby, "_ROOM", 1)
+    async with opened(tmp_path) as street:
+        before = sockets()
+        first = await street.client()
+        (theirs,) = sockets() - before - {first.fileno()}
+        copy = os.dup(theirs)
+        try:
+            await street.client()
+            first.sendall(HEAD)
+            assert await street.nobody_is()
+        finally:
+            os.close(copy)
 
 
 async def test_a_head_without_an_end_is_refused_here(tmp_path: Path) -> None:

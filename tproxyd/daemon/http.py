@@ -142,14 +142,14 @@ async def serve_http(listener: trio.SocketListener, handle: Handle, *, what: str
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(lobby.admit)
                 while True:
-                    client = await lobby.next()
+                    client, said = await lobby.next()
                     try:
                         token = await places.take()
                     except BaseException:
                         client.close()
                         raise
                     stream = trio.SocketStream(trio.socket.from_stdlib_socket(client))
-                    nursery.start_soon(_serve_client, stream, server, places, token)
+                    nursery.start_soon(_serve_client, stream, said, server, places, token)
 
 
 class _Pace:
@@ -210,11 +210,13 @@ class _Server:
     what: str
 
 
-async def _serve_client(stream: trio.SocketStream, server: _Server, places: _Places, token: object) -> None:
+async def _serve_client(
+    stream: trio.SocketStream, said: bytes, server: _Server, places: _Places, token: object
+) -> None:
     try:
         async with stream:
             with trio.move_on_after(_LONGEST) as client:
-                await _converse(stream, server, client, partial(places.waiting_for, client))
+                await _converse(stream, said, server, client, partial(places.waiting_for, client))
     except (trio.BrokenResourceError, trio.TooSlowError, h11.LocalProtocolError):
         pass  # gone, or too slow to be waited for
     except TproxydError as error:  # in the middle of an answer: its end is missing, which the client sees
@@ -225,8 +227,12 @@ async def _serve_client(stream: trio.SocketStream, server: _Server, places: _Pla
         places.leave(token)
 
 
-async def _converse(stream: trio.SocketStream, server: _Server, client: trio.CancelScope, waiting: Waiting) -> None:
+async def _converse(
+    stream: trio.SocketStream, said: bytes, server: _Server, client: trio.CancelScope, waiting: Waiting
+) -> None:
+    """`said` is what was read already."""
     connection = h11.Connection(h11.SERVER)
+    connection.receive_data(said)
     try:
         while await _answer(stream, connection, server, client, waiting):
             connection.start_next_cycle()
