@@ -17,3 +17,19 @@ assert libc.prctl(38, 1, 0, 0, 0) == 0
 assert libc.prctl(22, 2, struct.pack("HxxxxxxP", len(code), ctypes.addressof(program)), 0, 0) == 0
 os.execv(sys.argv[1], sys.argv[1:])
 """
+
+# sched_setscheduler is not permitted, as with `SystemCallFilter=~@resources` in a unit.
+WITHOUT_POLICIES = """
+import ctypes, errno, os, struct, sys
+AUDIT_ARCH, SCHED_SETSCHEDULER = {"x86_64": (0xC000003E, 144), "aarch64": (0xC00000B7, 119)}[os.uname().machine]
+code = [
+    (0x20, 0, 0, 4), (0x15, 0, 3, AUDIT_ARCH),  # the architecture
+    (0x20, 0, 0, 0), (0x15, 0, 1, SCHED_SETSCHEDULER),
+    (0x06, 0, 0, 0x00050000 | errno.EPERM), (0x06, 0, 0, 0x7FFF0000),
+]
+program = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *one) for one in code))
+libc = ctypes.CDLL(None, use_errno=True)
+assert libc.prctl(38, 1, 0, 0, 0) == 0
+assert libc.prctl(22, 2, struct.pack("HxxxxxxP", len(code), ctypes.addressof(program)), 0, 0) == 0
+os.execv(sys.argv[1], sys.argv[1:])
+"""

@@ -12,6 +12,7 @@ import pytest
 import trio
 
 from netns_tests.asking import CONFIG, abused, ask, auto, serving
+from netns_tests.seccomp import WITHOUT_POLICIES
 from netns_tests.watch import until, workers, works
 from netns_tests.way import GATEWAY_V4, SIDECAR_V4, Way
 from tproxyd import kernel
@@ -86,7 +87,18 @@ async def test_57_where_a_thread_relays_the_daemon_does_not_step_back(way: Way) 
 
 
 @SIDECAR_V4
-@pytest.mark.parametrize("wrapper", [WITHOUT, ("unshare", "-Urn"), ("chrt", "--batch", "0"), ("nice", "-n", "5")])
+@pytest.mark.parametrize(
+    "wrapper",
+    [
+        WITHOUT,
+        ("unshare", "-Urn"),
+        (sys.executable, "-c", WITHOUT_POLICIES),
+        ("env", "--ignore-signal=CHLD"),
+        ("chrt", "--batch", "0"),
+        ("nice", "-n", "5"),
+    ],
+    ids=["without capabilities", "in a user namespace", "by a filter", "SIGCHLD ignored", "batch", "nice"],
+)
 async def test_57_who_steps_back_can_come_back(way: Way, wrapper: tuple[str, ...]) -> None:
     """Whatever policy and nice value a daemon is started with, those it has again."""
     command = (*wrapper, sys.executable, "-c", STEP_BACK)
@@ -104,12 +116,97 @@ policy = os.sched_getscheduler(0)
 how = find_background()
 before = os.sched_getscheduler(0)
 if how:
+    how.wanted = True
     how.enter()
 inside = os.sched_getscheduler(0)
 if how:
     how.leave()
 print(policy, before, how is not None, inside, os.sched_getscheduler(0))
 """
+
+
+IN_TRIO = """
+import os, resource, subprocess, threading, trio
+from tproxyd.daemon.pressure import Pressure
+from tproxyd.interceptor.threads import in_thread
+from tproxyd.net.scheduling import find_background, may_wait
+
+pressure = Pressure(find_background())
+
+def policy(of=0):
+    return {os.SCHED_OTHER: "usual", os.SCHED_IDLE: "idle"}[os.sched_getscheduler(of)]
+
+def limit(what, soft):
+    resource.setrlimit(what, (soft, resource.getrlimit(what)[1]))
+
+async def main():
+    pressure.begin()
+"""
+WITHOUT_FILES = """
+    limit(resource.RLIMIT_NOFILE, 0)
+    pressure.press()
+    print(policy())
+    limit(resource.RLIMIT_NOFILE, 1024)
+    pressure.press()
+    print(policy())
+    limit(resource.RLIMIT_NOFILE, 0)
+    for _ in range(10):
+        await trio.sleep(0.1)
+        pressure.press()
+    print(policy())
+    limit(resource.RLIMIT_NOFILE, 1024)
+    pressure.press()
+    print(policy())
+
+trio.run(main)
+"""
+IN_THE_MIDDLE = """
+    pressure.press()
+    may_wait.set(True)
+    begun, over = trio.Event(), threading.Event()
+    found = []
+
+    def step():
+        child = subprocess.Popen(["sleep", "60"])
+        found.extend([threading.get_native_id(), child.pid])
+        trio.from_thread.run_sync(begun.set)
+        over.wait()
+        child.kill()
+        child.wait()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(in_thread, step)
+        await begun.wait()
+        print(*map(policy, [0, *found]))
+        pressure.stop()
+        print(*map(policy, [0, *found]))
+        over.set()
+
+trio.run(main)
+"""
+WITHOUT_THREADS = """
+    pressure.press()
+    pages = int(open("/proc/self/statm").read().split()[0])
+    limit(resource.RLIMIT_AS, pages * resource.getpagesize() + (4 << 20))  # a thread has a stack of 8 MiB
+    print(policy(), *await in_thread(lambda: (policy(), threading.current_thread().name)), policy())
+
+trio.run(main)
+"""
+
+
+@SIDECAR_V4
+@pytest.mark.parametrize(
+    ("program", "expected"),
+    [
+        (WITHOUT_FILES, ["usual", "idle", "usual", "idle"]),
+        (IN_THE_MIDDLE, ["idle", "idle", "idle", "usual", "usual", "usual"]),
+        (WITHOUT_THREADS, ["idle", "usual", "MainThread", "idle"]),
+    ],
+    ids=["no file is left", "a thread and a program are in the middle", "no thread is left"],
+)
+async def test_57_who_steps_back_comes_back_whatever_is_missing(way: Way, program: str, expected: list[str]) -> None:
+    done = await way.proxy.run(sys.executable, "-c", IN_TRIO + program)
+    assert done.stdout.split() == expected
 
 
 @pytest.mark.timed

@@ -35,9 +35,13 @@ class Pressure(trio.abc.Instrument):
         """More is asked than is answered at once."""
         now = trio.current_time()
         self._until = now + _LASTS
-        if not self._how.wanted and now > self._not_before:
+        if not self._how.wanted and now > self._not_before and self._how.may_return():
+            try:
+                self._waits = count_waits()
+            except OSError:  # no file left, so nobody could see how it gets on
+                return
+            self._looked = now
             self._how.wanted = True
-            self._looked, self._waits = now, count_waits()
             self._how.enter()
             trio.lowlevel.add_instrument(self)
 
@@ -53,13 +57,16 @@ class Pressure(trio.abc.Instrument):
         if now > self._until:
             self._end()
         elif now > self._looked + _LOOK:
-            waits = count_waits()
-            if waits.seconds - self._waits.seconds > _TOO_LONG * (waits.times - self._waits.times):
+            try:
+                before, self._waits = self._waits, count_waits()
+            except OSError:
+                self._end()
+                return
+            if self._waits.seconds - before.seconds > _TOO_LONG * (self._waits.times - before.times):
                 self._not_before = now + _PAUSE
                 self._end()
-            self._looked, self._waits = now, waits
+            self._looked = now
 
     def _end(self) -> None:
         trio.lowlevel.remove_instrument(self)
-        self._how.wanted = False
-        self._how.leave()
+        self._how.end()

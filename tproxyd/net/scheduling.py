@@ -6,14 +6,18 @@ core keeps it for some milliseconds. Measured in docs/performance.md, "Beside ab
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import NamedTuple
 
 from tproxyd.net.capabilities import missing_capabilities
 
-__all__ = ["Background", "Waits", "background", "count_waits", "find_background", "may_wait"]
+__all__ = ["Background", "Waits", "background", "came_back", "count_waits", "find_background", "may_wait"]
 
 
 class Background:
@@ -24,15 +28,50 @@ class Background:
         self.usual = usual
         self.capability = capability
         self.wanted = False
+        self._nice = os.getpriority(os.PRIO_PROCESS, 0)
+
+    def may_return(self) -> bool:
+        """Whether the calling thread could: not since an administrator has lowered its nice value (renice), which is more than RLIMIT_NICE allows here."""
+        return self.capability is not None or os.getpriority(os.PRIO_PROCESS, 0) >= self._nice
 
     def enter(self) -> None:
-        """For the calling thread. What it holds meanwhile, others wait for; threads and processes that it starts have stepped back, too."""
+        """For the calling thread, while that is wanted. What it holds meanwhile, others wait for; threads and processes that it starts have stepped back, too."""
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
         os.sched_yield()  # who waits for this core already would wait for the next tick
+        if not self.wanted:  # `end` may have come before that
+            self.leave()
 
-    def leave(self) -> None:
-        """For the calling thread, whether it has entered or has been started by one that had."""
-        os.sched_setscheduler(0, self.usual, os.sched_param(0))
+    def leave(self, thread: int = 0) -> None:
+        """For the calling thread, or another one of this process, whether it has entered or has been started by one that had."""
+        try:
+            os.sched_setscheduler(thread, self.usual, os.sched_param(0))
+        except PermissionError:  # `may_return` does not hold any more: better that nice value than SCHED_IDLE for good
+            os.setpriority(os.PRIO_PROCESS, thread, self._nice)
+            os.sched_setscheduler(thread, self.usual, os.sched_param(0))
+
+    def end(self) -> None:
+        """For all threads of this process, and for programs that they have started: one that is in the middle of something holds what others wait for now, and
+        does not get on where nothing is left of the CPU."""
+        self.wanted = False
+        for thread in threading.enumerate():
+            if thread.native_id is not None:
+                with suppress(ProcessLookupError):  # it has just ended
+                    self._bring_back(thread.native_id)
+                for child in _children(thread.native_id):
+                    with suppress(OSError):  # as above, or has more capabilities than this process
+                        self._bring_back(child)
+
+    def _bring_back(self, thread: int) -> None:
+        if os.sched_getscheduler(thread) == os.SCHED_IDLE:
+            self.leave(thread)
+
+
+def _children(thread: int) -> list[int]:
+    try:
+        with open(f"/proc/self/task/{thread}/children", "rb") as file:
+            return [int(pid) for pid in file.read().split()]
+    except OSError:  # it has just ended, there is no file left, or the kernel is without CONFIG_PROC_CHILDREN
+        return []
 
 
 background: ContextVar[Background | None] = ContextVar("background", default=None)
@@ -40,6 +79,19 @@ background: ContextVar[Background | None] = ContextVar("background", default=Non
 
 may_wait: ContextVar[bool] = ContextVar("may_wait", default=False)
 """In the context of work that a thread of its own may do so."""
+
+
+@contextmanager
+def came_back() -> Iterator[None]:
+    """The calling thread has not stepped back for the length of the block, so what it starts has not either."""
+    how = background.get()
+    if how is not None and how.wanted:
+        how.leave()
+    try:
+        yield
+    finally:
+        if how is not None and how.wanted:
+            how.enter()
 
 
 def find_background() -> Background | None:
@@ -63,12 +115,19 @@ def _comes_back(how: Background) -> bool:
     """Tried in a process that may be lost: root of a user namespace seems to have the capability."""
     child = os.fork()
     if not child:
+        failed = how.wanted = True
         try:
             how.enter()
             how.leave()
+            failed = os.sched_getscheduler(0) != how.usual
         finally:
-            os._exit(os.sched_getscheduler(0) != how.usual)
-    return os.waitpid(child, 0)[1] == 0
+            os._exit(failed)
+    try:
+        return os.waitpid(child, 0)[1] == 0
+    except (
+        ChildProcessError
+    ):  # SIGCHLD is ignored, by whoever has started this process, and nobody told how a child has ended
+        return False
 
 
 def _raise_limit() -> bool:
@@ -96,4 +155,6 @@ def count_waits() -> Waits:
     """Raises OSError where the kernel does not tell."""
     with open("/proc/thread-self/schedstat", "rb") as file:
         _, waited, times = file.read().split()
+    if times == b"0":  # it runs, so it has been given one: a kernel without CONFIG_SCHEDSTATS
+        raise OSError(errno.ENODATA, "the kernel does not count how long a thread waits for a core")
     return Waits(int(times), int(waited) / 1e9)
