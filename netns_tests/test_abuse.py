@@ -168,6 +168,50 @@ async def test_58_who_says_a_byte_at_a_time_as_fast_as_can_be_takes_little_time(
         assert used < 0.6
 
 
+CROWD = """
+import resource, select, socket
+resource.setrlimit(resource.RLIMIT_NOFILE, (2000, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+poll, head = select.epoll(), b"GET /healthz HTTP/1.1\\r\\nHost: x\\r\\nConnection: close\\r\\n\\r\\n"
+clients = {}
+
+def come():
+    client = socket.socket()
+    client.bind(("127.0.0.2", 0))
+    client.connect(("127.0.0.1", 9101))
+    client.sendall(head)
+    clients[client.fileno()] = client
+    poll.register(client, select.EPOLLIN)
+
+for _ in range(1200):
+    come()
+print("up", flush=True)
+while not select.select([0], [], [], 0)[0]:
+    for fd, _ in poll.poll(0.1):
+        clients.pop(fd).close()
+        come()
+"""
+
+
+@pytest.mark.timed
+@SIDECAR_V4
+async def test_57_a_crowd_from_one_address_keeps_no_other_one_waiting(way: Way, nursery: trio.Nursery) -> None:
+    """1,200 at once, more than there is room for, each with a whole head; it takes the daemon 24 s to answer as many."""
+    async with serving(way, nursery) as (_, stream):
+        command = ("chrt", "--idle", "0", sys.executable, "-c", CROWD)
+        async with way.proxy.process(*command, stdin=PIPE, collect=True) as crowd:
+            await crowd.wait_for_output("up", timeout=30)
+            await trio.sleep(2)  # all are in
+            for _ in range(3):
+                began = trio.current_time()
+                assert (await get(way.proxy, "/healthz", within=15)).status == 200
+                print(f"answered after {trio.current_time() - began:.3f} s")
+                assert trio.current_time() - began < 2
+                await works(stream)
+            assert crowd.stdin is not None
+            await crowd.stdin.aclose()
+            await crowd.wait()
+
+
 BAD = {
     b"GET /v1/status HTTP/1.1\r\nHost: x\r\nX: " + b"x" * 1_000_000: 431,
     b"GET /" + b"x" * 100_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n": 431,

@@ -165,6 +165,19 @@ async def test_the_one_that_is_longest_here_makes_room(tmp_path: Path, monkeypat
         assert [is_closed(client) for client in clients] == [True, True, False, False, False]
 
 
+async def test_who_has_said_a_whole_head_is_the_last_to_make_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lobby, "_ROOM", 3)
+    async with opened(tmp_path) as street:
+        asked = [await street.client(HEAD.replace(b"/", f"/{number}".encode(), 1)) for number in range(2)]
+        assert (await street.served()).startswith(b"GET /0 ")  # with the other one behind it in line
+        silent = [await street.client() for _ in range(4)]
+        assert [is_closed(client) for client in silent] == [True, True, False, False]
+        assert not is_closed(asked[1])
+        assert (await street.served()).startswith(b"GET /1 ")
+
+
 async def test_who_says_no_whole_head_has_so_many_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lobby, "_PATIENCE", 0.3)
     async with opened(tmp_path) as street:
