@@ -8,14 +8,15 @@ import trio
 import trio.abc
 import trio.lowlevel
 
-from tproxyd.net.scheduling import Background, background, count_waits
+from tproxyd.net.scheduling import Background, Waits, background, count_running, count_waits
 
 __all__ = ["Pressure"]
 
 _LASTS = 1.0  # seconds from the last sign of it
 _LOOK = 0.5  # seconds at least from one look at how this thread gets on to the next
-_TOO_LONG = 0.1  # seconds that it has waited for a core each time: nothing is left on this machine ...
+_TOO_LONG = 0.1  # seconds that it has waited for a core each time, or twice that look in all: nothing is left on this machine ...
 _PAUSE = 10.0  # ... and for so many seconds it takes its share again: it has repairs to make, too
+_CROWD = 6.0  # threads that want each core: it would not even look for so many seconds (ten were 10.3), and be late for a watchdog
 
 
 class Pressure(trio.abc.Instrument):
@@ -36,11 +37,8 @@ class Pressure(trio.abc.Instrument):
         now = trio.current_time()
         self._until = now + _LASTS
         if not self._how.wanted and now > self._not_before and self._how.may_return():
-            try:
-                self._waits = count_waits()
-            except OSError:  # no file left, so nobody could see how it gets on
+            if self._has_to_wait(now, before=None):
                 return
-            self._looked = now
             self._how.wanted = True
             self._how.enter()
             trio.lowlevel.add_instrument(self)
@@ -54,18 +52,24 @@ class Pressure(trio.abc.Instrument):
     def before_io_wait(self, timeout: float) -> None:
         """Of trio, in each turn of its loop."""
         now = trio.current_time()
-        if now > self._until:
+        if now > self._until or (now > self._looked + _LOOK and self._has_to_wait(now, before=self._waits)):
             self._end()
-        elif now > self._looked + _LOOK:
-            try:
-                before, self._waits = self._waits, count_waits()
-            except OSError:
-                self._end()
-                return
-            if self._waits.seconds - before.seconds > _TOO_LONG * (self._waits.times - before.times):
+
+    def _has_to_wait(self, now: float, *, before: Waits | None) -> bool:
+        """Whether a thread that steps back would not get on, and for how long it is not to; `before`: how it had when that was seen last."""
+        self._looked, self._not_before = now, now + _LOOK
+        try:
+            self._waits = count_waits()
+            if count_running() > _CROWD:
+                return True
+        except OSError:  # no file left, so nobody could see it
+            return True
+        if before is not None:
+            waited = self._waits.seconds - before.seconds
+            if waited > min(_TOO_LONG * (self._waits.times - before.times), 2 * _LOOK):
                 self._not_before = now + _PAUSE
-                self._end()
-            self._looked = now
+                return True
+        return False
 
     def _end(self) -> None:
         trio.lowlevel.remove_instrument(self)

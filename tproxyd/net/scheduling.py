@@ -17,7 +17,16 @@ from typing import NamedTuple
 
 from tproxyd.net.capabilities import missing_capabilities
 
-__all__ = ["Background", "Waits", "background", "came_back", "count_waits", "find_background", "may_wait"]
+__all__ = [
+    "Background",
+    "Waits",
+    "background",
+    "came_back",
+    "count_running",
+    "count_waits",
+    "find_background",
+    "may_wait",
+]
 
 
 class Background:
@@ -158,3 +167,10 @@ def count_waits() -> Waits:
     if times == b"0":  # it runs, so it has been given one: a kernel without CONFIG_SCHEDSTATS
         raise OSError(errno.ENODATA, "the kernel does not count how long a thread waits for a core")
     return Waits(int(times), int(waited) / 1e9)
+
+
+def count_running() -> float:
+    """How many threads of this machine run, or would, for each of its cores. Raises OSError."""
+    with open("/proc/loadavg", "rb") as file:
+        running, _, _ = file.read().split()[3].partition(b"/")
+    return int(running) / (os.cpu_count() or 1)
