@@ -6,14 +6,15 @@ import os
 import signal
 import sys
 from collections import Counter
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 
 import pytest
 import trio
 
 from netns_tests.asking import CONFIG, abused, ask, auto, serving
+from netns_tests.generations import open_generations
 from netns_tests.seccomp import WITHOUT_POLICIES
-from netns_tests.watch import until, workers, works
+from netns_tests.watch import relay_processes, until, workers, works
 from netns_tests.way import GATEWAY_V4, SIDECAR_V4, Way
 from tproxyd import kernel
 from tproxyd.testing import serve_echo
@@ -77,6 +78,20 @@ async def test_57_whoever_asks_much_does_not_hold_a_drain_up(way: Way, nursery: 
             assert [*await seen(daemon)] == [os.SCHED_OTHER]
             await works(stream)
             assert await daemon.process.wait() == 0
+
+
+@SIDECAR_V4
+async def test_57_a_generation_that_comes_while_much_is_asked_has_not_stepped_back_for_good(way: Way) -> None:
+    async with open_generations(way, CONFIG) as daemon:
+        async with abused(way.proxy, "storm"):
+            await until(lambda: os.sched_getscheduler(daemon.serving) == os.SCHED_IDLE)
+            old = daemon.serving
+            new = await daemon.hand_over()
+            await until(lambda: os.sched_getscheduler(new) == os.SCHED_IDLE)
+            with suppress(ProcessLookupError):  # it had no connections
+                assert os.sched_getscheduler(old) == os.SCHED_OTHER
+        await until(lambda: os.sched_getscheduler(new) == os.SCHED_OTHER)
+        assert {os.sched_getscheduler(pid) for pid in relay_processes(new)} == {os.SCHED_OTHER}
 
 
 @SIDECAR_V4
