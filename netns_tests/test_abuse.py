@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import AsyncExitStack, suppress
+from subprocess import PIPE
 
 import pytest
 import trio
@@ -119,6 +121,96 @@ async def test_58_who_says_a_byte_a_second_has_ten_seconds_in_all(way: Way, nurs
         for _ in range(5):
             await works(stream)
             assert (await ask(path, "/healthz")).status == 200
+
+
+DRIP = """
+import select, socket
+clients = []
+for _ in range(60):
+    client = socket.create_connection(("127.0.0.1", 9101))
+    client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    client.sendall(b"GET / HTTP/1.1 X: " + b"x" * 12000)
+    client.setblocking(False)
+    clients.append(client)
+print("up", flush=True)
+while not select.select([0], [], [], 0)[0]:
+    for client in clients:
+        try:
+            client.send(b"x")
+        except OSError:
+            pass
+"""
+
+
+@pytest.mark.timed
+@SIDECAR_V4
+async def test_58_who_says_a_byte_at_a_time_as_fast_as_can_be_takes_little_time(
+    way: Way, nursery: trio.Nursery
+) -> None:
+    """At the end of long heads, at the metrics' port."""
+    async with serving(way, nursery) as (daemon, stream):
+        assert (await ask(auto(way.proxy), "/healthz", within=8)).status == 200
+        command = ("chrt", "--idle", "0", sys.executable, "-c", DRIP)  # on another machine, it would take no CPU here
+        async with way.proxy.process(*command, stdin=PIPE, collect=True) as drip:
+            await drip.wait_for_output("up")
+            used, longest = cpu_seconds(daemon.process.pid), 0.0
+            for _ in range(20):
+                began = trio.current_time()
+                assert (await ask(auto(way.proxy), "/healthz", within=8)).status == 200
+                longest = max(longest, trio.current_time() - began)
+                await trio.sleep(0.05)
+                await works(stream)
+            used = cpu_seconds(daemon.process.pid) - used
+            assert drip.stdin is not None
+            await drip.stdin.aclose()
+            await drip.wait()
+        print(f"answered after {longest:.3f} s at most; {used:.2f} CPU seconds")
+        assert longest < 0.3
+        assert used < 0.6
+
+
+CROWD = """
+import resource, select, socket
+resource.setrlimit(resource.RLIMIT_NOFILE, (2000, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+poll, head = select.epoll(), b"GET /healthz HTTP/1.1\\r\\nHost: x\\r\\nConnection: close\\r\\n\\r\\n"
+clients = {}
+
+def come():
+    client = socket.socket()
+    client.bind(("127.0.0.2", 0))
+    client.connect(("127.0.0.1", 9101))
+    client.sendall(head)
+    clients[client.fileno()] = client
+    poll.register(client, select.EPOLLIN)
+
+for _ in range(1200):
+    come()
+print("up", flush=True)
+while not select.select([0], [], [], 0)[0]:
+    for fd, _ in poll.poll(0.1):
+        clients.pop(fd).close()
+        come()
+"""
+
+
+@pytest.mark.timed
+@SIDECAR_V4
+async def test_57_a_crowd_from_one_address_keeps_no_other_one_waiting(way: Way, nursery: trio.Nursery) -> None:
+    """1,200 at once, more than there is room for, each with a whole head; it takes the daemon 24 s to answer as many."""
+    async with serving(way, nursery) as (_, stream):
+        command = ("chrt", "--idle", "0", sys.executable, "-c", CROWD)
+        async with way.proxy.process(*command, stdin=PIPE, collect=True) as crowd:
+            await crowd.wait_for_output("up", timeout=30)
+            await trio.sleep(2)  # all are in
+            for _ in range(3):
+                began = trio.current_time()
+                assert (await get(way.proxy, "/healthz", within=15)).status == 200
+                print(f"answered after {trio.current_time() - began:.3f} s")
+                assert trio.current_time() - began < 2
+                await works(stream)
+            assert crowd.stdin is not None
+            await crowd.stdin.aclose()
+            await crowd.wait()
 
 
 BAD = {

@@ -27,6 +27,7 @@ STARTS = {
     ),
     "in a user namespace": (("unshare", "-Urn"), False),
     "the call is forbidden": ((sys.executable, "-c", WITHOUT_SCHED_SETSCHEDULER), False),
+    "SIGCHLD is ignored": (("env", "--ignore-signal=CHLD"), False),
     "SCHED_BATCH": (("chrt", "--batch", "0"), True),
     "nice": (("nice", "-n", "5"), True),
 }
@@ -136,12 +137,113 @@ usual = os.sched_getscheduler(0)
 how = find_background()
 before = os.sched_getscheduler(0)
 if how:
+    how.wanted = True
     how.enter()
 inside = os.sched_getscheduler(0)
 if how:
     how.leave()
 print(usual, before, how is not None, inside, os.sched_getscheduler(0))
 """
+
+
+IN_TRIO = """
+import os, resource, subprocess, threading, trio
+from tproxyd.daemon.pressure import Pressure
+from tproxyd.interceptor.threads import in_thread
+from tproxyd.net.scheduling import find_background, may_wait
+
+pressure = Pressure(find_background())
+
+def policy(of=0):
+    return {os.SCHED_OTHER: "usual", os.SCHED_IDLE: "idle"}[os.sched_getscheduler(of)]
+
+def limit(what, soft):
+    resource.setrlimit(what, (soft, resource.getrlimit(what)[1]))
+
+async def main():
+    pressure.begin()
+"""
+WITHOUT_FILES = """
+    pressure.press()
+    print(policy())
+    limit(resource.RLIMIT_NOFILE, 0)
+    for _ in range(10):
+        await trio.sleep(0.1)
+        pressure.press()
+    print(policy())
+    limit(resource.RLIMIT_NOFILE, 1024)
+    await trio.sleep(0.6)
+    pressure.press()
+    print(policy())
+
+trio.run(main)
+"""
+IN_THE_MIDDLE = """
+    pressure.press()
+    may_wait.set(True)
+    begun, over = trio.Event(), threading.Event()
+    found = []
+
+    def step():
+        child = subprocess.Popen(["sleep", "60"])
+        found.extend([threading.get_native_id(), child.pid])
+        trio.from_thread.run_sync(begun.set)
+        over.wait()
+        child.kill()
+        child.wait()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(in_thread, step)
+        await begun.wait()
+        print(*map(policy, [0, *found]))
+        pressure.stop()
+        print(*map(policy, [0, *found]))
+        over.set()
+
+trio.run(main)
+"""
+WITHOUT_THREADS = """
+    pressure.press()
+    pages = int(open("/proc/self/statm").read().split()[0])
+    limit(resource.RLIMIT_AS, pages * resource.getpagesize() + (4 << 20))  # a thread has a stack of 8 MiB
+    print(policy(), *await in_thread(lambda: (policy(), threading.current_thread().name)), policy())
+
+trio.run(main)
+"""
+
+
+@SIDECAR_V4
+@pytest.mark.parametrize(
+    ("program", "expected"),
+    [
+        (WITHOUT_FILES, ["idle", "usual", "idle"]),
+        (IN_THE_MIDDLE, ["idle", "idle", "idle", "usual", "usual", "usual"]),
+        (WITHOUT_THREADS, ["idle", "usual", "MainThread", "idle"]),
+    ],
+    ids=["no file is left", "a thread and a program are in the middle", "no thread is left"],
+)
+async def test_57_who_steps_back_comes_back_whatever_is_missing(way: Way, program: str, expected: list[str]) -> None:
+    done = await way.proxy.run(sys.executable, "-c", IN_TRIO + program)
+    assert done.stdout.split() == expected
+
+
+@pytest.mark.timed
+@SIDECAR_V4
+async def test_57_in_a_crowd_the_daemon_does_not_step_back(way: Way) -> None:
+    """Of ten that never sleep for each core: it would wait for ten seconds, a watchdog too."""
+    spin = "while True: pass"
+    async with open_daemon(way.proxy, CONFIG) as daemon, AsyncExitStack() as stack:
+        assert (await ask(auto(way.proxy), "/v1/status")).status == 200
+        busy = [
+            await stack.enter_async_context(way.proxy.process(sys.executable, "-c", spin))
+            for _ in range(10 * len(os.sched_getaffinity(0)))
+        ]
+        async with abused(way.proxy, "storm"):
+            found = await seen(daemon, 3)
+        for program in busy:
+            program.send_signal(signal.SIGKILL)
+    print(found)
+    assert [*found] == [os.SCHED_OTHER]
 
 
 @pytest.mark.timed

@@ -17,7 +17,7 @@ import trio
 from tproxyd.datapath import worker
 from tproxyd.datapath.loop import serve_loop
 from tproxyd.errors import KernelError
-from tproxyd.net.scheduling import background
+from tproxyd.net.scheduling import background, came_back
 
 __all__ = ["ProcessHome", "ThreadHome"]
 
@@ -37,11 +37,12 @@ class ProcessHome:
         # that is being started when this is cancelled would be nobody's.
         options = ["-I", "-S", *_bytecode_options()]
         program = [sys.executable, *options, str(Path(worker.__file__))]
-        how = background.get()  # this thread may have stepped back
+        how = background.get()
+        # Should this thread step back just when the other one starts.
         policy = "" if how is None else str(how.usual)
         command = [*program, ":".join(sys.path), str(fd), ",".join(self._keeps), policy]
         try:
-            with trio.CancelScope(shield=True):
+            with trio.CancelScope(shield=True), came_back():  # its first steps, too, are urgent
                 self._process = await trio.lowlevel.open_process(
                     command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=[fd]
                 )

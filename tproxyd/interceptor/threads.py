@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import trio
 
-from tproxyd.net.scheduling import background, may_wait
+from tproxyd.net.scheduling import background, came_back, may_wait
 
 __all__ = ["in_thread"]
 
@@ -43,4 +43,6 @@ async def in_thread(step: Callable[[], T], *, limiter: trio.CapacityLimiter | No
         except RuntimeError:
             if begun:
                 raise
-    return step()  # "can't start new thread"
+    # "can't start new thread". As one would: a program that is started here, perhaps a new generation, must not be left behind.
+    with came_back():
+        return step()

@@ -6,15 +6,27 @@ core keeps it for some milliseconds. Measured in docs/performance.md, "Beside ab
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
-from contextlib import suppress
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import NamedTuple
 
 from tproxyd.net.capabilities import missing_capabilities
 
-__all__ = ["Background", "Waits", "background", "count_waits", "find_background", "may_wait"]
+__all__ = [
+    "Background",
+    "Waits",
+    "background",
+    "came_back",
+    "count_running",
+    "count_waits",
+    "find_background",
+    "may_wait",
+]
 
 
 class Background:
@@ -25,29 +37,70 @@ class Background:
         self.usual = usual
         self.needs = needs
         self.wanted = False
+        self._nice = os.getpriority(os.PRIO_PROCESS, 0)
 
-    def enter(self) -> bool:
-        """For the calling thread. What it holds meanwhile, others wait for; threads and processes that it starts have stepped back, too. Whether it has: not
-        where it could not come back any more, because somebody has given it another nice value, or another limit."""
-        if not self.needs and not _limit_is_enough():
-            return False
+    def may_return(self) -> bool:
+        """Whether the calling thread could: not since somebody has given it a smaller nice value than RLIMIT_NICE allows, or a smaller limit."""
+        return bool(self.needs) or _limit_is_enough()
+
+    def enter(self) -> None:
+        """For the calling thread, while that is wanted. What it holds meanwhile, others wait for; threads and processes that it starts have stepped back, too."""
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
         os.sched_yield()  # who waits for this core already would wait for the next tick
-        return True
+        if not self.wanted:  # `end` may have come before that
+            self.leave()
 
-    def leave(self) -> None:
-        """For the calling thread, whether it has entered, or has been started by one that had, or neither."""
-        with suppress(
-            PermissionError
-        ):  # it has been given a smaller nice value meanwhile: it goes on with what is left
-            os.sched_setscheduler(0, self.usual, os.sched_param(0))
+    def leave(self, thread: int = 0) -> None:
+        """For the calling thread, or another one of this process, whether it has entered or has been started by one that had."""
+        try:
+            os.sched_setscheduler(thread, self.usual, os.sched_param(0))
+        except PermissionError:  # `may_return` does not hold any more: better that nice value than SCHED_IDLE for good
+            os.setpriority(os.PRIO_PROCESS, thread, self._nice)
+            os.sched_setscheduler(thread, self.usual, os.sched_param(0))
+
+    def end(self) -> None:
+        """For all threads of this process, and for programs that they have started: one that is in the middle of something holds what others wait for now, and
+        does not get on where nothing is left of the CPU."""
+        self.wanted = False
+        for thread in threading.enumerate():
+            if thread.native_id is not None:
+                with suppress(ProcessLookupError):  # it has just ended
+                    self._bring_back(thread.native_id)
+                for child in _children(thread.native_id):
+                    with suppress(OSError):  # as above, or has more capabilities than this process
+                        self._bring_back(child)
+
+    def _bring_back(self, thread: int) -> None:
+        if os.sched_getscheduler(thread) == os.SCHED_IDLE:
+            self.leave(thread)
+
+
+def _children(thread: int) -> list[int]:
+    try:
+        with open(f"/proc/self/task/{thread}/children", "rb") as file:
+            return [int(pid) for pid in file.read().split()]
+    except OSError:  # it has just ended, there is no file left, or the kernel is without CONFIG_PROC_CHILDREN
+        return []
 
 
 background: ContextVar[Background | None] = ContextVar("background", default=None)
-"""Set for all tasks of a process whose threads may step back."""
+"""In the context of all work of a process whose threads may step back."""
 
 may_wait: ContextVar[bool] = ContextVar("may_wait", default=False)
-"""Set for tasks of which threads that do a step for them (`in_thread`) may step back as well: not for repairs, nor for orders."""
+"""In the context of work that a thread of its own may do so."""
+
+
+@contextmanager
+def came_back() -> Iterator[None]:
+    """The calling thread has not stepped back for the length of the block, so what it starts has not either."""
+    how = background.get()
+    if how is not None and how.wanted:
+        how.leave()
+    try:
+        yield
+    finally:
+        if how is not None and how.wanted:
+            how.enter()
 
 
 def find_background() -> Background | None:
@@ -72,14 +125,17 @@ def _comes_back(how: Background) -> bool:
     """Tried in a process that may be lost: a system call may be forbidden, and root of a user namespace seems to have the capability."""
     child = os.fork()
     if not child:
-        came_back = False
+        failed = how.wanted = True
         try:
-            if how.enter():
-                how.leave()
-                came_back = os.sched_getscheduler(0) == how.usual
+            how.enter()
+            how.leave()
+            failed = os.sched_getscheduler(0) != how.usual
         finally:
-            os._exit(not came_back)
-    return os.waitpid(child, 0)[1] == 0
+            os._exit(failed)
+    try:
+        return os.waitpid(child, 0)[1] == 0
+    except ChildProcessError:
+        return False  # whoever has started this process has let SIGCHLD be ignored, and nobody is told how a child has ended
 
 
 def _limit_is_enough() -> bool:
@@ -95,10 +151,9 @@ def _raise_limit() -> None:
     """As far as this process may: the hard limit takes CAP_SYS_RESOURCE."""
     if not _limit_is_enough():
         needed, (_, hard) = _needed_limit(), resource.getrlimit(resource.RLIMIT_NICE)
+        most = hard if hard == resource.RLIM_INFINITY else max(hard, needed)
         with suppress(OSError, ValueError):
-            resource.setrlimit(
-                resource.RLIMIT_NICE, (needed, hard if hard == resource.RLIM_INFINITY else max(hard, needed))
-            )
+            resource.setrlimit(resource.RLIMIT_NICE, (needed, most))
 
 
 class Waits(NamedTuple):
@@ -112,4 +167,13 @@ def count_waits() -> Waits:
     """Raises OSError where the kernel does not tell."""
     with open("/proc/thread-self/schedstat", "rb") as file:
         _, waited, times = file.read().split()
+    if times == b"0":  # it runs, so it has been given one: a kernel without CONFIG_SCHEDSTATS
+        raise OSError(errno.ENODATA, "the kernel does not count how long a thread waits for a core")
     return Waits(int(times), int(waited) / 1e9)
+
+
+def count_running() -> float:
+    """How many threads of this machine run, or would, for each of its cores. Raises OSError."""
+    with open("/proc/loadavg", "rb") as file:
+        running, _, _ = file.read().split()[3].partition(b"/")
+    return int(running) / (os.cpu_count() or 1)
