@@ -50,6 +50,7 @@ class Reloadable:
 
     def __init__(self, way: Way, daemon: LabDaemon, file: Path) -> None:
         self.way, self.daemon, self.file = way, daemon, file
+        self._will_say = 0
 
     async def reload(self, text: str | None = None) -> str:
         """Writes the file, unless it is written, and asks for a reload; what was changed. KernelError with the reason when that is refused."""
@@ -57,14 +58,20 @@ class Reloadable:
             self.file.write_text(text, encoding="utf-8")
         answer = await self.way.proxy.call_async(send_order, "reload")
         assert answer is not None
+        self._will_say = max(self._said, self._will_say + 1)
         return answer
 
     async def hang_up(self, text: str) -> None:
         """The same with SIGHUP."""
         self.file.write_text(text, encoding="utf-8")
-        said = self.daemon.process.stderr_text.count("reloaded: ")
+        await until(lambda: self._said >= self._will_say)  # of the reload before, which is answered a moment earlier
+        said = self._said
         self.daemon.process.send_signal(signal.SIGHUP)
-        await until(lambda: self.daemon.process.stderr_text.count("reloaded: ") > said)
+        await until(lambda: self._said > said)
+
+    @property
+    def _said(self) -> int:
+        return self.daemon.process.stderr_text.count("reloaded: ")
 
     async def rules(self) -> str:
         """The steering table, without what packets fill."""
