@@ -41,6 +41,7 @@ class _Abuse:
         self.places = places
         self.done: Counter[str] = Counter()
         self.flooded = trio.Event()
+        self.answered = trio.Event()
 
     async def connect(self, place: int) -> trio.SocketStream:
         stream = await self.places[place]()
@@ -90,6 +91,8 @@ class _Abuse:
                     while data := await stream.receive_some(65536):
                         whole += len(data)
                     self.done["answers"] += whole > 0
+                    if whole:
+                        self.answered.set()
             await trio.lowlevel.checkpoint()
 
 
@@ -168,6 +171,8 @@ async def _ask_badly(path: str, port: int, kinds: list[str]) -> None:
                         nursery.start_soon(abuse.storm, place, target)
         if "flood" in kinds:
             await abuse.flooded.wait()
+        if "storm" in kinds:
+            await abuse.answered.wait()
         print("up", flush=True)
         stdin = trio.lowlevel.FdStream(os.dup(0))
         while await stdin.receive_some():

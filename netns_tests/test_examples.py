@@ -272,7 +272,7 @@ async def test_hand_off_gives_connections_to_who_listens(way: Way, tmp_path: Pat
                     format_address(told["name"]) == told["original_destination"] == format_address((way.address, 8080))
                 )
                 await process.wait_for_output(f"{own} handed_over")
-        own = await attempt(way.client, way.address, source_port=40000)
+        own = await attempt(way.client, way.address, source_port=20000)
         await process.wait_for_output(f"{own} refused_by_policy")
     assert await way.proxy.dump() == before
 
